@@ -571,7 +571,7 @@ typedef struct llmcb_tool_call {
     llmcb_str name;
     llmcb_str arguments; /* JSON text, as the model wrote it */
     bool valid;          /* has a name, and arguments that are one whole JSON
-                            object; never repaired */
+                            object or empty; they are never repaired */
 } llmcb_tool_call;
 
 /* One message of a conversation. */
@@ -754,6 +754,23 @@ struct llmcb_handler {
 
 /* ==== [HTTP] transports ================================================ */
 
+/* Bounds on what a server may send and on what waits for slow handlers. A
+ * value of 0 is the default. */
+typedef struct llmcb_limits {
+    size_t header_line;   /* 16 KiB */
+    size_t header_block;  /* 64 KiB */
+    size_t header_fields; /* 128 */
+    size_t event;         /* one line or event of a stream; 16 MiB */
+    size_t text;          /* accumulated text of a call; 64 MiB */
+    size_t arguments;     /* arguments of one tool call; 16 MiB */
+    size_t tool_calls;    /* of a choice; 128 */
+    size_t choices;       /* 128 */
+    size_t error_body;    /* what is kept of an error answer; 64 KiB */
+    size_t body;          /* 1 GiB */
+    size_t window_events; /* undelivered events of a run; 1024 */
+    size_t window_bytes;  /* their text; 1 MiB */
+} llmcb_limits;
+
 /* What a transport is to send. Valid until the exchange is over. */
 typedef struct llmcb_request {
     const char *method;
@@ -765,6 +782,7 @@ typedef struct llmcb_request {
     int64_t connect_ms;   /* for dividing it among addresses */
     uint64_t identity;    /* connections are shared by equal ones only */
     const char *ca_file;  /* NULL: the system's */
+    const llmcb_limits *limits; /* header_*, body; none is 0 */
     bool http2;
     bool insecure_tls;
 } llmcb_request;
@@ -892,23 +910,6 @@ LLMCB_API llmcb_transport *llmcb_record_new(llmcb_loop *loop,
 /* ==== [CHAT] chat calls ================================================ */
 
 typedef struct llmcb_chat llmcb_chat;
-
-/* Bounds on what a server may send and on what waits for slow handlers. A
- * value of 0 is the default. */
-typedef struct llmcb_limits {
-    size_t header_line;   /* 16 KiB */
-    size_t header_block;  /* 64 KiB */
-    size_t header_fields; /* 128 */
-    size_t event;         /* one line or event of a stream; 16 MiB */
-    size_t text;          /* accumulated text of a call; 64 MiB */
-    size_t arguments;     /* arguments of one tool call; 16 MiB */
-    size_t tool_calls;    /* of a choice; 128 */
-    size_t choices;       /* 128 */
-    size_t error_body;    /* what is kept of an error answer; 64 KiB */
-    size_t body;          /* 1 GiB */
-    size_t window_events; /* undelivered events of a run; 1024 */
-    size_t window_bytes;  /* their text; 1 MiB */
-} llmcb_limits;
 
 /* Zero is the default of every member. */
 typedef struct llmcb_chat_desc {
@@ -1068,6 +1069,10 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #ifndef LLMCB_ASSERT
 #define LLMCB_ASSERT(x) ((void)0)
 #endif
+
+/* The struct that a member belongs to. */
+#define LLMCBI_OWNER(type, member, ptr) \
+    ((type *)(void *)((char *)(ptr) - offsetof(type, member)))
 
 /* Every system call goes through this name, so that a test can define it
  * and make any of them fail. */
@@ -1329,6 +1334,73 @@ static void llmcbi_buf_drop(llmcbi_buf *b, size_t n)
 static llmcb_str llmcbi_buf_str(const llmcbi_buf *b)
 {
     return b->len ? llmcbi_slice(b->ptr, b->len) : llmcbi_slice("", 0);
+}
+
+/* Memory that is freed as one. Zeroed: empty. */
+typedef struct llmcbi_arena_block {
+    struct llmcbi_arena_block *next;
+    size_t size;
+} llmcbi_arena_block;
+
+typedef struct llmcbi_arena {
+    llmcbi_arena_block *blocks;
+    char *at;
+    size_t left;
+    bool failed;
+} llmcbi_arena;
+
+#define LLMCBI_ALIGN(n) (((n) + 15) & ~(size_t)15)
+
+/* Zeroed, and aligned for anything. */
+static void *llmcbi_arena_get(const llmcb_allocator *a, llmcbi_arena *arena,
+                              size_t size)
+{
+    size_t head = LLMCBI_ALIGN(sizeof(llmcbi_arena_block));
+    void *p;
+
+    if (size > SIZE_MAX / 4) arena->failed = true;
+    if (arena->failed) return NULL;
+    size = LLMCBI_ALIGN(size);
+    if (size > arena->left) {
+        size_t room = size > 480 ? size : 480;
+        llmcbi_arena_block *b =
+            (llmcbi_arena_block *)llmcbi_alloc(a, head + room);
+        if (!b) {
+            arena->failed = true;
+            return NULL;
+        }
+        b->size = head + room;
+        b->next = arena->blocks;
+        arena->blocks = b;
+        arena->at = (char *)b + head;
+        arena->left = room;
+    }
+    p = arena->at;
+    arena->at += size;
+    arena->left -= size;
+    return p;
+}
+
+/* A copy with a NUL; never NULL. */
+static const char *llmcbi_arena_text(const llmcb_allocator *a,
+                                     llmcbi_arena *arena, const char *s,
+                                     size_t len)
+{
+    char *p = (char *)llmcbi_arena_get(a, arena, len + 1);
+
+    if (!p) return "";
+    memcpy(p, s, len);
+    return p;
+}
+
+static void llmcbi_arena_free(const llmcb_allocator *a, llmcbi_arena *arena)
+{
+    while (arena->blocks) {
+        llmcbi_arena_block *b = arena->blocks;
+        arena->blocks = b->next;
+        llmcbi_free(a, b, b->size);
+    }
+    memset(arena, 0, sizeof *arena);
 }
 
 /* One error on its way. Where errors must outlive a function they are kept
@@ -3293,16 +3365,14 @@ static void llmcbi_task_wake(llmcbi_task *t, llmcb_code result)
 
 static void llmcbi_task_timer(llmcbi_timer *timer)
 {
-    llmcbi_task *t = (llmcbi_task *)(void *)((char *)timer -
-                                     offsetof(llmcbi_task, timer));
+    llmcbi_task *t = LLMCBI_OWNER(llmcbi_task, timer, timer);
 
     llmcbi_task_wake(t, t->timing_out ? LLMCB_ETIMEDOUT : LLMCB_OK);
 }
 
 static void llmcbi_task_watch(llmcbi_watch *watch, int events)
 {
-    llmcbi_task *t = (llmcbi_task *)(void *)((char *)watch -
-                                     offsetof(llmcbi_task, watch));
+    llmcbi_task *t = LLMCBI_OWNER(llmcbi_task, watch, watch);
 
     (void)events;
     llmcbi_task_wake(t, LLMCB_OK);
@@ -3339,8 +3409,7 @@ static void llmcbi_task_told(llmcbi_waiter *w)
 
 static void llmcbi_task_run(llmcbi_ready *r)
 {
-    llmcbi_task *t = (llmcbi_task *)(void *)((char *)r -
-                                             offsetof(llmcbi_task, ready));
+    llmcbi_task *t = LLMCBI_OWNER(llmcbi_task, ready, r);
     llmcb_step step;
 
     t->armed = false;
@@ -3532,8 +3601,7 @@ typedef struct llmcbi_task_op {
 
 static llmcbi_task_op *llmcbi_task_op_of(llmcbi_task *t)
 {
-    return (llmcbi_task_op *)(void *)((char *)t -
-                                      offsetof(llmcbi_task_op, task));
+    return LLMCBI_OWNER(llmcbi_task_op, task, t);
 }
 
 static llmcb_step llmcbi_task_op_step(llmcbi_task *t)
@@ -3559,8 +3627,6 @@ static void llmcbi_task_op_destroy(llmcb_op *op)
     llmcbi_timer_free(op->loop, &o->task.timer);
     llmcbi_free(&op->loop->alloc, o, o->size);
 }
-
-#define LLMCBI_ALIGN(n) (((n) + 15) & ~(size_t)15)
 
 LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
                                       size_t frame_size, void *self)
@@ -3939,7 +4005,6 @@ struct llmcbi_run {
     uint64_t mark;     /* cursors are to tell when they reach it */
     const llmcb_handler *raised_by; /* the first LLMCB_RAISE failure */
     int raised_result;
-    llmcb_event_kind raised_in;
     uint8_t state;
     bool has_pull;
     bool lockstep;  /* some handler has LLMCB_AWAIT_EACH */
@@ -4129,6 +4194,7 @@ struct llmcbi_cursor {
     bool on_pool;
     bool running; /* its coroutine has begun and not ended */
     bool mute;    /* has not seen the start, or is given up */
+    bool passing; /* passes over all but the finish */
 
     /* Under the mutex. */
     llmcbi_cursor *next_in_strand, *next_progress;
@@ -4399,8 +4465,14 @@ static void llmcbi_cursor_failed(llmcbi_cursor *c, llmcb_event_kind kind,
         if (!run->raised_by) {
             run->raised_by = c->handler;
             run->raised_result = result;
-            run->raised_in = kind;
         }
+        /* the others finish what is in the log; in lock step there is only
+         * this event, and who has not got it does not get it */
+        c->passing = true;
+        for (i = 0; i < run->n_cursors; i++)
+            if (c->handler->flags & run->cursors[i].handler->flags &
+                LLMCB_AWAIT_EACH)
+                run->cursors[i].passing = true;
         return;
     }
     parts[0] = "handler ";
@@ -4469,6 +4541,7 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c)
 {
     llmcbi_run *run = c->run;
     const char *next = c->pos;
+    llmcbi_lane lane;
 
     if (c->on_pool || c->running || c->done >= run->head) return false;
     if (run->skipping && c->done + 1 != run->finish_seq) {
@@ -4479,7 +4552,11 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c)
         return true;
     }
     llmcbi_cursor_load(c, &next, c->done, run->finish_seq);
-    switch (c->mute ? LLMCBI_LANE_NONE : llmcbi_lane_of(c, c->ev.kind)) {
+    if (c->mute || (c->passing && c->done + 1 != run->finish_seq))
+        lane = LLMCBI_LANE_NONE;
+    else
+        lane = llmcbi_lane_of(c, c->ev.kind);
+    switch (lane) {
     case LLMCBI_LANE_INLINE:
         c->pos = next;
         llmcbi_cursor_step_done(
@@ -4589,8 +4666,7 @@ static void llmcbi_run_watch_patience(llmcbi_run *run, uint64_t before)
  * that it waits for has come. */
 static void llmcbi_run_pump(llmcbi_ready *r)
 {
-    llmcbi_run *run = (llmcbi_run *)(void *)((char *)r -
-                                             offsetof(llmcbi_run, ready));
+    llmcbi_run *run = LLMCBI_OWNER(llmcbi_run, ready, r);
     uint64_t before = run->slowest;
     size_t i;
     bool moved = true;
@@ -4873,8 +4949,7 @@ static void llmcbi_run_abandon(llmcbi_run *run)
 
 static void llmcbi_run_impatient(llmcbi_timer *t)
 {
-    llmcbi_run_abandon((llmcbi_run *)(void *)((char *)t -
-                                     offsetof(llmcbi_run, patience)));
+    llmcbi_run_abandon(LLMCBI_OWNER(llmcbi_run, patience, t));
 }
 
 /* -- events of the program */
@@ -5054,4 +5129,2667 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
     if (!stuck) llmcbi_turn(loop, 0); /* what workers left behind */
     llmcbi_loop_release(loop, stuck);
     return late || stuck ? LLMCB_ETIMEDOUT : LLMCB_OK;
+}
+
+/* ==== [HTTP] exchanges, HTTP/1.1 response parser, retry rules ========== */
+
+/* Who reads the response of an exchange. */
+typedef struct llmcbi_sink {
+    void (*connected)(void *owner);
+    void (*status)(void *owner, int status);
+    void (*header)(void *owner, llmcb_str name, llmcb_str value);
+    /* Returns how much it took: the rest must wait for resume. */
+    size_t (*data)(void *owner, const char *bytes, size_t len);
+    void (*end)(void *owner, llmcb_ending ending, const llmcb_error *error);
+} llmcbi_sink;
+
+struct llmcb_exchange {
+    llmcb_loop *loop;
+    llmcb_transport *tr;
+    const llmcbi_sink *sink;
+    void *owner;
+    llmcbi_buf held; /* what the sink has not taken, from held_at on */
+    size_t held_at;
+    const llmcb_error *end_error; /* an end behind the held bytes */
+    llmcb_ending ending;
+    bool ended;  /* by the transport */
+    bool paused; /* the transport waits for resume */
+};
+
+#define LLMCBI_EXCHANGE_HEAD LLMCBI_ALIGN(sizeof(llmcb_exchange))
+
+LLMCBI_DEF void *llmcb_exchange_state(llmcb_exchange *x)
+{
+    return (char *)x + LLMCBI_EXCHANGE_HEAD;
+}
+
+LLMCBI_DEF llmcb_code llmcb_transport_init(llmcb_loop *loop,
+                                           llmcb_transport *tr)
+{
+    if (!loop || !tr) return LLMCB_ENOMEM;
+    if (!tr->start || !tr->resume || !tr->release || !tr->cancel)
+        return LLMCB_EINVAL;
+    tr->loop = loop;
+    tr->next = loop->transports;
+    loop->transports = tr;
+    return LLMCB_OK;
+}
+
+static llmcb_exchange *llmcbi_exchange_new(llmcb_transport *tr,
+                                           const llmcbi_sink *sink,
+                                           void *owner)
+{
+    llmcb_exchange *x = (llmcb_exchange *)llmcbi_alloc(
+        &tr->loop->alloc, LLMCBI_EXCHANGE_HEAD + tr->state_size);
+
+    if (!x) return NULL;
+    x->loop = tr->loop;
+    x->tr = tr;
+    x->sink = sink;
+    x->owner = owner;
+    return x;
+}
+
+/* How the side above lets go of an exchange. */
+typedef enum llmcbi_parting {
+    LLMCBI_PART_RELEASE, /* the response was complete, as far as it matters */
+    LLMCBI_PART_CANCEL,
+    LLMCBI_PART_UNSTARTED
+} llmcbi_parting;
+
+/* Not inside a call of the transport's. */
+static void llmcbi_exchange_free(llmcb_exchange *x, llmcbi_parting how)
+{
+    llmcb_transport *tr;
+
+    if (!x) return;
+    tr = x->tr;
+    if (!x->ended && how == LLMCBI_PART_RELEASE) tr->release(tr, x);
+    if (!x->ended && how == LLMCBI_PART_CANCEL) tr->cancel(tr, x);
+    llmcbi_error_drop(&tr->loop->alloc, x->end_error);
+    llmcbi_buf_free(&tr->loop->alloc, &x->held);
+    llmcbi_free(&tr->loop->alloc, x, LLMCBI_EXCHANGE_HEAD + tr->state_size);
+}
+
+LLMCBI_DEF void llmcb_exchange_connected(llmcb_exchange *x)
+{
+    if (x && !x->ended) x->sink->connected(x->owner);
+}
+
+LLMCBI_DEF void llmcb_exchange_status(llmcb_exchange *x, int status)
+{
+    if (x && !x->ended) x->sink->status(x->owner, status);
+}
+
+LLMCBI_DEF void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
+                                      llmcb_str value)
+{
+    if (x && !x->ended) x->sink->header(x->owner, name, value);
+}
+
+LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
+                                    size_t len)
+{
+    size_t taken = 0;
+
+    if (!x || x->ended) return false;
+    if (!len) return !x->paused;
+    if (!x->paused) taken = x->sink->data(x->owner, bytes, len);
+    if (taken == len) return !x->paused;
+    x->paused = true;
+    llmcbi_buf_add(&x->loop->alloc, &x->held, bytes + taken, len - taken);
+    return false;
+}
+
+LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
+                                   llmcb_code code, int sys_errno,
+                                   const char *message)
+{
+    llmcb_error e;
+
+    if (!x || x->ended) return;
+    llmcbi_error_set(&e, code, message);
+    e.sys_errno = sys_errno;
+    x->ended = true;
+    if (!x->paused) {
+        x->sink->end(x->owner, ending, &e);
+        return;
+    }
+    x->ending = ending;
+    x->end_error = llmcbi_error_keep(&x->loop->alloc, &e);
+}
+
+/* There is room again. Not inside a call of the transport's. */
+static void llmcbi_exchange_resume(llmcb_exchange *x)
+{
+    if (!x->paused) return;
+    if (x->held.failed) { /* what could not be held is lost */
+        x->paused = false;
+        if (!x->ended) x->tr->cancel(x->tr, x);
+        x->ended = true;
+        x->sink->end(x->owner, LLMCB_BROKEN,
+                     llmcbi_error_const(LLMCB_ENOMEM));
+        return;
+    }
+    if (x->held_at < x->held.len)
+        x->held_at += x->sink->data(x->owner, x->held.ptr + x->held_at,
+                                    x->held.len - x->held_at);
+    if (x->held_at < x->held.len) return;
+    llmcbi_buf_free(&x->loop->alloc, &x->held);
+    x->held_at = 0;
+    x->paused = false;
+    if (x->ended) x->sink->end(x->owner, x->ending, x->end_error);
+    else x->tr->resume(x->tr, x);
+}
+
+/* -- addresses */
+
+typedef struct llmcbi_url {
+    bool tls;
+    llmcb_str unix_path; /* len 0: TCP */
+    llmcb_str host;      /* without brackets */
+    llmcb_str authority; /* as written, for the Host field */
+    llmcb_str target;    /* begins with a slash */
+    uint16_t port;
+} llmcbi_url;
+
+static bool llmcbi_clean_text(const char *s)
+{
+    for (; *s; s++)
+        if ((unsigned char)*s < 0x20 || *s == 0x7F) return false;
+    return true;
+}
+
+static bool llmcbi_url_port(llmcbi_url *u, llmcb_str port)
+{
+    uint32_t v = 0;
+    size_t i;
+
+    for (i = 0; i < port.len; i++) {
+        if (port.ptr[i] < '0' || port.ptr[i] > '9' || v > 65535) return false;
+        v = v * 10 + (uint32_t)(port.ptr[i] - '0');
+    }
+    if (!v || v > 65535) return false;
+    u->port = (uint16_t)v;
+    return true;
+}
+
+/* What is wrong with an address, or NULL. */
+static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
+{
+    const char *p, *end, *colon;
+
+    memset(u, 0, sizeof *u);
+    if (!llmcbi_clean_text(url) || strchr(url, ' '))
+        return "the address holds a blank or a control character";
+    if (llmcbi_str_begins(url, "unix:")) {
+        p = url + 5;
+        colon = strchr(p, ':');
+        u->unix_path = llmcbi_slice(p, colon ? (size_t)(colon - p)
+                                             : strlen(p));
+        u->target = llmcbi_str(colon && colon[1] ? colon + 1 : "/");
+        u->host = u->authority = llmcbi_str("localhost");
+        if (!u->unix_path.len || *u->target.ptr != '/')
+            return "the address is not of the form unix:/path:/target";
+        return NULL;
+    }
+    u->tls = llmcbi_str_begins(url, "https://");
+    if (!u->tls && !llmcbi_str_begins(url, "http://"))
+        return "the address begins with none of https://, http:// and unix:";
+    p = url + (u->tls ? 8 : 7);
+    end = p + strcspn(p, "/?#");
+    u->port = u->tls ? 443 : 80;
+    u->authority = llmcbi_slice(p, (size_t)(end - p));
+    u->target = llmcbi_str(*end == '/' ? end : "/");
+    if (*end == '?' || *end == '#' || strpbrk(end, "#"))
+        return "the address has a query or fragment in the wrong place";
+    if (memchr(p, '@', u->authority.len))
+        return "the address holds a user name; use api_key";
+    if (*p == '[') {
+        colon = (const char *)memchr(p, ']', u->authority.len);
+        if (!colon) return "the address has an unclosed bracket";
+        u->host = llmcbi_slice(p + 1, (size_t)(colon - p - 1));
+        p = colon + 1;
+    } else {
+        colon = (const char *)memchr(p, ':', u->authority.len);
+        u->host = llmcbi_slice(p, (size_t)((colon ? colon : end) - p));
+        p = colon ? colon : end;
+    }
+    if (!u->host.len) return "the address has no host";
+    if (p < end &&
+        (*p != ':' ||
+         !llmcbi_url_port(u, llmcbi_slice(p + 1, (size_t)(end - p - 1)))))
+        return "the address has a bad port";
+    return NULL;
+}
+
+/* Whether what is sent there stays on this machine. */
+static bool llmcbi_url_is_local(const llmcbi_url *u)
+{
+    size_t i;
+
+    if (u->unix_path.len || llmcbi_str_is_nocase(u->host, "localhost") ||
+        llmcbi_str_is(u->host, "::1"))
+        return true;
+    if (u->host.len < 4 || memcmp(u->host.ptr, "127.", 4) != 0) return false;
+    for (i = 0; i < u->host.len; i++) /* 127.evil.example is a name */
+        if (u->host.ptr[i] != '.' &&
+            (u->host.ptr[i] < '0' || u->host.ptr[i] > '9'))
+            return false;
+    return true;
+}
+
+/* -- the response parser: bytes to head, body and end */
+
+typedef enum llmcbi_h1_type {
+    LLMCBI_H1_MORE,
+    LLMCBI_H1_STATUS,
+    LLMCBI_H1_HEADER,
+    LLMCBI_H1_DATA,
+    LLMCBI_H1_END,
+    LLMCBI_H1_ERROR
+} llmcbi_h1_type;
+
+enum {
+    LLMCBI_H1_AT_STATUS,
+    LLMCBI_H1_AT_HEADER,
+    LLMCBI_H1_AT_LENGTH,
+    LLMCBI_H1_AT_CLOSE, /* body until the connection closes */
+    LLMCBI_H1_AT_SIZE,
+    LLMCBI_H1_AT_EXTENSION,
+    LLMCBI_H1_AT_SIZE_LF,
+    LLMCBI_H1_AT_CHUNK,
+    LLMCBI_H1_AT_CHUNK_CR,
+    LLMCBI_H1_AT_CHUNK_LF,
+    LLMCBI_H1_AT_TRAILER,
+    LLMCBI_H1_AT_END,
+    LLMCBI_H1_AT_ERROR
+};
+
+/* Strict RFC 9112. Zeroed but for the limits: at the start of a response. */
+typedef struct llmcbi_h1 {
+    size_t max_line, max_block, max_fields;
+    uint64_t max_body;
+    llmcbi_buf line; /* a line that began in earlier input */
+    size_t block, fields, interims, extension;
+    uint64_t left, body, framing;
+    int status;
+    int digits;
+    uint8_t state;
+    bool begun; /* some byte has come */
+    bool interim, chunked, has_length;
+    bool close; /* the connection cannot be used again */
+    /* What llmcbi_h1_next found. */
+    llmcb_str name, value;
+    llmcb_code code;
+    const char *message;
+} llmcbi_h1;
+
+#define LLMCBI_H1_MAX_INTERIM 8
+#define LLMCBI_H1_MAX_EXTENSION 256
+#define LLMCBI_H1_MAX_TRAILER 8192
+#define LLMCBI_H1_FREE_FRAMING ((uint64_t)100 * 1024)
+
+static void llmcbi_h1_free(const llmcb_allocator *a, llmcbi_h1 *h)
+{
+    llmcbi_buf_free(a, &h->line);
+}
+
+static llmcbi_h1_type llmcbi_h1_fail(llmcbi_h1 *h, llmcb_code code,
+                                     const char *message)
+{
+    h->state = LLMCBI_H1_AT_ERROR;
+    h->code = code;
+    h->message = message;
+    return LLMCBI_H1_ERROR;
+}
+
+/* One line of the head without its CRLF. False: more is needed, or it
+ * failed. Limits are checked before anything is kept. */
+static bool llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
+                           const char **p, const char *end, llmcb_str *line)
+{
+    const char *lf = (const char *)memchr(*p, '\n', (size_t)(end - *p));
+    size_t n = (size_t)((lf ? lf + 1 : end) - *p);
+
+    h->block += n;
+    if (h->line.len + n > h->max_line || h->block > h->max_block) {
+        llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                       h->block > h->max_block
+                           ? "the response head exceeds limits.header_block"
+                           : "a header line exceeds limits.header_line");
+        return false;
+    }
+    if (h->line.len || !lf) {
+        llmcbi_buf_add(a, &h->line, *p, n);
+        if (h->line.failed) {
+            llmcbi_h1_fail(h, LLMCB_ENOMEM, NULL);
+            return false;
+        }
+        *line = llmcbi_buf_str(&h->line);
+    } else {
+        *line = llmcbi_slice(*p, n);
+    }
+    *p += n;
+    if (!lf) return false;
+    h->line.len = 0;
+    if (line->len < 2 || line->ptr[line->len - 2] != '\r' ||
+        memchr(line->ptr, '\r', line->len - 2) ||
+        memchr(line->ptr, '\0', line->len)) {
+        llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad line in the response head");
+        return false;
+    }
+    line->len -= 2;
+    return true;
+}
+
+static bool llmcbi_h1_status_line(llmcbi_h1 *h, llmcb_str s)
+{
+    int i;
+
+    if (s.len < 12 || s.ptr[8] != ' ' || s.ptr[7] < '0' || s.ptr[7] > '9' ||
+        (s.len > 12 && s.ptr[12] != ' '))
+        return false;
+    h->status = 0;
+    for (i = 9; i < 12; i++) {
+        if (s.ptr[i] < '0' || s.ptr[i] > '9') return false;
+        h->status = h->status * 10 + (s.ptr[i] - '0');
+    }
+    h->close = s.ptr[7] == '0';
+    h->interim = h->status < 200;
+    return h->status >= 100 && h->status < 600 && h->status != 101;
+}
+
+static bool llmcbi_token_char(char c)
+{
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+           (c >= 'A' && c <= 'Z') || (c && strchr("!#$%&'*+-.^_`|~", c));
+}
+
+/* Splits "name: value". */
+static bool llmcbi_h1_field(llmcbi_h1 *h, llmcb_str line)
+{
+    const char *s = line.ptr, *end = s + line.len, *name_end;
+
+    for (name_end = s; name_end < end && llmcbi_token_char(*name_end);)
+        name_end++;
+    if (name_end == s || name_end == end || *name_end != ':') return false;
+    h->name = llmcbi_slice(s, (size_t)(name_end - s));
+    for (s = name_end + 1; s < end && (*s == ' ' || *s == '\t');) s++;
+    while (end > s && (end[-1] == ' ' || end[-1] == '\t')) end--;
+    h->value = llmcbi_slice(s, (size_t)(end - s));
+    for (; s < end; s++)
+        if (((unsigned char)*s < 0x20 && *s != '\t') || *s == 0x7F)
+            return false;
+    return true;
+}
+
+static bool llmcbi_h1_length(llmcbi_h1 *h)
+{
+    uint64_t v = 0;
+    size_t i;
+
+    if (!h->value.len || h->value.len > 18) return false;
+    for (i = 0; i < h->value.len; i++) {
+        if (h->value.ptr[i] < '0' || h->value.ptr[i] > '9') return false;
+        v = v * 10 + (uint64_t)(h->value.ptr[i] - '0');
+    }
+    if (h->has_length && h->left != v) return false;
+    h->has_length = true;
+    h->left = v;
+    return true;
+}
+
+static bool llmcbi_has_word(llmcb_str list, const char *word)
+{
+    size_t i, begin = 0;
+
+    for (i = 0; i <= list.len; i++) {
+        llmcb_str item;
+        if (i < list.len && list.ptr[i] != ',') continue;
+        item = llmcbi_slice(list.ptr + begin, i - begin);
+        while (item.len && *item.ptr == ' ') item.ptr++, item.len--;
+        while (item.len && item.ptr[item.len - 1] == ' ') item.len--;
+        if (llmcbi_str_is_nocase(item, word)) return true;
+        begin = i + 1;
+    }
+    return false;
+}
+
+static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line)
+{
+    if (!llmcbi_h1_field(h, line))
+        return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad header field");
+    if (++h->fields > h->max_fields)
+        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                              "more header fields than limits.header_fields");
+    if (h->interim) return LLMCBI_H1_MORE;
+    if (llmcbi_str_is_nocase(h->name, "content-length")) {
+        if (!llmcbi_h1_length(h))
+            return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad Content-Length");
+    } else if (llmcbi_str_is_nocase(h->name, "transfer-encoding")) {
+        if (!llmcbi_str_is_nocase(h->value, "chunked") || h->chunked)
+            return llmcbi_h1_fail(h, LLMCB_EPROTO,
+                                  "an unknown transfer coding");
+        h->chunked = true;
+    } else if (llmcbi_str_is_nocase(h->name, "connection")) {
+        if (llmcbi_has_word(h->value, "close")) h->close = true;
+        if (llmcbi_has_word(h->value, "keep-alive")) h->close = false;
+    }
+    return LLMCBI_H1_HEADER;
+}
+
+/* The blank line behind the header fields. */
+static llmcbi_h1_type llmcbi_h1_head_end(llmcbi_h1 *h)
+{
+    if (h->interim) {
+        if (++h->interims > LLMCBI_H1_MAX_INTERIM)
+            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                                  "too many interim responses");
+        h->state = LLMCBI_H1_AT_STATUS;
+        return LLMCBI_H1_MORE;
+    }
+    if (h->chunked && h->has_length)
+        return llmcbi_h1_fail(h, LLMCB_EPROTO,
+                              "both Content-Length and chunked");
+    if (h->has_length && h->left > h->max_body)
+        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                              "the response exceeds limits.body");
+    if (h->status == 204 || h->status == 304)
+        h->state = LLMCBI_H1_AT_END;
+    else if (h->chunked)
+        h->state = LLMCBI_H1_AT_SIZE;
+    else if (h->has_length)
+        h->state = h->left ? LLMCBI_H1_AT_LENGTH : LLMCBI_H1_AT_END;
+    else
+        h->state = LLMCBI_H1_AT_CLOSE;
+    if (h->state == LLMCBI_H1_AT_CLOSE) h->close = true;
+    return LLMCBI_H1_MORE;
+}
+
+/* Body bytes, at most `max` of them. */
+static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
+                                     const char *end, uint64_t max)
+{
+    size_t n = (size_t)(end - *p);
+
+    if (n > max) n = (size_t)max;
+    h->value = llmcbi_slice(*p, n);
+    *p += n;
+    h->body += n;
+    if (h->body > h->max_body)
+        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                              "the response exceeds limits.body");
+    return LLMCBI_H1_DATA;
+}
+
+/* One byte of chunk framing. */
+static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
+{
+    int digit;
+
+    if (++h->framing > LLMCBI_H1_FREE_FRAMING && h->body < h->framing / 3)
+        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                              "the chunk framing outweighs the data");
+    switch (h->state) {
+    case LLMCBI_H1_AT_SIZE:
+        digit = llmcbi_hex(c);
+        if (digit >= 0) {
+            if (++h->digits > 16) break;
+            h->left = h->left << 4 | (uint64_t)digit;
+            return LLMCBI_H1_MORE;
+        }
+        if (!h->digits || h->left > INT64_MAX) break;
+        if (h->left > h->max_body - h->body)
+            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                                  "the response exceeds limits.body");
+        if (c != '\r' && c != ';') break;
+        h->state = c == ';' ? LLMCBI_H1_AT_EXTENSION : LLMCBI_H1_AT_SIZE_LF;
+        h->extension = 0;
+        return LLMCBI_H1_MORE;
+    case LLMCBI_H1_AT_EXTENSION:
+        if (c == '\n' || c == '\0') break;
+        if (c == '\r') h->state = LLMCBI_H1_AT_SIZE_LF;
+        else if (++h->extension > LLMCBI_H1_MAX_EXTENSION)
+            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                                  "a chunk extension is too long");
+        return LLMCBI_H1_MORE;
+    case LLMCBI_H1_AT_SIZE_LF:
+        if (c != '\n') break;
+        h->state = h->left ? LLMCBI_H1_AT_CHUNK : LLMCBI_H1_AT_TRAILER;
+        h->digits = 0;
+        h->block = 0;
+        return LLMCBI_H1_MORE;
+    case LLMCBI_H1_AT_CHUNK_CR:
+        if (c != '\r') break;
+        h->state = LLMCBI_H1_AT_CHUNK_LF;
+        return LLMCBI_H1_MORE;
+    default: /* LLMCBI_H1_AT_CHUNK_LF */
+        if (c != '\n') break;
+        h->state = LLMCBI_H1_AT_SIZE;
+        return LLMCBI_H1_MORE;
+    }
+    return llmcbi_h1_fail(h, LLMCB_EPROTO, "bad chunk framing");
+}
+
+static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
+                                     const char **p, const char *end)
+{
+    static const char magic[] = "HTTP/1.";
+    llmcb_str line;
+    bool whole = llmcbi_h1_line(a, h, p, end, &line);
+
+    if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
+    if (h->state == LLMCBI_H1_AT_STATUS) {
+        /* something else than HTTP need not send a line end to be known */
+        if (memcmp(line.ptr, magic, line.len < 7 ? line.len : 7) != 0)
+            return llmcbi_h1_fail(h, LLMCB_EPROTO, "not an HTTP/1 response");
+        if (!whole) return LLMCBI_H1_MORE;
+        if (!llmcbi_h1_status_line(h, line))
+            return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad status line");
+        h->state = LLMCBI_H1_AT_HEADER;
+        return h->interim ? LLMCBI_H1_MORE : LLMCBI_H1_STATUS;
+    }
+    if (!whole) return LLMCBI_H1_MORE;
+    if (h->state == LLMCBI_H1_AT_TRAILER) {
+        if (h->block > LLMCBI_H1_MAX_TRAILER)
+            return llmcbi_h1_fail(h, LLMCB_ELIMIT, "the trailer is too long");
+        if (!line.len) h->state = LLMCBI_H1_AT_END;
+        return LLMCBI_H1_MORE;
+    }
+    return line.len ? llmcbi_h1_header(h, line) : llmcbi_h1_head_end(h);
+}
+
+/* The next thing in the input. After LLMCBI_H1_END, *p shows what is behind
+ * the response. Slices are valid until the next call. */
+static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
+                                     const char **p, const char *end)
+{
+    for (;;) {
+        llmcbi_h1_type type;
+        if (h->state == LLMCBI_H1_AT_END) return LLMCBI_H1_END;
+        if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
+        if (*p == end) return LLMCBI_H1_MORE;
+        h->begun = true;
+        switch (h->state) {
+        case LLMCBI_H1_AT_STATUS:
+        case LLMCBI_H1_AT_HEADER:
+        case LLMCBI_H1_AT_TRAILER:
+            type = llmcbi_h1_head(a, h, p, end);
+            break;
+        case LLMCBI_H1_AT_CLOSE:
+            type = llmcbi_h1_body(h, p, end, UINT64_MAX);
+            break;
+        case LLMCBI_H1_AT_LENGTH:
+        case LLMCBI_H1_AT_CHUNK:
+            type = llmcbi_h1_body(h, p, end, h->left);
+            h->left -= h->value.len;
+            if (type == LLMCBI_H1_DATA && !h->left)
+                h->state = h->state == LLMCBI_H1_AT_CHUNK
+                               ? LLMCBI_H1_AT_CHUNK_CR
+                               : LLMCBI_H1_AT_END;
+            break;
+        default:
+            type = llmcbi_h1_frame(h, *(*p)++);
+            break;
+        }
+        if (type != LLMCBI_H1_MORE) return type;
+    }
+}
+
+/* What an orderly close of the connection means at this point. */
+static llmcb_ending llmcbi_h1_eof(llmcbi_h1 *h)
+{
+    h->code = LLMCB_OK;
+    h->message = NULL;
+    if (h->state == LLMCBI_H1_AT_CLOSE || h->state == LLMCBI_H1_AT_END)
+        return LLMCB_ORDERLY;
+    if (h->state == LLMCBI_H1_AT_STATUS) {
+        h->code = h->begun ? LLMCB_EPROTO : LLMCB_EIO;
+        h->message = h->begun ? "the connection closed in the status line"
+                              : "the connection closed before an answer";
+        return LLMCB_BROKEN;
+    }
+    if (h->state == LLMCBI_H1_AT_HEADER) {
+        h->code = LLMCB_ETRUNCATED;
+        h->message = "the connection closed in the response head";
+        return LLMCB_BROKEN;
+    }
+    return LLMCB_CUT;
+}
+
+/* -- retry rules */
+
+#define LLMCBI_RETRY_CAP ((int64_t)120 * 1000)
+#define LLMCBI_NO_WISH ((int64_t)-1)
+
+/* Whole or decimal seconds to milliseconds; LLMCBI_NO_WISH: not a number. */
+static int64_t llmcbi_parse_seconds(llmcb_str s, int64_t unit)
+{
+    int64_t v = 0, part = unit;
+    size_t i = 0;
+
+    if (!s.len || s.ptr[0] < '0' || s.ptr[0] > '9') return LLMCBI_NO_WISH;
+    for (; i < s.len && s.ptr[i] >= '0' && s.ptr[i] <= '9'; i++)
+        if (v < INT64_MAX / 100000) v = v * 10 + (s.ptr[i] - '0');
+    v *= unit;
+    if (i < s.len && s.ptr[i] == '.')
+        for (i++; i < s.len && s.ptr[i] >= '0' && s.ptr[i] <= '9'; i++) {
+            part /= 10;
+            v += part * (s.ptr[i] - '0');
+        }
+    return i == s.len ? v : LLMCBI_NO_WISH;
+}
+
+static int llmcbi_two_digits(const char *s)
+{
+    return s[0] >= '0' && s[0] <= '9' && s[1] >= '0' && s[1] <= '9'
+               ? (s[0] - '0') * 10 + (s[1] - '0')
+               : -10000;
+}
+
+/* "Tue, 14 Nov 2023 22:13:20 GMT" in seconds since 1970, or -1. */
+static int64_t llmcbi_parse_date(llmcb_str s)
+{
+    static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    int day, month, year, hour, minute, second, era_year;
+    int64_t days;
+    const char *p = s.ptr;
+
+    if (s.len != 29 || memcmp(p + 25, " GMT", 4) != 0) return -1;
+    day = llmcbi_two_digits(p + 5);
+    year = llmcbi_two_digits(p + 12) * 100 + llmcbi_two_digits(p + 14);
+    hour = llmcbi_two_digits(p + 17);
+    minute = llmcbi_two_digits(p + 20);
+    second = llmcbi_two_digits(p + 23);
+    for (month = 0; month < 12; month++)
+        if (memcmp(p + 8, months + 3 * month, 3) == 0) break;
+    if (month == 12 || day < 1 || day > 31 || year < 1970 || hour < 0 ||
+        minute < 0 || second < 0)
+        return -1;
+    /* days from the civil calendar, years that begin in March */
+    month += month >= 2 ? -1 : 11;
+    era_year = month >= 11 ? year - 1 : year;
+    days = (int64_t)era_year * 365 + era_year / 4 - era_year / 100 +
+           era_year / 400 + (153 * (month - 1) + 2) / 5 + day - 719469;
+    return days * 86400 + hour * 3600 + minute * 60 + second;
+}
+
+/* The milliseconds that a Retry-After value asks for. Dates round up. */
+static int64_t llmcbi_retry_after(llmcb_str value, int64_t now_ms)
+{
+    int64_t date, v = llmcbi_parse_seconds(value, 1000);
+
+    if (v >= 0) return v;
+    date = llmcbi_parse_date(value);
+    if (date < 0) return LLMCBI_NO_WISH;
+    v = date * 1000 - now_ms;
+    return v > 0 ? (v + 999) / 1000 * 1000 : 0;
+}
+
+static bool llmcbi_status_retryable(int status)
+{
+    return status == 408 || status == 409 || status == 429 || status >= 500;
+}
+
+/* 0.5 s doubled up to 8 s, less up to a quarter by chance. */
+static int64_t llmcbi_backoff(llmcbi_random *r, int failed_attempts)
+{
+    int64_t ms = 500;
+
+    while (--failed_attempts > 0 && ms < 8000) ms *= 2;
+    return ms - (int64_t)(llmcbi_random_next(r) % (uint64_t)(ms / 4));
+}
+
+/* Feeds wire bytes to the exchange (NULL: nobody listens any more). Returns
+ * LLMCBI_H1_MORE, _END or _ERROR. */
+static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
+                                      llmcb_exchange *x, const char **p,
+                                      const char *end)
+{
+    for (;;) {
+        llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end);
+        switch (type) {
+        case LLMCBI_H1_STATUS:
+            llmcb_exchange_status(x, h->status);
+            break;
+        case LLMCBI_H1_HEADER:
+            llmcb_exchange_header(x, h->name, h->value);
+            break;
+        case LLMCBI_H1_DATA:
+            llmcb_exchange_data(x, h->value.ptr, h->value.len);
+            break;
+        case LLMCBI_H1_MORE:
+        case LLMCBI_H1_END:
+        case LLMCBI_H1_ERROR:
+        default:
+            return type;
+        }
+    }
+}
+
+static void llmcbi_h1_init(llmcbi_h1 *h, const llmcb_limits *limits)
+{
+    memset(h, 0, sizeof *h);
+    h->max_line = limits->header_line;
+    h->max_block = limits->header_block;
+    h->max_fields = limits->header_fields;
+    h->max_body = limits->body;
+}
+
+/* ==== [SOCK] transport: plain HTTP/1.1 over TCP and unix sockets ======= */
+
+#ifdef LLMCB_NO_SOCKETS
+LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
+{
+    (void)loop;
+    return NULL;
+}
+#else
+
+#ifdef MSG_NOSIGNAL
+#define LLMCBI_NOSIGNAL MSG_NOSIGNAL
+#else
+#define LLMCBI_NOSIGNAL 0
+#endif
+
+#define LLMCBI_IDLE_MS ((int64_t)30 * 1000)       /* then it is closed */
+#define LLMCBI_LIFE_MS ((int64_t)10 * 60 * 1000)  /* then it is not reused */
+#define LLMCBI_LINGER_MS 100 /* for the rest of a response, for reuse */
+#define LLMCBI_LINGER_BYTES 16384
+#define LLMCBI_MAX_IDLE 64
+
+typedef enum llmcbi_conn_state {
+    LLMCBI_CONN_NEW, /* begins in the next turn */
+    LLMCBI_CONN_RESOLVING,
+    LLMCBI_CONN_CONNECTING,
+    LLMCBI_CONN_ACTIVE,
+    LLMCBI_CONN_LINGERING, /* reading what nobody wants */
+    LLMCBI_CONN_IDLE
+} llmcbi_conn_state;
+
+typedef struct llmcbi_sock llmcbi_sock;
+typedef struct llmcbi_conn llmcbi_conn;
+
+/* A connection, with the exchange that it serves at the moment. */
+struct llmcbi_conn {
+    llmcbi_conn *prev, *next; /* of the transport */
+    llmcbi_sock *sock;
+    llmcb_exchange *x;            /* NULL: lingering or idle */
+    const llmcb_request *request; /* of x */
+    llmcbi_ready ready;
+    llmcbi_timer timer; /* connect share, linger or idle */
+    llmcbi_watch watch;
+    llmcbi_job *dns;
+    struct addrinfo *addresses, *address; /* all, and the one tried */
+    llmcbi_buf head;    /* request head, until it is sent */
+    size_t sent;        /* of head and body together */
+    size_t lingered;
+    llmcbi_h1 h1;
+    int64_t born;
+    char *key;          /* the address without its path: who may share it */
+    uint64_t identity;
+    int fd;
+    int sys_errno;      /* why the last address failed */
+    uint8_t state;
+    bool reused;   /* its descriptor has served another exchange */
+    bool replayed; /* a reused one has failed already */
+};
+
+struct llmcbi_sock {
+    llmcb_transport base;
+    llmcbi_conn *conns;
+    size_t n_idle;
+};
+
+static void llmcbi_conn_disconnect(llmcbi_conn *c)
+{
+    if (c->fd < 0) return;
+    llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, 0);
+    LLMCBI_SYS(close)(c->fd);
+    c->fd = -1;
+}
+
+static void llmcbi_conn_wipe_head(llmcbi_conn *c)
+{
+    if (c->head.ptr) llmcbi_wipe(c->head.ptr, c->head.cap);
+    llmcbi_buf_free(&c->sock->base.loop->alloc, &c->head);
+}
+
+static void llmcbi_conn_free(llmcbi_conn *c)
+{
+    llmcb_loop *loop = c->sock->base.loop;
+
+    if (c->state == LLMCBI_CONN_IDLE) c->sock->n_idle--;
+    llmcbi_conn_disconnect(c);
+    if (c->dns) c->dns->owner = NULL;
+    if (c->addresses) freeaddrinfo(c->addresses);
+    llmcbi_unready(&c->ready);
+    llmcbi_timer_free(loop, &c->timer);
+    llmcbi_conn_wipe_head(c);
+    llmcbi_h1_free(&loop->alloc, &c->h1);
+    if (c->key) llmcbi_free(&loop->alloc, c->key, strlen(c->key) + 1);
+    if (c->next) c->next->prev = c->prev;
+    if (c->prev) c->prev->next = c->next;
+    else c->sock->conns = c->next;
+    llmcbi_free(&loop->alloc, c, sizeof *c);
+}
+
+static llmcbi_conn **llmcbi_conn_slot(llmcb_exchange *x)
+{
+    return (llmcbi_conn **)llmcb_exchange_state(x);
+}
+
+/* Ends the exchange; the connection is gone or on its own. */
+static void llmcbi_conn_end(llmcbi_conn *c, llmcb_ending ending,
+                            llmcb_code code, const char *message)
+{
+    llmcb_exchange *x = c->x;
+    int sys_errno = code == LLMCB_OK ? 0 : c->sys_errno;
+
+    c->x = NULL;
+    llmcbi_conn_free(c);
+    if (x) llmcb_exchange_end(x, ending, code, sys_errno, message);
+}
+
+static void llmcbi_conn_fail(llmcbi_conn *c, llmcb_code code,
+                             const char *message)
+{
+    char text[160], digits[24];
+    size_t n;
+
+    llmcbi_copy_clean(text, sizeof text, message, strlen(message));
+    if (c->sys_errno) {
+        n = strlen(text);
+        llmcbi_copy_clean(text + n, sizeof text - n, ", errno ", 8);
+        n = strlen(text);
+        message = llmcbi_decimal(digits, c->sys_errno);
+        llmcbi_copy_clean(text + n, sizeof text - n, message,
+                          strlen(message));
+    }
+    llmcbi_conn_end(c, LLMCB_BROKEN, code, text);
+}
+
+static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
+{
+    const llmcb_allocator *a = &c->sock->base.loop->alloc;
+    const llmcb_request *q = c->request;
+    llmcbi_buf *b = &c->head;
+    size_t i;
+
+    /* in one piece, so that no copy of the key stays behind */
+    size_t size = 256 + u->target.len + u->authority.len;
+    for (i = 0; i < q->n_headers; i++)
+        size += strlen(q->headers[i].key) + strlen(q->headers[i].value) + 4;
+    if (!llmcbi_buf_reserve(a, b, size)) return;
+    llmcbi_buf_text(a, b, q->method);
+    llmcbi_buf_add(a, b, " ", 1);
+    llmcbi_buf_add(a, b, u->target.ptr, u->target.len);
+    llmcbi_buf_text(a, b, " HTTP/1.1\r\nHost: ");
+    llmcbi_buf_add(a, b, u->authority.ptr, u->authority.len);
+    llmcbi_buf_text(a, b, "\r\nContent-Length: ");
+    llmcbi_buf_int(a, b, (int64_t)q->body_len);
+    llmcbi_buf_text(a, b, "\r\n");
+    for (i = 0; i < q->n_headers; i++) {
+        llmcbi_buf_text(a, b, q->headers[i].key);
+        llmcbi_buf_text(a, b, ": ");
+        llmcbi_buf_text(a, b, q->headers[i].value);
+        llmcbi_buf_text(a, b, "\r\n");
+    }
+    llmcbi_buf_text(a, b, "\r\n");
+}
+
+/* What this connection is to be told of. */
+static void llmcbi_conn_watch(llmcbi_conn *c)
+{
+    bool unsent = c->x && c->sent < c->head.len + c->request->body_len;
+    int events = 0;
+
+    if (c->state == LLMCBI_CONN_CONNECTING) events = LLMCB_WRITE;
+    else if (c->state != LLMCBI_CONN_IDLE)
+        events = (c->x && c->x->paused ? 0 : LLMCB_READ) |
+                 (unsent ? LLMCB_WRITE : 0);
+    if (llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, events) !=
+        LLMCB_OK)
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+}
+
+static void llmcbi_conn_send(llmcbi_conn *c)
+{
+    size_t head = c->head.len, all = head + c->request->body_len;
+
+    while (c->sent < all) {
+        bool in_head = c->sent < head;
+        const char *from = in_head ? c->head.ptr + c->sent
+                                   : c->request->body + (c->sent - head);
+        ssize_t n = LLMCBI_SYS(send)(c->fd, from,
+                                     (in_head ? head : all) - c->sent,
+                                     LLMCBI_NOSIGNAL);
+        if (n > 0) {
+            c->sent += (size_t)n;
+            continue;
+        }
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
+        /* The server may have answered and closed: what it said comes with
+         * the next read, or the read fails too. */
+        c->sys_errno = errno;
+        c->sent = all;
+    }
+    if (c->head.ptr) {
+        llmcbi_wipe(c->head.ptr, c->head.cap);
+        c->sent -= head;
+        llmcbi_buf_free(&c->sock->base.loop->alloc, &c->head);
+    }
+}
+
+static void llmcbi_conn_established(llmcbi_conn *c)
+{
+    llmcbi_timer_stop(c->sock->base.loop, &c->timer);
+    c->state = LLMCBI_CONN_ACTIVE;
+    c->sys_errno = 0;
+    llmcb_exchange_connected(c->x);
+    llmcbi_conn_send(c);
+    llmcbi_conn_watch(c);
+}
+
+/* A non-blocking socket that begins to connect. */
+static int llmcbi_connect(const struct sockaddr *addr, socklen_t len)
+{
+    int one = 1, saved, fd;
+
+    fd = LLMCBI_SYS(socket)(addr->sa_family, SOCK_STREAM, 0);
+    if (fd < 0) return -1;
+    if (!llmcbi_cloexec_nonblock(fd)) goto fail;
+#ifdef SO_NOSIGPIPE
+    setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
+#endif
+    if (addr->sa_family != AF_UNIX)
+        LLMCBI_SYS(setsockopt)(fd, IPPROTO_TCP, TCP_NODELAY, &one,
+                               sizeof one);
+    if (LLMCBI_SYS(connect)(fd, addr, len) == 0 || errno == EINPROGRESS ||
+        errno == EINTR)
+        return fd;
+fail:
+    saved = errno;
+    LLMCBI_SYS(close)(fd);
+    errno = saved;
+    return -1;
+}
+
+static bool llmcbi_errno_is_local(int e)
+{
+    return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
+}
+
+/* Tries addresses from c->address on, until one is on its way. */
+static void llmcbi_conn_try(llmcbi_conn *c)
+{
+    llmcb_loop *loop = c->sock->base.loop;
+    struct addrinfo *ai;
+    int64_t left = 0;
+
+    for (; c->address; c->address = c->address->ai_next) {
+        c->fd = llmcbi_connect(c->address->ai_addr, c->address->ai_addrlen);
+        if (c->fd >= 0) break;
+        c->sys_errno = errno;
+        if (llmcbi_errno_is_local(errno)) {
+            llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
+            return;
+        }
+    }
+    if (!c->address) {
+        llmcbi_conn_fail(c, LLMCB_ECONNECT,
+                         "could not connect to the server");
+        return;
+    }
+    c->state = LLMCBI_CONN_CONNECTING;
+    /* an address that does not answer leaves time for the others */
+    for (ai = c->address; ai; ai = ai->ai_next) left++;
+    if (left > 1 && c->request->connect_ms > 0)
+        llmcbi_timer_start(loop, &c->timer, c->request->connect_ms / left);
+    llmcbi_conn_watch(c);
+}
+
+static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
+{
+    struct sockaddr_un addr;
+
+    memset(&addr, 0, sizeof addr);
+    addr.sun_family = AF_UNIX;
+    if (path.len >= sizeof addr.sun_path) {
+        llmcbi_conn_fail(c, LLMCB_EINVAL, "the socket's path is too long");
+        return;
+    }
+    memcpy(addr.sun_path, path.ptr, path.len);
+    c->fd = llmcbi_connect((const struct sockaddr *)(const void *)&addr,
+                           (socklen_t)sizeof addr);
+    if (c->fd >= 0) {
+        c->state = LLMCBI_CONN_CONNECTING;
+        llmcbi_conn_watch(c);
+        return;
+    }
+    c->sys_errno = errno;
+    if (llmcbi_errno_is_local(errno))
+        llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
+    else
+        llmcbi_conn_fail(c, LLMCB_ECONNECT,
+                         "could not connect to the socket");
+}
+
+/* -- names: the system's resolver blocks, so it runs on the pool */
+
+typedef struct llmcbi_dns {
+    struct addrinfo *found;
+    size_t size;
+    char port[8];
+    char host[1]; /* and more */
+} llmcbi_dns;
+
+static int llmcbi_dns_look_up(const char *host, const char *port, int flags,
+                              struct addrinfo **found)
+{
+    struct addrinfo hints;
+
+    memset(&hints, 0, sizeof hints);
+    hints.ai_family = AF_UNSPEC;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = flags;
+    return LLMCBI_SYS(getaddrinfo)(host, port, &hints, found);
+}
+
+static int llmcbi_dns_work(void *arg)
+{
+    llmcbi_dns *d = (llmcbi_dns *)arg;
+
+    return llmcbi_dns_look_up(d->host, d->port, 0, &d->found) == 0 ? 0 : -1;
+}
+
+static void llmcbi_dns_done(llmcbi_job *job)
+{
+    llmcbi_dns *d = (llmcbi_dns *)job->arg;
+    llmcbi_conn *c = (llmcbi_conn *)job->owner;
+
+    if (c) {
+        c->dns = NULL;
+        if (job->result == 0) {
+            c->addresses = c->address = d->found;
+            d->found = NULL;
+            llmcbi_conn_try(c);
+        } else {
+            llmcbi_conn_fail(c, LLMCB_EDNS,
+                             "the host name could not be resolved");
+        }
+    }
+    if (d->found) freeaddrinfo(d->found);
+    llmcbi_free(&job->loop->alloc, d, d->size);
+}
+
+static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
+{
+    llmcb_loop *loop = c->sock->base.loop;
+    size_t size = sizeof(llmcbi_dns) + u->host.len;
+    llmcbi_dns *d = (llmcbi_dns *)llmcbi_alloc(&loop->alloc, size);
+    char digits[24];
+    llmcb_code code;
+
+    if (!d) {
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+        return;
+    }
+    d->size = size;
+    memcpy(d->host, u->host.ptr, u->host.len);
+    llmcbi_copy_clean(d->port, sizeof d->port,
+                      llmcbi_decimal(digits, u->port), 5);
+    if (llmcbi_dns_look_up(d->host, d->port, AI_NUMERICHOST, &c->addresses) ==
+        0) {
+        llmcbi_free(&loop->alloc, d, size);
+        c->address = c->addresses;
+        llmcbi_conn_try(c);
+        return;
+    }
+    c->addresses = NULL;
+    c->state = LLMCBI_CONN_RESOLVING;
+    c->dns = llmcbi_job_start(loop, llmcbi_dns_work, d, llmcbi_dns_done, c,
+                              &code);
+    if (c->dns) return;
+    llmcbi_free(&loop->alloc, d, size);
+    llmcbi_conn_fail(c, code, "no thread to resolve the host name");
+}
+
+/* -- life of a connection */
+
+/* An idle connection to the same place for the same client, that the server
+ * has not closed. */
+static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
+{
+    int64_t now = c->sock->base.loop->now;
+    llmcbi_conn *i, *next;
+
+    for (i = c->sock->conns; i; i = next) {
+        char byte;
+        ssize_t n;
+        next = i->next;
+        if (i->state != LLMCBI_CONN_IDLE || i->identity != c->identity ||
+            strcmp(i->key, c->key) != 0)
+            continue;
+        n = LLMCBI_SYS(recv)(i->fd, &byte, 1, MSG_PEEK);
+        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) &&
+            now - i->born < LLMCBI_LIFE_MS)
+            return i;
+        llmcbi_conn_free(i);
+    }
+    return NULL;
+}
+
+/* Takes over the descriptor of an idle connection. */
+static void llmcbi_conn_adopt(llmcbi_conn *c, llmcbi_conn *idle)
+{
+    c->fd = idle->fd;
+    c->born = idle->born;
+    c->reused = true;
+    idle->fd = -1;
+    llmcbi_conn_free(idle);
+    llmcbi_conn_established(c);
+}
+
+static void llmcbi_conn_begin(llmcbi_ready *r)
+{
+    llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, ready, r), *idle;
+    llmcbi_url u;
+
+    if (llmcbi_url_parse(&u, c->request->url)) {
+        llmcbi_conn_fail(c, LLMCB_EINVAL, "a bad address");
+        return;
+    }
+    if (u.tls) {
+        llmcbi_conn_fail(c, LLMCB_ETLS,
+                         "the socket transport has no TLS: https:// needs "
+                         "libcurl, built without LLMCB_NO_CURL");
+        return;
+    }
+    llmcbi_h1_free(&c->sock->base.loop->alloc, &c->h1);
+    llmcbi_h1_init(&c->h1, c->request->limits);
+    llmcbi_conn_wipe_head(c);
+    c->sent = 0;
+    c->born = c->sock->base.loop->now;
+    llmcbi_conn_write_head(c, &u);
+    if (c->head.failed) {
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+        return;
+    }
+    idle = c->replayed ? NULL : llmcbi_conn_find_idle(c);
+    if (idle) llmcbi_conn_adopt(c, idle);
+    else if (u.unix_path.len) llmcbi_conn_connect_unix(c, u.unix_path);
+    else llmcbi_conn_resolve(c, &u);
+}
+
+/* A kept connection died before it answered: once more on a new one. */
+static bool llmcbi_conn_replay(llmcbi_conn *c)
+{
+    if (!c->x || !c->reused || c->h1.begun) return false;
+    llmcbi_conn_disconnect(c);
+    c->state = LLMCBI_CONN_NEW;
+    c->reused = false;
+    c->replayed = true;
+    c->sys_errno = 0;
+    llmcbi_make_ready(c->sock->base.loop, &c->ready);
+    return true;
+}
+
+static void llmcbi_conn_keep(llmcbi_conn *c)
+{
+    c->x = NULL;
+    c->request = NULL;
+    if (c->h1.close || c->sock->n_idle >= LLMCBI_MAX_IDLE) {
+        llmcbi_conn_free(c);
+        return;
+    }
+    llmcbi_h1_free(&c->sock->base.loop->alloc, &c->h1);
+    c->state = LLMCBI_CONN_IDLE;
+    c->sock->n_idle++;
+    llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, 0);
+    llmcbi_timer_start(c->sock->base.loop, &c->timer, LLMCBI_IDLE_MS);
+}
+
+static void llmcbi_conn_timer(llmcbi_timer *t)
+{
+    llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, timer, t);
+
+    if (c->state != LLMCBI_CONN_CONNECTING) {
+        llmcbi_conn_free(c); /* lingered or idled long enough */
+        return;
+    }
+    llmcbi_conn_disconnect(c);
+    c->sys_errno = ETIMEDOUT;
+    c->address = c->address->ai_next;
+    llmcbi_conn_try(c);
+}
+
+static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
+{
+    const char *end = p + n;
+    llmcbi_h1_type type =
+        llmcbi_h1_drive(c->sock->base.loop, &c->h1, c->x, &p, end);
+
+    if (type == LLMCBI_H1_ERROR) {
+        c->sys_errno = 0;
+        llmcbi_conn_fail(c, c->h1.code,
+                         c->h1.message ? c->h1.message : "out of memory");
+    } else if (type == LLMCBI_H1_END) {
+        llmcb_exchange *x = c->x;
+        /* bytes behind a response belong to nobody */
+        bool unsent = x && c->sent < c->head.len + c->request->body_len;
+        if (p < end || unsent) c->h1.close = true;
+        llmcbi_conn_keep(c);
+        if (x) llmcb_exchange_end(x, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
+    } else if (!c->x && (c->lingered += n) > LLMCBI_LINGER_BYTES) {
+        llmcbi_conn_free(c);
+    } else {
+        llmcbi_conn_watch(c);
+    }
+}
+
+static void llmcbi_conn_read(llmcbi_conn *c)
+{
+    llmcb_loop *loop = c->sock->base.loop;
+    llmcb_ending ending;
+    ssize_t n;
+
+    if (!loop->scratch) {
+        loop->scratch = llmcbi_resize(&loop->alloc, NULL, 0, LLMCBI_SCRATCH);
+        if (!loop->scratch) {
+            llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+            return;
+        }
+    }
+    n = LLMCBI_SYS(recv)(c->fd, loop->scratch, LLMCBI_SCRATCH, 0);
+    if (n > 0) {
+        llmcbi_conn_received(c, (const char *)loop->scratch, (size_t)n);
+        return;
+    }
+    if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
+        return;
+    if (n < 0) c->sys_errno = errno;
+    if (llmcbi_conn_replay(c)) return;
+    if (n < 0) {
+        llmcbi_conn_fail(c, LLMCB_EIO, "the connection broke");
+        return;
+    }
+    ending = llmcbi_h1_eof(&c->h1);
+    if (ending == LLMCB_BROKEN) llmcbi_conn_fail(c, c->h1.code, c->h1.message);
+    else llmcbi_conn_end(c, ending, LLMCB_OK, NULL);
+}
+
+static void llmcbi_conn_connecting(llmcbi_conn *c)
+{
+    int failed = 0;
+    socklen_t len = sizeof failed;
+
+    if (LLMCBI_SYS(getsockopt)(c->fd, SOL_SOCKET, SO_ERROR, &failed, &len) !=
+        0)
+        failed = errno;
+    if (!failed) {
+        llmcbi_conn_established(c);
+        return;
+    }
+    llmcbi_timer_stop(c->sock->base.loop, &c->timer);
+    llmcbi_conn_disconnect(c);
+    c->sys_errno = failed;
+    if (c->address) c->address = c->address->ai_next;
+    llmcbi_conn_try(c);
+}
+
+static void llmcbi_conn_event(llmcbi_watch *w, int events)
+{
+    llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, watch, w);
+
+    if (c->state == LLMCBI_CONN_CONNECTING) {
+        llmcbi_conn_connecting(c);
+        return;
+    }
+    if (events & LLMCB_WRITE) {
+        llmcbi_conn_send(c);
+        if (!(events & LLMCB_READ)) llmcbi_conn_watch(c);
+    }
+    if (events & LLMCB_READ) llmcbi_conn_read(c);
+}
+
+static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
+                                    const llmcb_request *request)
+{
+    llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
+    llmcb_loop *loop = tr->loop;
+    llmcbi_conn *c = (llmcbi_conn *)llmcbi_alloc(&loop->alloc, sizeof *c);
+    const char *slash;
+    size_t n;
+
+    if (!c) return LLMCB_ENOMEM;
+    c->sock = sock;
+    c->fd = -1;
+    c->x = x;
+    c->request = request;
+    c->identity = request->identity;
+    c->ready.fn = llmcbi_conn_begin;
+    c->watch.fn = llmcbi_conn_event;
+    slash = strstr(request->url, "://");
+    n = slash ? 3 + (size_t)(slash - request->url) : 0;
+    n = slash ? n + strcspn(request->url + n, "/") : strlen(request->url);
+    c->next = sock->conns;
+    if (c->next) c->next->prev = c;
+    sock->conns = c;
+    c->key = (char *)llmcbi_alloc(&loop->alloc, n + 1);
+    if (!c->key || !llmcbi_timer_init(loop, &c->timer, llmcbi_conn_timer)) {
+        llmcbi_conn_free(c);
+        return LLMCB_ENOMEM;
+    }
+    memcpy(c->key, request->url, n);
+    *llmcbi_conn_slot(x) = c;
+    llmcbi_make_ready(loop, &c->ready);
+    return LLMCB_OK;
+}
+
+static void llmcbi_sock_resume(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)tr;
+    llmcbi_conn_watch(*llmcbi_conn_slot(x));
+}
+
+static void llmcbi_sock_cancel(llmcb_transport *tr, llmcb_exchange *x)
+{
+    llmcbi_conn *c = *llmcbi_conn_slot(x);
+    struct linger hard;
+
+    (void)tr;
+    c->x = NULL;
+    hard.l_onoff = 1;
+    hard.l_linger = 0; /* a reset: the server need not write to learn it */
+    if (c->fd >= 0)
+        LLMCBI_SYS(setsockopt)(c->fd, SOL_SOCKET, SO_LINGER, &hard,
+                               sizeof hard);
+    llmcbi_conn_free(c);
+}
+
+static void llmcbi_sock_release(llmcb_transport *tr, llmcb_exchange *x)
+{
+    llmcbi_conn *c = *llmcbi_conn_slot(x);
+
+    if (c->state != LLMCBI_CONN_ACTIVE || c->head.len ||
+        c->sent < c->request->body_len) {
+        llmcbi_sock_cancel(tr, x);
+        return;
+    }
+    c->x = NULL;
+    c->request = NULL;
+    c->state = LLMCBI_CONN_LINGERING;
+    llmcbi_timer_start(tr->loop, &c->timer, LLMCBI_LINGER_MS);
+    llmcbi_conn_watch(c);
+}
+
+static void llmcbi_sock_free(llmcb_transport *tr)
+{
+    llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
+
+    while (sock->conns) llmcbi_conn_free(sock->conns);
+    llmcbi_free(&tr->loop->alloc, sock, sizeof *sock);
+}
+
+LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
+{
+    llmcbi_sock *sock;
+
+    if (llmcbi_enter(loop) != LLMCB_OK) return NULL;
+    sock = (llmcbi_sock *)llmcbi_alloc(&loop->alloc, sizeof *sock);
+    if (!sock) return NULL;
+    sock->base.state_size = sizeof(llmcbi_conn *);
+    sock->base.start = llmcbi_sock_start;
+    sock->base.resume = llmcbi_sock_resume;
+    sock->base.release = llmcbi_sock_release;
+    sock->base.cancel = llmcbi_sock_cancel;
+    sock->base.free = llmcbi_sock_free;
+    llmcb_transport_init(loop, &sock->base);
+    return &sock->base;
+}
+#endif /* LLMCB_NO_SOCKETS */
+
+/* ==== [CURL] transport: libcurl's multi interface on the loop ========== */
+
+#ifdef LLMCB_NO_CURL
+LLMCBI_DEF llmcb_transport *llmcb_curl_transport(llmcb_loop *loop)
+{
+    (void)loop;
+    return NULL;
+}
+#else
+
+typedef struct llmcbi_curl llmcbi_curl;
+typedef struct llmcbi_transfer llmcbi_transfer;
+
+/* One easy handle. It may outlive its exchange by 100 ms, reading the rest
+ * of the response so that the connection can be kept. */
+struct llmcbi_transfer {
+    llmcbi_transfer *prev, *next;
+    llmcbi_curl *curl;
+    llmcb_exchange *x; /* NULL: lingering */
+    CURL *easy;
+    struct curl_slist *headers;
+    llmcbi_timer timer;
+    llmcb_limits limits;
+    size_t line, block, fields, interims, lingered;
+    uint64_t body;
+    size_t request_len;
+    int status;
+    llmcb_code code; /* why a callback of ours stopped it */
+    const char *message;
+    bool held;   /* libcurl waits for curl_easy_pause */
+    bool in_body;
+    char error[CURL_ERROR_SIZE];
+};
+
+/* A descriptor of libcurl's. */
+typedef struct llmcbi_curl_fd {
+    llmcbi_watch watch;
+    llmcbi_curl *curl;
+    struct llmcbi_curl_fd *next;
+} llmcbi_curl_fd;
+
+struct llmcbi_curl {
+    llmcb_transport base;
+    CURLM *multi;
+    llmcbi_timer timer;
+    llmcbi_transfer *transfers;
+    llmcbi_curl_fd *fds;
+};
+
+/* TLS libraries write without MSG_NOSIGNAL: SIGPIPE is blocked meanwhile,
+ * and one that we caused is taken away. */
+typedef struct llmcbi_sigpipe {
+    sigset_t before;
+    bool was_pending;
+} llmcbi_sigpipe;
+
+static bool llmcbi_sigpipe_pending(void)
+{
+    sigset_t pending;
+
+    sigemptyset(&pending);
+    sigpending(&pending);
+    return sigismember(&pending, SIGPIPE) == 1;
+}
+
+static void llmcbi_sigpipe_block(llmcbi_sigpipe *s)
+{
+    sigset_t set;
+
+    s->was_pending = llmcbi_sigpipe_pending();
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &set, &s->before);
+}
+
+static void llmcbi_sigpipe_restore(const llmcbi_sigpipe *s)
+{
+    sigset_t set;
+    int sig;
+
+    if (!s->was_pending && llmcbi_sigpipe_pending()) {
+        sigemptyset(&set);
+        sigaddset(&set, SIGPIPE);
+        sigwait(&set, &sig);
+    }
+    pthread_sigmask(SIG_SETMASK, &s->before, NULL);
+}
+
+static llmcbi_transfer **llmcbi_transfer_slot(llmcb_exchange *x)
+{
+    return (llmcbi_transfer **)llmcb_exchange_state(x);
+}
+
+/* Not inside a callback of libcurl's. */
+static void llmcbi_transfer_free(llmcbi_transfer *t)
+{
+    llmcb_loop *loop = t->curl->base.loop;
+    llmcbi_sigpipe pipe_state;
+
+    llmcbi_sigpipe_block(&pipe_state);
+    if (t->easy) {
+        curl_multi_remove_handle(t->curl->multi, t->easy);
+        curl_easy_cleanup(t->easy);
+    }
+    llmcbi_sigpipe_restore(&pipe_state);
+    curl_slist_free_all(t->headers);
+    llmcbi_timer_free(loop, &t->timer);
+    if (t->next) t->next->prev = t->prev;
+    if (t->prev) t->prev->next = t->next;
+    else t->curl->transfers = t->next;
+    llmcbi_free(&loop->alloc, t, sizeof *t);
+}
+
+static size_t llmcbi_transfer_stop(llmcbi_transfer *t, llmcb_code code,
+                                   const char *message)
+{
+    t->code = code;
+    t->message = message;
+    return 0; /* libcurl then ends with CURLE_WRITE_ERROR */
+}
+
+/* One header line, with the limits that libcurl does not have. */
+static size_t llmcbi_transfer_header(char *ptr, size_t one, size_t len,
+                                     void *user)
+{
+    llmcbi_transfer *t = (llmcbi_transfer *)user;
+    llmcb_str line = llmcbi_slice(ptr, len * one);
+    llmcbi_h1 field;
+
+    len = line.len;
+    if (t->in_body) return len; /* a trailer */
+    t->block += len;
+    if (len > t->limits.header_line)
+        return llmcbi_transfer_stop(
+            t, LLMCB_ELIMIT, "a header line exceeds limits.header_line");
+    if (t->block > t->limits.header_block)
+        return llmcbi_transfer_stop(
+            t, LLMCB_ELIMIT, "the response head exceeds limits.header_block");
+    while (line.len && (line.ptr[line.len - 1] == '\n' ||
+                        line.ptr[line.len - 1] == '\r'))
+        line.len--;
+    if (line.len >= 9 && memcmp(line.ptr, "HTTP/", 5) == 0) {
+        const char *sp = (const char *)memchr(line.ptr, ' ', line.len);
+        t->status = sp && sp + 3 < line.ptr + line.len
+                        ? (sp[1] - '0') * 100 + (sp[2] - '0') * 10 +
+                              (sp[3] - '0')
+                        : 0;
+        if (t->status < 200 && ++t->interims > 8)
+            return llmcbi_transfer_stop(t, LLMCB_ELIMIT,
+                                        "too many interim responses");
+        /* a proxy's answer to CONNECT is not the response */
+        if (t->status >= 200) llmcb_exchange_status(t->x, t->status);
+        return len;
+    }
+    if (!line.len) return len;
+    if (++t->fields > t->limits.header_fields)
+        return llmcbi_transfer_stop(
+            t, LLMCB_ELIMIT,
+            "more header fields than limits.header_fields");
+    memset(&field, 0, sizeof field);
+    if (t->status >= 200 && llmcbi_h1_field(&field, line))
+        llmcb_exchange_header(t->x, field.name, field.value);
+    return len;
+}
+
+static size_t llmcbi_transfer_data(char *ptr, size_t one, size_t len,
+                                   void *user)
+{
+    llmcbi_transfer *t = (llmcbi_transfer *)user;
+
+    len *= one;
+    t->in_body = true;
+    if (!t->x) {
+        t->lingered += len;
+        return t->lingered > 16384 ? 0 : len;
+    }
+    if (t->x->paused) {
+        t->held = true;
+        return CURL_WRITEFUNC_PAUSE;
+    }
+    t->body += len;
+    if (t->body > t->limits.body)
+        return llmcbi_transfer_stop(t, LLMCB_ELIMIT,
+                                    "the response exceeds limits.body");
+    llmcb_exchange_data(t->x, ptr, len);
+    return len;
+}
+
+#if LIBCURL_VERSION_NUM >= 0x075000
+static int llmcbi_transfer_connected(void *user, char *remote, char *local,
+                                     int remote_port, int local_port)
+{
+    llmcbi_transfer *t = (llmcbi_transfer *)user;
+
+    (void)remote;
+    (void)local;
+    (void)remote_port;
+    (void)local_port;
+    llmcb_exchange_connected(t->x);
+    return CURL_PREREQFUNC_OK;
+}
+#endif
+
+static curl_socket_t llmcbi_curl_open(void *user, curlsocktype purpose,
+                                      struct curl_sockaddr *addr)
+{
+    curl_socket_t fd;
+
+    (void)user;
+    (void)purpose;
+    fd = LLMCBI_SYS(socket)(addr->family, addr->socktype, addr->protocol);
+    if (fd >= 0) LLMCBI_SYS(fcntl)(fd, F_SETFD, FD_CLOEXEC);
+    return fd;
+}
+
+/* What libcurl's code means here. */
+static llmcb_code llmcbi_curl_code(const llmcbi_transfer *t, CURLcode code,
+                                   long sys_errno)
+{
+    switch (code) {
+    case CURLE_COULDNT_RESOLVE_HOST:
+    case CURLE_COULDNT_RESOLVE_PROXY:
+        return LLMCB_EDNS;
+    case CURLE_COULDNT_CONNECT:
+        return llmcbi_errno_is_local((int)sys_errno) ? LLMCB_ESYS
+                                                     : LLMCB_ECONNECT;
+    case CURLE_SSL_CONNECT_ERROR:
+    case CURLE_PEER_FAILED_VERIFICATION:
+    case CURLE_SSL_CERTPROBLEM:
+    case CURLE_SSL_CIPHER:
+    case CURLE_SSL_CACERT_BADFILE:
+    case CURLE_SSL_ISSUER_ERROR:
+    case CURLE_SSL_INVALIDCERTSTATUS:
+    case CURLE_SSL_PINNEDPUBKEYNOTMATCH:
+    case CURLE_SSL_ENGINE_NOTFOUND:
+    case CURLE_SSL_ENGINE_SETFAILED:
+    case CURLE_USE_SSL_FAILED:
+        return LLMCB_ETLS;
+    case CURLE_OPERATION_TIMEDOUT:
+        return LLMCB_ETIMEDOUT;
+    case CURLE_UNSUPPORTED_PROTOCOL: /* HTTP/0.9 */
+    case CURLE_WEIRD_SERVER_REPLY:
+    case CURLE_BAD_CONTENT_ENCODING:
+        return LLMCB_EPROTO;
+    case CURLE_OUT_OF_MEMORY: /* said of a header that is too long, too */
+        return t->in_body ? LLMCB_ENOMEM : LLMCB_ELIMIT;
+    case CURLE_RECV_ERROR: /* said of bad chunks, too */
+        return sys_errno == 0 && t->status && strstr(t->error, "hunk")
+                   ? LLMCB_EPROTO
+                   : LLMCB_EIO;
+    default:
+        return LLMCB_EIO;
+    }
+}
+
+static void llmcbi_transfer_done(llmcbi_transfer *t, CURLcode result)
+{
+    llmcb_exchange *x = t->x;
+    llmcb_ending ending = LLMCB_BROKEN;
+    llmcb_code code = t->code;
+    char text[200];
+    long sys_errno = 0;
+
+    curl_easy_getinfo(t->easy, CURLINFO_OS_ERRNO, &sys_errno);
+    if (code == LLMCB_OK && result == CURLE_OK) ending = LLMCB_ORDERLY;
+    else if (code == LLMCB_OK && result == CURLE_PARTIAL_FILE)
+        ending = LLMCB_CUT;
+    else if (code == LLMCB_OK)
+        code = llmcbi_curl_code(t, result, sys_errno);
+    if (!t->message)
+        t->message = *t->error ? t->error : curl_easy_strerror(result);
+    llmcbi_copy_clean(text, sizeof text, t->message, strlen(t->message));
+    llmcbi_transfer_free(t);
+    if (x)
+        llmcb_exchange_end(x, ending, code,
+                           ending == LLMCB_BROKEN ? (int)sys_errno : 0, text);
+}
+
+static void llmcbi_curl_check(llmcbi_curl *c)
+{
+    CURLMsg *msg;
+    int left;
+
+    while ((msg = curl_multi_info_read(c->multi, &left)) != NULL) {
+        char *t = NULL;
+        CURLcode result = msg->data.result;
+        if (msg->msg != CURLMSG_DONE) continue;
+        curl_easy_getinfo(msg->easy_handle, CURLINFO_PRIVATE, &t);
+        llmcbi_transfer_done((llmcbi_transfer *)(void *)t, result);
+    }
+}
+
+static void llmcbi_curl_action(llmcbi_curl *c, curl_socket_t fd, int mask)
+{
+    llmcbi_sigpipe pipe_state;
+    int running;
+
+    llmcbi_sigpipe_block(&pipe_state);
+    curl_multi_socket_action(c->multi, fd, mask, &running);
+    llmcbi_sigpipe_restore(&pipe_state);
+    llmcbi_curl_check(c);
+}
+
+static void llmcbi_curl_timer(llmcbi_timer *t)
+{
+    llmcbi_curl_action(LLMCBI_OWNER(llmcbi_curl, timer, t),
+                       CURL_SOCKET_TIMEOUT, 0);
+}
+
+static void llmcbi_curl_event(llmcbi_watch *w, int events)
+{
+    llmcbi_curl_fd *f = LLMCBI_OWNER(llmcbi_curl_fd, watch, w);
+
+    llmcbi_curl_action(f->curl, w->fd,
+                       (events & LLMCB_READ ? CURL_CSELECT_IN : 0) |
+                           (events & LLMCB_WRITE ? CURL_CSELECT_OUT : 0));
+}
+
+static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
+                              void *user, void *assigned)
+{
+    llmcbi_curl *c = (llmcbi_curl *)user;
+    llmcbi_curl_fd *f = (llmcbi_curl_fd *)assigned, **at;
+    llmcb_loop *loop = c->base.loop;
+    int events = (what & CURL_POLL_IN ? LLMCB_READ : 0) |
+                 (what & CURL_POLL_OUT ? LLMCB_WRITE : 0);
+
+    (void)easy;
+    if (what == CURL_POLL_REMOVE) {
+        if (!f) return 0;
+        llmcbi_watch_set(loop, &f->watch, fd, 0);
+        for (at = &c->fds; *at != f; at = &(*at)->next) continue;
+        *at = f->next;
+        llmcbi_free(&loop->alloc, f, sizeof *f);
+        return 0;
+    }
+    if (!f) {
+        f = (llmcbi_curl_fd *)llmcbi_alloc(&loop->alloc, sizeof *f);
+        if (!f) return -1;
+        f->watch.fn = llmcbi_curl_event;
+        f->curl = c;
+        f->next = c->fds;
+        c->fds = f;
+        curl_multi_assign(c->multi, fd, f);
+    }
+    return llmcbi_watch_set(loop, &f->watch, fd, events) == LLMCB_OK ? 0 : -1;
+}
+
+static int llmcbi_curl_set_timer(CURLM *multi, long ms, void *user)
+{
+    llmcbi_curl *c = (llmcbi_curl *)user;
+
+    (void)multi;
+    if (ms < 0) llmcbi_timer_stop(c->base.loop, &c->timer);
+    else llmcbi_timer_start(c->base.loop, &c->timer, ms);
+    return 0;
+}
+
+/* A lingering transfer has had its time. */
+static void llmcbi_transfer_timer(llmcbi_timer *timer)
+{
+    llmcbi_transfer_free(LLMCBI_OWNER(llmcbi_transfer, timer, timer));
+}
+
+static bool llmcbi_transfer_headers(llmcbi_transfer *t,
+                                    const llmcb_request *q)
+{
+    const llmcb_allocator *a = &t->curl->base.loop->alloc;
+    struct curl_slist *list = curl_slist_append(NULL, "Expect:");
+    size_t i;
+
+    t->headers = list;
+    for (i = 0; list && i < q->n_headers; i++) {
+        llmcbi_buf b;
+        memset(&b, 0, sizeof b);
+        llmcbi_buf_reserve(a, &b, strlen(q->headers[i].key) +
+                                      strlen(q->headers[i].value) + 3);
+        llmcbi_buf_text(a, &b, q->headers[i].key);
+        llmcbi_buf_text(a, &b, ": ");
+        llmcbi_buf_text(a, &b, q->headers[i].value);
+        list = b.failed ? NULL : curl_slist_append(t->headers, b.ptr);
+        if (b.ptr) llmcbi_wipe(b.ptr, b.cap);
+        llmcbi_buf_free(a, &b);
+        if (list) t->headers = list;
+    }
+    return list != NULL;
+}
+
+/* All options, in one place: nothing is left to what the environment or a
+ * configuration file may say, but a proxy for https, which sees no key. */
+static bool llmcbi_transfer_options(llmcbi_transfer *t,
+                                    const llmcb_request *q)
+{
+    CURL *e = t->easy;
+    llmcbi_url u;
+    bool ok = true;
+
+#define LLMCBI_OPT(option, value) \
+    ok = ok && curl_easy_setopt(e, option, value) == CURLE_OK
+    if (llmcbi_url_parse(&u, q->url)) return false;
+    if (u.unix_path.len) {
+        const llmcb_allocator *a = &t->curl->base.loop->alloc;
+        llmcbi_buf b;
+        memset(&b, 0, sizeof b);
+        llmcbi_buf_add(a, &b, u.unix_path.ptr, u.unix_path.len);
+        LLMCBI_OPT(CURLOPT_UNIX_SOCKET_PATH, b.ptr);
+        b.len = 0;
+        llmcbi_buf_text(a, &b, "http://localhost");
+        llmcbi_buf_text(a, &b, u.target.ptr);
+        ok = ok && !b.failed;
+        LLMCBI_OPT(CURLOPT_URL, b.ptr);
+        llmcbi_buf_free(a, &b);
+    } else {
+        LLMCBI_OPT(CURLOPT_URL, q->url);
+    }
+    if (!u.tls) LLMCBI_OPT(CURLOPT_PROXY, "");
+    LLMCBI_OPT(CURLOPT_NOSIGNAL, 1L);
+#if LIBCURL_VERSION_NUM >= 0x075500
+    LLMCBI_OPT(CURLOPT_PROTOCOLS_STR, "http,https");
+    LLMCBI_OPT(CURLOPT_REDIR_PROTOCOLS_STR, "http,https");
+#else
+    LLMCBI_OPT(CURLOPT_PROTOCOLS, (long)(CURLPROTO_HTTP | CURLPROTO_HTTPS));
+#endif
+    LLMCBI_OPT(CURLOPT_FOLLOWLOCATION, 0L);
+    LLMCBI_OPT(CURLOPT_MAXREDIRS, 0L);
+    LLMCBI_OPT(CURLOPT_NETRC, (long)CURL_NETRC_IGNORED);
+    LLMCBI_OPT(CURLOPT_HTTP_VERSION,
+               (long)(q->http2 ? CURL_HTTP_VERSION_2TLS
+                               : CURL_HTTP_VERSION_1_1));
+    LLMCBI_OPT(CURLOPT_HTTP09_ALLOWED, 0L);
+    LLMCBI_OPT(CURLOPT_CONNECTTIMEOUT_MS,
+               (long)(q->connect_ms > 0 && q->connect_ms < LONG_MAX
+                          ? q->connect_ms
+                          : LONG_MAX / 4));
+#if LIBCURL_VERSION_NUM >= 0x074100
+    LLMCBI_OPT(CURLOPT_MAXAGE_CONN, 30L);
+#endif
+#if LIBCURL_VERSION_NUM >= 0x075000
+    LLMCBI_OPT(CURLOPT_MAXLIFETIME_CONN, 600L);
+    LLMCBI_OPT(CURLOPT_PREREQFUNCTION, llmcbi_transfer_connected);
+    LLMCBI_OPT(CURLOPT_PREREQDATA, t);
+#endif
+    LLMCBI_OPT(CURLOPT_TCP_KEEPALIVE, 1L);
+    LLMCBI_OPT(CURLOPT_OPENSOCKETFUNCTION, llmcbi_curl_open);
+    LLMCBI_OPT(CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
+    LLMCBI_OPT(CURLOPT_SSL_VERIFYPEER, 1L);
+    LLMCBI_OPT(CURLOPT_SSL_VERIFYHOST, 2L);
+#ifdef LLMCB_ALLOW_INSECURE_TLS
+    if (q->insecure_tls) {
+        LLMCBI_OPT(CURLOPT_SSL_VERIFYPEER, 0L);
+        LLMCBI_OPT(CURLOPT_SSL_VERIFYHOST, 0L);
+    }
+#endif
+    if (q->ca_file) LLMCBI_OPT(CURLOPT_CAINFO, q->ca_file);
+    LLMCBI_OPT(CURLOPT_POST, 1L);
+    LLMCBI_OPT(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)q->body_len);
+    LLMCBI_OPT(CURLOPT_POSTFIELDS, q->body);
+    LLMCBI_OPT(CURLOPT_HTTPHEADER, t->headers);
+    LLMCBI_OPT(CURLOPT_HEADERFUNCTION, llmcbi_transfer_header);
+    LLMCBI_OPT(CURLOPT_HEADERDATA, t);
+    LLMCBI_OPT(CURLOPT_WRITEFUNCTION, llmcbi_transfer_data);
+    LLMCBI_OPT(CURLOPT_WRITEDATA, t);
+    LLMCBI_OPT(CURLOPT_ERRORBUFFER, t->error);
+    LLMCBI_OPT(CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
+    LLMCBI_OPT(CURLOPT_PRIVATE, t);
+#undef LLMCBI_OPT
+    return ok;
+}
+
+static llmcb_code llmcbi_curl_start(llmcb_transport *tr, llmcb_exchange *x,
+                                    const llmcb_request *request)
+{
+    llmcbi_curl *c = (llmcbi_curl *)(void *)tr;
+    llmcb_loop *loop = tr->loop;
+    llmcbi_transfer *t =
+        (llmcbi_transfer *)llmcbi_alloc(&loop->alloc, sizeof *t);
+
+    if (!t) return LLMCB_ENOMEM;
+    t->curl = c;
+    t->x = x;
+    t->limits = *request->limits;
+    t->request_len = request->body_len;
+    t->next = c->transfers;
+    if (t->next) t->next->prev = t;
+    c->transfers = t;
+    if (llmcbi_timer_init(loop, &t->timer, llmcbi_transfer_timer) &&
+        llmcbi_transfer_headers(t, request) &&
+        (t->easy = curl_easy_init()) != NULL &&
+        llmcbi_transfer_options(t, request) &&
+        curl_multi_add_handle(c->multi, t->easy) == CURLM_OK) {
+        *llmcbi_transfer_slot(x) = t;
+        return LLMCB_OK;
+    }
+    llmcbi_transfer_free(t);
+    return LLMCB_ENOMEM;
+}
+
+static void llmcbi_curl_resume(llmcb_transport *tr, llmcb_exchange *x)
+{
+    llmcbi_transfer *t = *llmcbi_transfer_slot(x);
+
+    (void)tr;
+    if (!t->held) return;
+    t->held = false;
+    curl_easy_pause(t->easy, CURLPAUSE_CONT);
+}
+
+static void llmcbi_curl_cancel(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)tr;
+    llmcbi_transfer_free(*llmcbi_transfer_slot(x));
+}
+
+static void llmcbi_curl_release(llmcb_transport *tr, llmcb_exchange *x)
+{
+    llmcbi_transfer *t = *llmcbi_transfer_slot(x);
+    curl_off_t sent = 0;
+
+    /* libcurl still reads the request, which is about to go */
+    curl_easy_getinfo(t->easy, CURLINFO_SIZE_UPLOAD_T, &sent);
+    if (t->held || (uint64_t)sent < t->request_len) {
+        llmcbi_transfer_free(t);
+        return;
+    }
+    t->x = NULL;
+    llmcbi_timer_start(tr->loop, &t->timer, 100);
+}
+
+static void llmcbi_curl_free(llmcb_transport *tr)
+{
+    llmcbi_curl *c = (llmcbi_curl *)(void *)tr;
+    llmcb_loop *loop = tr->loop;
+
+    while (c->transfers) llmcbi_transfer_free(c->transfers);
+    curl_multi_cleanup(c->multi);
+    while (c->fds) {
+        llmcbi_curl_fd *f = c->fds;
+        c->fds = f->next;
+        llmcbi_watch_set(loop, &f->watch, f->watch.fd, 0);
+        llmcbi_free(&loop->alloc, f, sizeof *f);
+    }
+    llmcbi_timer_free(loop, &c->timer);
+    llmcbi_free(&loop->alloc, c, sizeof *c);
+}
+
+LLMCBI_DEF llmcb_transport *llmcb_curl_transport(llmcb_loop *loop)
+{
+    llmcbi_curl *c;
+    bool ok;
+
+    if (llmcbi_enter(loop) != LLMCB_OK) return NULL;
+    /* counted by libcurl and never undone; before libcurl 7.84 a program
+     * with several threads calls it first, as libcurl documents */
+    if (curl_global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK) return NULL;
+    c = (llmcbi_curl *)llmcbi_alloc(&loop->alloc, sizeof *c);
+    if (!c) return NULL;
+    c->base.state_size = sizeof(llmcbi_transfer *);
+    c->base.start = llmcbi_curl_start;
+    c->base.resume = llmcbi_curl_resume;
+    c->base.release = llmcbi_curl_release;
+    c->base.cancel = llmcbi_curl_cancel;
+    c->base.free = llmcbi_curl_free;
+    c->base.loop = loop;
+    c->multi = curl_multi_init();
+    ok = c->multi && llmcbi_timer_init(loop, &c->timer, llmcbi_curl_timer);
+#define LLMCBI_OPT(option, value) \
+    ok = ok && curl_multi_setopt(c->multi, option, value) == CURLM_OK
+    LLMCBI_OPT(CURLMOPT_SOCKETFUNCTION, llmcbi_curl_socket);
+    LLMCBI_OPT(CURLMOPT_SOCKETDATA, c);
+    LLMCBI_OPT(CURLMOPT_TIMERFUNCTION, llmcbi_curl_set_timer);
+    LLMCBI_OPT(CURLMOPT_TIMERDATA, c);
+    LLMCBI_OPT(CURLMOPT_MAXCONNECTS, 64L);
+#undef LLMCBI_OPT
+    if (!ok) {
+        if (c->multi) curl_multi_cleanup(c->multi);
+        llmcbi_timer_free(loop, &c->timer);
+        llmcbi_free(&loop->alloc, c, sizeof *c);
+        return NULL;
+    }
+    llmcb_transport_init(loop, &c->base);
+    return &c->base;
+}
+#endif /* LLMCB_NO_CURL */
+
+/* ==== [REPLAY] recordings: play them, make them ======================== */
+
+/* One response to play, owned by the transport. */
+typedef struct llmcbi_tape {
+    char *bytes;
+    size_t len, size;
+    llmcb_segment *segments;
+    size_t n_segments;
+    llmcb_replay_end end;
+} llmcbi_tape;
+
+typedef struct llmcbi_replay {
+    llmcb_transport base;
+    llmcbi_tape *tapes;
+    size_t n_tapes, cap, turn;
+    bool no_delays;
+} llmcbi_replay;
+
+/* A response being played. */
+typedef struct llmcbi_player {
+    llmcb_exchange *x;
+    const llmcbi_tape *tape;
+    llmcbi_ready ready;
+    llmcbi_timer timer;
+    llmcbi_h1 h1;
+    size_t segment;
+    bool connected, no_delays;
+    bool open; /* the timer must be freed */
+} llmcbi_player;
+
+static llmcbi_player *llmcbi_player_of(llmcb_exchange *x)
+{
+    return (llmcbi_player *)llmcb_exchange_state(x);
+}
+
+static void llmcbi_player_close(llmcbi_player *p)
+{
+    llmcb_loop *loop = p->x->loop;
+
+    if (!p->open) return;
+    p->open = false;
+    llmcbi_unready(&p->ready);
+    llmcbi_timer_free(loop, &p->timer);
+    llmcbi_h1_free(&loop->alloc, &p->h1);
+}
+
+static void llmcbi_player_end(llmcbi_player *p, llmcb_ending ending,
+                              llmcb_code code, int sys_errno,
+                              const char *message)
+{
+    llmcbi_player_close(p);
+    llmcb_exchange_end(p->x, ending, code, sys_errno, message);
+}
+
+static size_t llmcbi_tape_offset(const llmcbi_tape *t, size_t segment)
+{
+    size_t at = segment < t->n_segments ? t->segments[segment].offset
+                : segment == 0          ? 0
+                                        : t->len;
+
+    return at < t->len ? at : t->len;
+}
+
+/* What follows the last byte. */
+static void llmcbi_player_over(llmcbi_player *p)
+{
+    llmcb_ending ending;
+
+    switch (p->tape->end) {
+    case LLMCB_REPLAY_RESET:
+        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_EIO, ECONNRESET,
+                          "the connection broke");
+        return;
+    case LLMCB_REPLAY_CLOSE:
+        ending = llmcbi_h1_eof(&p->h1);
+        llmcbi_player_end(p, ending, p->h1.code, 0, p->h1.message);
+        return;
+    case LLMCB_REPLAY_REFUSE:
+    case LLMCB_REPLAY_KEEP:
+    default:
+        return; /* silence */
+    }
+}
+
+/* Waits for the delay of the next segment, or does without. */
+static void llmcbi_player_next(llmcbi_player *p)
+{
+    const llmcbi_tape *t = p->tape;
+    int64_t ms = 0;
+
+    if (p->segment < t->n_segments && !p->no_delays)
+        ms = t->segments[p->segment].delay_ms;
+    if (ms > 0) llmcbi_timer_start(p->x->loop, &p->timer, ms);
+    else llmcbi_make_ready(p->x->loop, &p->ready);
+}
+
+static void llmcbi_player_play(llmcbi_ready *r)
+{
+    llmcbi_player *p = LLMCBI_OWNER(llmcbi_player, ready, r);
+    const llmcbi_tape *t = p->tape;
+    const char *at, *end;
+    llmcbi_h1_type type;
+
+    if (!p->connected) {
+        p->connected = true;
+        if (t->end == LLMCB_REPLAY_REFUSE) {
+            llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ECONNECT, ECONNREFUSED,
+                              "could not connect to the server");
+            return;
+        }
+        llmcb_exchange_connected(p->x);
+        llmcbi_player_next(p);
+        return;
+    }
+    if (p->x->paused) return;
+    if (p->segment && p->segment >= t->n_segments) {
+        llmcbi_player_over(p);
+        return;
+    }
+    at = t->bytes + llmcbi_tape_offset(t, p->segment);
+    end = t->bytes + llmcbi_tape_offset(t, ++p->segment);
+    type = llmcbi_h1_drive(p->x->loop, &p->h1, p->x, &at, end);
+    if (type == LLMCBI_H1_END)
+        llmcbi_player_end(p, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
+    else if (type == LLMCBI_H1_ERROR)
+        llmcbi_player_end(p, LLMCB_BROKEN, p->h1.code, 0, p->h1.message);
+    else
+        llmcbi_player_next(p);
+}
+
+static void llmcbi_player_timer(llmcbi_timer *timer)
+{
+    llmcbi_player *p = LLMCBI_OWNER(llmcbi_player, timer, timer);
+
+    llmcbi_make_ready(p->x->loop, &p->ready);
+}
+
+static llmcb_code llmcbi_replay_start(llmcb_transport *tr, llmcb_exchange *x,
+                                      const llmcb_request *request)
+{
+    llmcbi_replay *r = (llmcbi_replay *)(void *)tr;
+    llmcbi_player *p = llmcbi_player_of(x);
+
+    p->x = x;
+    p->tape = &r->tapes[r->turn];
+    p->no_delays = r->no_delays;
+    p->ready.fn = llmcbi_player_play;
+    llmcbi_h1_init(&p->h1, request->limits);
+    if (!llmcbi_timer_init(tr->loop, &p->timer, llmcbi_player_timer))
+        return LLMCB_ENOMEM;
+    p->open = true;
+    if (r->turn + 1 < r->n_tapes) r->turn++;
+    llmcbi_make_ready(tr->loop, &p->ready);
+    return LLMCB_OK;
+}
+
+static void llmcbi_replay_resume(llmcb_transport *tr, llmcb_exchange *x)
+{
+    llmcbi_player *p = llmcbi_player_of(x);
+
+    (void)tr;
+    if (!p->timer.place) llmcbi_make_ready(x->loop, &p->ready);
+}
+
+static void llmcbi_replay_stop(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)tr;
+    llmcbi_player_close(llmcbi_player_of(x));
+}
+
+static void llmcbi_replay_free(llmcb_transport *tr)
+{
+    llmcbi_replay *r = (llmcbi_replay *)(void *)tr;
+    const llmcb_allocator *a = &tr->loop->alloc;
+    size_t i;
+
+    for (i = 0; i < r->n_tapes; i++) {
+        llmcbi_free(a, r->tapes[i].bytes, r->tapes[i].size);
+        llmcbi_free(a, r->tapes[i].segments,
+                    r->tapes[i].n_segments * sizeof *r->tapes[i].segments);
+    }
+    llmcbi_free(a, r->tapes, r->cap * sizeof *r->tapes);
+    llmcbi_free(a, r, sizeof *r);
+}
+
+static llmcbi_tape *llmcbi_tape_add(llmcbi_replay *r)
+{
+    if (r->n_tapes == r->cap) {
+        size_t cap = r->cap ? 2 * r->cap : 4;
+        llmcbi_tape *tapes = (llmcbi_tape *)llmcbi_resize(
+            &r->base.loop->alloc, r->tapes, r->cap * sizeof *tapes,
+            cap * sizeof *tapes);
+        if (!tapes) return NULL;
+        r->tapes = tapes;
+        r->cap = cap;
+    }
+    memset(&r->tapes[r->n_tapes], 0, sizeof *r->tapes);
+    return &r->tapes[r->n_tapes++];
+}
+
+static bool llmcbi_tape_segments(llmcbi_replay *r, llmcbi_tape *t, size_t n)
+{
+    if (!n) return true;
+    t->segments = (llmcb_segment *)llmcbi_alloc(&r->base.loop->alloc,
+                                                n * sizeof *t->segments);
+    if (t->segments) t->n_segments = n;
+    return t->segments != NULL;
+}
+
+static bool llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
+{
+    llmcbi_tape *t = llmcbi_tape_add(r);
+
+    if (!t) return false;
+    t->end = rec->end;
+    t->bytes = (char *)llmcbi_alloc(&r->base.loop->alloc, rec->len + 1);
+    if (!t->bytes) return false;
+    t->size = rec->len + 1;
+    t->len = rec->len;
+    if (rec->len) memcpy(t->bytes, rec->bytes, rec->len);
+    if (!llmcbi_tape_segments(r, t, rec->n_segments)) return false;
+    if (rec->n_segments)
+        memcpy(t->segments, rec->segments,
+               rec->n_segments * sizeof *t->segments);
+    return true;
+}
+
+/* NAME.http, NAME-2.http ..., NAME.segments.json ...: stem, number, ending */
+static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
+                             const char *path, size_t number,
+                             const char *ending)
+{
+    size_t len = strlen(path);
+
+    if (len > 5 && strcmp(path + len - 5, ".http") == 0) len -= 5;
+    b->len = 0;
+    llmcbi_buf_add(a, b, path, len);
+    if (number > 1) {
+        llmcbi_buf_add(a, b, "-", 1);
+        llmcbi_buf_int(a, b, (int64_t)number);
+    }
+    llmcbi_buf_text(a, b, ending);
+}
+
+#ifndef LLMCB_NO_STDIO
+static bool llmcbi_read_file(const llmcb_allocator *a, llmcbi_buf *b,
+                             const char *path)
+{
+    int fd = LLMCBI_SYS(open)(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = -1;
+
+    b->len = 0;
+    if (fd < 0) return false;
+    while (llmcbi_buf_reserve(a, b, 16384)) {
+        n = LLMCBI_SYS(read)(fd, b->ptr + b->len, 16384);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) break;
+        b->len += (size_t)n;
+    }
+    LLMCBI_SYS(close)(fd);
+    return n == 0 && !b->failed;
+}
+
+/* [[offset, delay], ...]; counts, or fills when there is somewhere to. */
+static size_t llmcbi_tape_read_segments(llmcbi_json *j, llmcb_segment *out)
+{
+    size_t n = 0;
+    int64_t v[2];
+    int i;
+
+    if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY) return 0;
+    while (llmcbi_json_next(j) == LLMCBI_JSON_ARRAY) {
+        for (i = 0; i < 2; i++)
+            if (llmcbi_json_next(j) != LLMCBI_JSON_NUMBER ||
+                !llmcbi_json_int(j, &v[i]) || v[i] < 0)
+                return 0;
+        if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY_END) return 0;
+        if (out) {
+            out[n].offset = (size_t)v[0];
+            out[n].delay_ms = v[1];
+        }
+        n++;
+    }
+    return n;
+}
+
+static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
+                                llmcb_str text)
+{
+    llmcbi_json j;
+    llmcbi_json_type type;
+
+    llmcbi_json_init(&j, text.ptr, text.len);
+    if (llmcbi_json_next(&j) != LLMCBI_JSON_OBJECT) return false;
+    while ((type = llmcbi_json_next(&j)) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(&j, "end")) {
+            if (llmcbi_json_next(&j) != LLMCBI_JSON_STRING) return false;
+            t->end = llmcbi_json_is(&j, "rst")      ? LLMCB_REPLAY_RESET
+                     : llmcbi_json_is(&j, "close")  ? LLMCB_REPLAY_CLOSE
+                     : llmcbi_json_is(&j, "refuse") ? LLMCB_REPLAY_REFUSE
+                                                    : LLMCB_REPLAY_KEEP;
+        } else if (llmcbi_json_is(&j, "segments")) {
+            llmcbi_json again = j;
+            size_t n = llmcbi_tape_read_segments(&again, NULL);
+            if (!n || t->segments || !llmcbi_tape_segments(r, t, n))
+                return false;
+            llmcbi_tape_read_segments(&j, t->segments);
+        } else {
+            llmcbi_json_skip(&j, llmcbi_json_next(&j));
+        }
+    }
+    return type == LLMCBI_JSON_OBJECT_END;
+}
+
+/* false: there is no such file, or it is not a recording. */
+static bool llmcbi_tape_load(llmcbi_replay *r, const char *path,
+                             size_t number)
+{
+    const llmcb_allocator *a = &r->base.loop->alloc;
+    llmcbi_buf name, text;
+    llmcbi_tape *t;
+    bool ok;
+
+    memset(&name, 0, sizeof name);
+    memset(&text, 0, sizeof text);
+    llmcbi_tape_name(a, &name, path, number, ".http");
+    ok = !name.failed && llmcbi_read_file(a, &text, name.ptr);
+    t = ok ? llmcbi_tape_add(r) : NULL;
+    if (t) {
+        t->bytes = text.ptr;
+        t->len = text.len;
+        t->size = text.cap;
+        t->end = LLMCB_REPLAY_CLOSE;
+        memset(&text, 0, sizeof text);
+        llmcbi_tape_name(a, &name, path, number, ".segments.json");
+        if (!name.failed && llmcbi_read_file(a, &text, name.ptr))
+            ok = llmcbi_tape_borders(r, t, llmcbi_buf_str(&text));
+    }
+    llmcbi_buf_free(a, &name);
+    llmcbi_buf_free(a, &text);
+    return ok && t != NULL;
+}
+#else
+static bool llmcbi_tape_load(llmcbi_replay *r, const char *path,
+                             size_t number)
+{
+    (void)r;
+    (void)path;
+    (void)number;
+    return false;
+}
+#endif
+
+LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
+                                             const llmcb_replay_desc *desc)
+{
+    llmcbi_replay *r;
+    size_t i;
+    bool ok = true;
+
+    if (llmcbi_enter(loop) != LLMCB_OK || !desc) return NULL;
+    r = (llmcbi_replay *)llmcbi_alloc(&loop->alloc, sizeof *r);
+    if (!r) return NULL;
+    r->base.loop = loop;
+    r->base.state_size = sizeof(llmcbi_player);
+    r->base.start = llmcbi_replay_start;
+    r->base.resume = llmcbi_replay_resume;
+    r->base.release = llmcbi_replay_stop;
+    r->base.cancel = llmcbi_replay_stop;
+    r->base.free = llmcbi_replay_free;
+    r->no_delays = desc->no_delays;
+    for (i = 0; ok && i < desc->n_recordings; i++)
+        ok = llmcbi_tape_copy(r, &desc->recordings[i]);
+    if (desc->path && !desc->n_recordings) {
+        ok = llmcbi_tape_load(r, desc->path, 1);
+        for (i = 2; ok && llmcbi_tape_load(r, desc->path, i);) i++;
+    }
+    if (!ok || !r->n_tapes) {
+        llmcbi_replay_free(&r->base);
+        return NULL;
+    }
+    llmcb_transport_init(loop, &r->base);
+    return &r->base;
+}
+
+/* -- the recorder */
+
+typedef struct llmcbi_recorder {
+    llmcb_transport base;
+    llmcb_transport *inner;
+    char *path;
+    size_t path_size;
+    size_t number; /* of the last response */
+} llmcbi_recorder;
+
+/* A response being recorded: what comes from the inner exchange is noted
+ * and handed on to the outer one. */
+typedef struct llmcbi_take {
+    llmcbi_recorder *recorder;
+    llmcb_exchange *outer, *inner;
+    llmcbi_buf http, borders;
+    size_t number;
+    int64_t last;
+    bool in_body, ended;
+} llmcbi_take;
+
+static void llmcbi_take_border(llmcbi_take *t)
+{
+    const llmcb_allocator *a = &t->outer->loop->alloc;
+    int64_t now = t->outer->loop->now;
+
+    llmcbi_buf_text(a, &t->borders, t->borders.len ? ",[" : "[");
+    llmcbi_buf_int(a, &t->borders, (int64_t)t->http.len);
+    llmcbi_buf_text(a, &t->borders, ",");
+    llmcbi_buf_int(a, &t->borders, now - t->last);
+    llmcbi_buf_text(a, &t->borders, "]");
+    t->last = now;
+}
+
+static void llmcbi_take_connected(void *owner)
+{
+    llmcb_exchange_connected(((llmcbi_take *)owner)->outer);
+}
+
+static void llmcbi_take_status(void *owner, int status)
+{
+    llmcbi_take *t = (llmcbi_take *)owner;
+    const llmcb_allocator *a = &t->outer->loop->alloc;
+
+    llmcbi_take_border(t);
+    llmcbi_buf_text(a, &t->http, "HTTP/1.1 ");
+    llmcbi_buf_int(a, &t->http, status);
+    llmcbi_buf_text(a, &t->http, " \r\n");
+    llmcb_exchange_status(t->outer, status);
+}
+
+static void llmcbi_take_header(void *owner, llmcb_str name, llmcb_str value)
+{
+    static const char *const left_out[] = {
+        "transfer-encoding", "content-length", "connection", "set-cookie",
+        "authorization",     "openai-organization", "openai-project"
+    };
+    llmcbi_take *t = (llmcbi_take *)owner;
+    const llmcb_allocator *a = &t->outer->loop->alloc;
+    size_t i, n = sizeof left_out / sizeof *left_out;
+
+    for (i = 0; i < n && !llmcbi_str_is_nocase(name, left_out[i]);) i++;
+    if (i == n) {
+        llmcbi_buf_add(a, &t->http, name.ptr, name.len);
+        llmcbi_buf_text(a, &t->http, ": ");
+        llmcbi_buf_add(a, &t->http, value.ptr, value.len);
+        llmcbi_buf_text(a, &t->http, "\r\n");
+    }
+    llmcb_exchange_header(t->outer, name, value);
+}
+
+static void llmcbi_take_head_end(llmcbi_take *t)
+{
+    if (t->in_body) return;
+    t->in_body = true;
+    llmcbi_buf_text(&t->outer->loop->alloc, &t->http,
+                    "Transfer-Encoding: chunked\r\n\r\n");
+}
+
+/* Each piece of the body becomes one chunk and one border. */
+static size_t llmcbi_take_data(void *owner, const char *bytes, size_t len)
+{
+    static const char hex[] = "0123456789abcdef";
+    llmcbi_take *t = (llmcbi_take *)owner;
+    const llmcb_allocator *a = &t->outer->loop->alloc;
+    int shift;
+    bool begun = false;
+
+    llmcbi_take_head_end(t);
+    llmcbi_take_border(t);
+    for (shift = 60; shift >= 0; shift -= 4) {
+        char digit = hex[(uint64_t)len >> shift & 15];
+        if (digit != '0') begun = true;
+        if (begun) llmcbi_buf_add(a, &t->http, &digit, 1);
+    }
+    llmcbi_buf_text(a, &t->http, "\r\n");
+    llmcbi_buf_add(a, &t->http, bytes, len);
+    llmcbi_buf_text(a, &t->http, "\r\n");
+    if (!llmcb_exchange_data(t->outer, bytes, len)) t->inner->paused = true;
+    return len;
+}
+
+#ifndef LLMCB_NO_STDIO
+static bool llmcbi_write_file(const char *path, llmcb_str text)
+{
+    int fd = LLMCBI_SYS(open)(path,
+                              O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC |
+                                  O_NOFOLLOW,
+                              0600);
+    ssize_t n = 0;
+    size_t at = 0;
+
+    if (fd < 0) return false;
+    while (at < text.len) {
+        n = LLMCBI_SYS(write)(fd, text.ptr + at, text.len - at);
+        if (n < 0 && errno != EINTR) break;
+        if (n > 0) at += (size_t)n;
+    }
+    return LLMCBI_SYS(close)(fd) == 0 && at == text.len;
+}
+#else
+static bool llmcbi_write_file(const char *path, llmcb_str text)
+{
+    (void)path;
+    (void)text;
+    return false;
+}
+#endif
+
+static void llmcbi_take_save(llmcbi_take *t, const char *end)
+{
+    llmcb_loop *loop = t->outer->loop;
+    const llmcb_allocator *a = &loop->alloc;
+    llmcbi_buf name, json;
+    bool ok;
+
+    memset(&name, 0, sizeof name);
+    memset(&json, 0, sizeof json);
+    llmcbi_buf_text(a, &json, "{\"end\":\"");
+    llmcbi_buf_text(a, &json, end);
+    llmcbi_buf_text(a, &json, "\",\"segments\":[");
+    llmcbi_buf_text(a, &json, t->borders.len ? t->borders.ptr : "[0,0]");
+    llmcbi_buf_text(a, &json, "]}\n");
+    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ".http");
+    ok = !name.failed && !t->http.failed && !t->borders.failed &&
+         !json.failed &&
+         llmcbi_write_file(name.ptr, llmcbi_buf_str(&t->http));
+    llmcbi_tape_name(a, &name, t->recorder->path, t->number,
+                     ".segments.json");
+    ok = ok && !name.failed &&
+         llmcbi_write_file(name.ptr, llmcbi_buf_str(&json));
+    if (!ok) llmcbi_log(loop, "a recording could not be written");
+    llmcbi_buf_free(a, &name);
+    llmcbi_buf_free(a, &json);
+}
+
+/* The take is over, one way or the other. */
+static void llmcbi_take_close(llmcbi_take *t, const char *end)
+{
+    const llmcb_allocator *a = &t->outer->loop->alloc;
+
+    llmcbi_take_save(t, end);
+    llmcbi_buf_free(a, &t->http);
+    llmcbi_buf_free(a, &t->borders);
+    t->ended = true;
+}
+
+static void llmcbi_take_end(void *owner, llmcb_ending ending,
+                            const llmcb_error *error)
+{
+    llmcbi_take *t = (llmcbi_take *)owner;
+    llmcb_error e = *error;
+
+    if (ending == LLMCB_ORDERLY) {
+        llmcbi_take_head_end(t);
+        llmcbi_take_border(t);
+        llmcbi_buf_text(&t->outer->loop->alloc, &t->http, "0\r\n\r\n");
+    }
+    llmcbi_take_close(t, e.code == LLMCB_ECONNECT  ? "refuse"
+                         : ending == LLMCB_ORDERLY ? "keep"
+                         : ending == LLMCB_CUT     ? "close"
+                                                   : "rst");
+    llmcbi_exchange_free(t->inner, LLMCBI_PART_UNSTARTED);
+    t->inner = NULL;
+    llmcb_exchange_end(t->outer, ending, e.code, e.sys_errno, e.message);
+}
+
+static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
+                                      const llmcb_request *request)
+{
+    static const llmcbi_sink sink = { llmcbi_take_connected,
+                                      llmcbi_take_status, llmcbi_take_header,
+                                      llmcbi_take_data, llmcbi_take_end };
+    llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
+    llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
+    llmcb_code code;
+
+    t->recorder = r;
+    t->outer = x;
+    t->last = tr->loop->now;
+    t->inner = llmcbi_exchange_new(r->inner, &sink, t);
+    if (!t->inner) return LLMCB_ENOMEM;
+    code = r->inner->start(r->inner, t->inner, request);
+    if (code == LLMCB_OK) t->number = ++r->number;
+    else llmcbi_exchange_free(t->inner, LLMCBI_PART_UNSTARTED);
+    return code;
+}
+
+static void llmcbi_record_resume(llmcb_transport *tr, llmcb_exchange *x)
+{
+    llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
+
+    (void)tr;
+    if (t->inner) llmcbi_exchange_resume(t->inner);
+}
+
+static void llmcbi_record_part(llmcb_exchange *x, llmcbi_parting how)
+{
+    llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
+
+    /* what was left unread: the answer was complete, or nobody knows */
+    if (!t->ended) llmcbi_take_close(t, "close");
+    llmcbi_exchange_free(t->inner, how);
+    t->inner = NULL;
+}
+
+static void llmcbi_record_release(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)tr;
+    llmcbi_record_part(x, LLMCBI_PART_RELEASE);
+}
+
+static void llmcbi_record_cancel(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)tr;
+    llmcbi_record_part(x, LLMCBI_PART_CANCEL);
+}
+
+static void llmcbi_record_free(llmcb_transport *tr)
+{
+    llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
+
+    llmcbi_free(&tr->loop->alloc, r->path, r->path_size);
+    llmcbi_free(&tr->loop->alloc, r, sizeof *r);
+}
+
+LLMCBI_DEF llmcb_transport *llmcb_record_new(llmcb_loop *loop,
+                                             llmcb_transport *inner,
+                                             const char *path)
+{
+    llmcbi_recorder *r;
+
+    if (llmcbi_enter(loop) != LLMCB_OK || !inner || !path) return NULL;
+    r = (llmcbi_recorder *)llmcbi_alloc(&loop->alloc, sizeof *r);
+    if (!r) return NULL;
+    r->path_size = strlen(path) + 1;
+    r->path = (char *)llmcbi_alloc(&loop->alloc, r->path_size);
+    if (!r->path) {
+        llmcbi_free(&loop->alloc, r, sizeof *r);
+        return NULL;
+    }
+    memcpy(r->path, path, r->path_size);
+    r->inner = inner;
+    r->base.state_size = sizeof(llmcbi_take);
+    r->base.start = llmcbi_record_start;
+    r->base.resume = llmcbi_record_resume;
+    r->base.release = llmcbi_record_release;
+    r->base.cancel = llmcbi_record_cancel;
+    r->base.free = llmcbi_record_free;
+    llmcb_transport_init(loop, &r->base);
+    return &r->base;
 }
