@@ -3308,6 +3308,7 @@ struct llmcbi_task {
     size_t n_many, n_left;
     llmcbi_watch watch;
     llmcb_op *owned; /* freed when the await ends */
+    llmcbi_task **slot; /* where it waits for a chunk */
     void *owner;     /* for step and finish */
     const void *home; /* the chat op that a handler's task belongs to */
     bool armed;      /* suspended, or about to be */
@@ -3347,6 +3348,8 @@ static void llmcbi_task_disarm(llmcbi_task *t)
     llmcbi_free(&t->loop->alloc, t->many, t->n_many * sizeof *t->many);
     t->many = NULL;
     t->n_many = 0;
+    if (t->slot) *t->slot = NULL;
+    t->slot = NULL;
     if (t->owned) {
         llmcb_op *op = t->owned;
         t->owned = NULL;
@@ -3998,7 +4001,7 @@ struct llmcbi_run {
     const llmcb_error *error; /* of the finish event */
     llmcb_event_kind finish_kind;
     llmcbi_cursor *cursors; /* inline handlers first */
-    size_t n_cursors;
+    size_t n_cursors, n_abandoned;
     uint64_t pull;     /* events that the pull interface has passed */
     const char *pull_pos;
     uint64_t slowest;  /* as of the last pump: no cursor is behind it */
@@ -4938,8 +4941,9 @@ static void llmcbi_run_abandon(llmcbi_run *run)
 
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
-        if (c->known >= run->head) continue;
+        if (c->known >= run->head || c->mute) continue;
         c->mute = true;
+        run->n_abandoned++;
         if (c->running) llmcbi_task_cancel(c->task);
         if (c->on_pool) llmcbi_cursor_unpublish(c);
     }
@@ -7793,3 +7797,2982 @@ LLMCBI_DEF llmcb_transport *llmcb_record_new(llmcb_loop *loop,
     llmcb_transport_init(loop, &r->base);
     return &r->base;
 }
+
+/* ==== [WIRE] the OpenAI dialect: request body, answer ================== */
+
+/* A string of the answer as it stands in the JSON text. */
+typedef struct llmcbi_raw {
+    const char *ptr; /* NULL: absent or null */
+    size_t len;
+    bool plain; /* ASCII without escapes */
+} llmcbi_raw;
+
+/* One element of "choices". */
+typedef struct llmcbi_wire_choice {
+    int64_t index;
+    bool has_delta; /* or a message */
+    llmcbi_raw text, refusal, reasoning, finish_reason;
+    llmcb_str tool_calls;    /* JSON array */
+    llmcb_str function_call; /* JSON object, the old form */
+    llmcb_str logprobs;      /* JSON object */
+} llmcbi_wire_choice;
+
+/* One event of a stream, or a whole answer. The first choice is read with
+ * it; `rest` stands behind it if there are more. */
+typedef struct llmcbi_wire_event {
+    bool has_choice, more;
+    llmcbi_wire_choice choice;
+    llmcbi_json rest;
+    llmcb_usage usage;
+    llmcbi_raw model, id, fingerprint;
+    llmcb_str error; /* its JSON text; len 0: none */
+} llmcbi_wire_event;
+
+static void llmcbi_wire_string(llmcbi_json *j, llmcbi_raw *out)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+
+    out->ptr = NULL;
+    out->len = 0;
+    if (type == LLMCBI_JSON_STRING) {
+        out->ptr = j->str;
+        out->len = j->len;
+        out->plain = !j->escaped && !j->high;
+    } else {
+        llmcbi_json_skip(j, type);
+    }
+}
+
+static llmcb_str llmcbi_wire_raw(llmcbi_json *j, llmcbi_json_type want)
+{
+    llmcbi_json_type type = llmcbi_json_raw(j);
+
+    return type == want ? llmcbi_slice(j->str, j->len) : llmcbi_slice("", 0);
+}
+
+static void llmcbi_wire_delta(llmcbi_json *j, llmcbi_wire_choice *c)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+    llmcbi_raw reasoning;
+
+    if (type != LLMCBI_JSON_OBJECT) {
+        llmcbi_json_skip(j, type);
+        return;
+    }
+    c->has_delta = true;
+    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(j, "content")) {
+            llmcbi_wire_string(j, &c->text);
+        } else if (llmcbi_json_is(j, "refusal")) {
+            llmcbi_wire_string(j, &c->refusal);
+        } else if (llmcbi_json_is(j, "reasoning_content") ||
+                   llmcbi_json_is(j, "reasoning")) {
+            llmcbi_wire_string(j, &reasoning); /* some send both */
+            if (reasoning.len) c->reasoning = reasoning;
+        } else if (llmcbi_json_is(j, "tool_calls")) {
+            c->tool_calls = llmcbi_wire_raw(j, LLMCBI_JSON_ARRAY);
+        } else if (llmcbi_json_is(j, "function_call")) {
+            c->function_call = llmcbi_wire_raw(j, LLMCBI_JSON_OBJECT);
+        } else {
+            llmcbi_json_skip(j, llmcbi_json_next(j));
+        }
+    }
+}
+
+static int64_t llmcbi_wire_int(llmcbi_json *j, int64_t otherwise)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+    int64_t v;
+
+    if (type == LLMCBI_JSON_NUMBER && llmcbi_json_int(j, &v)) return v;
+    llmcbi_json_skip(j, type);
+    return otherwise;
+}
+
+/* The next element of "choices"; false: there is none. */
+static bool llmcbi_wire_next_choice(llmcbi_json *j, llmcbi_wire_choice *c)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+
+    while (type != LLMCBI_JSON_OBJECT) {
+        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
+            return false;
+        llmcbi_json_skip(j, type);
+        type = llmcbi_json_next(j);
+    }
+    memset(c, 0, sizeof *c);
+    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(j, "delta") || llmcbi_json_is(j, "message"))
+            llmcbi_wire_delta(j, c);
+        else if (llmcbi_json_is(j, "index"))
+            c->index = llmcbi_wire_int(j, 0);
+        else if (llmcbi_json_is(j, "finish_reason"))
+            llmcbi_wire_string(j, &c->finish_reason);
+        else if (llmcbi_json_is(j, "logprobs"))
+            c->logprobs = llmcbi_wire_raw(j, LLMCBI_JSON_OBJECT);
+        else
+            llmcbi_json_skip(j, llmcbi_json_next(j));
+    }
+    return true;
+}
+
+static int64_t llmcbi_wire_count(llmcbi_json *j)
+{
+    int64_t v = llmcbi_wire_int(j, 0);
+
+    return v > 0 ? v : 0;
+}
+
+/* A "..._details" object of usage: one number of it. */
+static int64_t llmcbi_wire_detail(llmcbi_json *j, const char *name)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+    int64_t v = 0;
+
+    if (type != LLMCBI_JSON_OBJECT) {
+        llmcbi_json_skip(j, type);
+        return 0;
+    }
+    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(j, name)) v = llmcbi_wire_count(j);
+        else llmcbi_json_skip(j, llmcbi_json_next(j));
+    }
+    return v;
+}
+
+static void llmcbi_wire_usage(llmcbi_json *j, llmcb_usage *u)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+
+    if (type != LLMCBI_JSON_OBJECT) {
+        llmcbi_json_skip(j, type);
+        return;
+    }
+    memset(u, 0, sizeof *u);
+    u->known = true;
+    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(j, "prompt_tokens"))
+            u->input_tokens = llmcbi_wire_count(j);
+        else if (llmcbi_json_is(j, "completion_tokens"))
+            u->output_tokens = llmcbi_wire_count(j);
+        else if (llmcbi_json_is(j, "total_tokens"))
+            u->total_tokens = llmcbi_wire_count(j);
+        else if (llmcbi_json_is(j, "prompt_tokens_details"))
+            u->cached_tokens = llmcbi_wire_detail(j, "cached_tokens");
+        else if (llmcbi_json_is(j, "completion_tokens_details"))
+            u->reasoning_tokens = llmcbi_wire_detail(j, "reasoning_tokens");
+        else
+            llmcbi_json_skip(j, llmcbi_json_next(j));
+    }
+    if (!u->total_tokens) u->total_tokens = u->input_tokens + u->output_tokens;
+}
+
+static void llmcbi_wire_choices(llmcbi_json *j, llmcbi_wire_event *ev)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+    uint32_t depth = j->depth;
+    llmcbi_json look;
+
+    if (type != LLMCBI_JSON_ARRAY) {
+        llmcbi_json_skip(j, type);
+        return;
+    }
+    ev->has_choice = llmcbi_wire_next_choice(j, &ev->choice);
+    if (!ev->has_choice) return;
+    look = *j;
+    ev->rest = *j;
+    ev->more = llmcbi_json_next(&look) != LLMCBI_JSON_ARRAY_END;
+    while (j->depth >= depth)
+        if (llmcbi_json_next(j) == LLMCBI_JSON_ERROR) return;
+}
+
+/* Reads one event. false: it is not one whole JSON object. */
+static bool llmcbi_wire_read(const char *ptr, size_t len,
+                             llmcbi_wire_event *ev, bool *too_deep)
+{
+    llmcbi_json j;
+
+    memset(ev, 0, sizeof *ev);
+    llmcbi_json_init(&j, ptr, len);
+    if (llmcbi_json_next(&j) != LLMCBI_JSON_OBJECT) return false;
+    while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(&j, "choices")) {
+            llmcbi_wire_choices(&j, ev);
+        } else if (llmcbi_json_is(&j, "usage")) {
+            llmcbi_wire_usage(&j, &ev->usage);
+        } else if (llmcbi_json_is(&j, "model")) {
+            llmcbi_wire_string(&j, &ev->model);
+        } else if (llmcbi_json_is(&j, "id")) {
+            llmcbi_wire_string(&j, &ev->id);
+        } else if (llmcbi_json_is(&j, "system_fingerprint")) {
+            llmcbi_wire_string(&j, &ev->fingerprint);
+        } else if (llmcbi_json_is(&j, "error")) {
+            llmcbi_json_type type = llmcbi_json_raw(&j);
+            if (type == LLMCBI_JSON_OBJECT || type == LLMCBI_JSON_STRING)
+                ev->error = llmcbi_slice(j.str, j.len);
+        } else {
+            llmcbi_json_skip(&j, llmcbi_json_next(&j));
+        }
+    }
+    *too_deep = j.too_deep;
+    return llmcbi_json_whole(&j);
+}
+
+/* What a provider says of an error: an object with message, type and code
+ * (perhaps inside "error"), or a string. */
+static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
+{
+    llmcbi_json j;
+    llmcbi_json_type type;
+    char message[sizeof e->message];
+
+    llmcbi_json_init(&j, ptr, len);
+    type = llmcbi_json_next(&j);
+    *message = '\0';
+    if (type == LLMCBI_JSON_STRING)
+        llmcbi_json_clean(message, sizeof message, &j);
+    while (type == LLMCBI_JSON_OBJECT &&
+           llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
+        bool is_error = llmcbi_json_is(&j, "error");
+        bool is_message = llmcbi_json_is(&j, "message");
+        bool is_type = llmcbi_json_is(&j, "type");
+        bool is_code = llmcbi_json_is(&j, "code");
+        llmcbi_json_type value = llmcbi_json_raw(&j);
+        llmcbi_json inner;
+        if (is_error && value == LLMCBI_JSON_OBJECT) {
+            llmcbi_wire_error(e, j.str, j.len);
+            return;
+        }
+        llmcbi_json_init(&inner, j.str, j.len);
+        value = llmcbi_json_next(&inner);
+        if (value == LLMCBI_JSON_STRING && (is_message || is_error))
+            llmcbi_json_clean(message, sizeof message, &inner);
+        if (value == LLMCBI_JSON_STRING && is_type)
+            llmcbi_json_clean(e->type, sizeof e->type, &inner);
+        if ((value == LLMCBI_JSON_STRING || value == LLMCBI_JSON_NUMBER) &&
+            is_code)
+            llmcbi_json_clean(e->provider_code, sizeof e->provider_code,
+                              &inner);
+    }
+    if (!*message) return;
+    llmcbi_error_add(e, ": ", 2);
+    llmcbi_error_add(e, message, strlen(message));
+}
+
+/* -- the answer as it grows */
+
+typedef struct llmcbi_tool_slot {
+    int64_t index; /* as the server numbers it; -1: it does not */
+    llmcbi_buf id, name, arguments;
+    llmcbi_carry carry;
+} llmcbi_tool_slot;
+
+/* One choice; its public face is the generation of the same number. */
+typedef struct llmcbi_choice {
+    llmcbi_buf text, refusal, reasoning, logprobs;
+    char finish_reason[32];
+    llmcbi_carry text_carry, refusal_carry, reasoning_carry;
+    llmcbi_tool_slot *tools;
+    llmcb_tool_call *calls; /* of the generation */
+    size_t n_tools, tools_cap;
+    bool finished;
+} llmcbi_choice;
+
+typedef struct llmcbi_answer {
+    llmcbi_choice *choices;
+    llmcb_generation *generations;
+    size_t n, cap;
+    size_t total; /* bytes of text in all choices */
+    llmcbi_buf model, id, fingerprint;
+    llmcb_usage usage;
+    llmcb_result result; /* what is shown of it */
+} llmcbi_answer;
+
+static void llmcbi_answer_free(const llmcb_allocator *a, llmcbi_answer *w)
+{
+    size_t i, k;
+
+    for (i = 0; i < w->n; i++) {
+        llmcbi_choice *c = &w->choices[i];
+        llmcbi_buf_free(a, &c->text);
+        llmcbi_buf_free(a, &c->refusal);
+        llmcbi_buf_free(a, &c->reasoning);
+        llmcbi_buf_free(a, &c->logprobs);
+        for (k = 0; k < c->n_tools; k++) {
+            llmcbi_buf_free(a, &c->tools[k].id);
+            llmcbi_buf_free(a, &c->tools[k].name);
+            llmcbi_buf_free(a, &c->tools[k].arguments);
+        }
+        llmcbi_free(a, c->tools, c->tools_cap * sizeof *c->tools);
+        llmcbi_free(a, c->calls, c->tools_cap * sizeof *c->calls);
+    }
+    llmcbi_free(a, w->choices, w->cap * sizeof *w->choices);
+    llmcbi_free(a, w->generations, w->cap * sizeof *w->generations);
+    llmcbi_buf_free(a, &w->model);
+    llmcbi_buf_free(a, &w->id);
+    llmcbi_buf_free(a, &w->fingerprint);
+    memset(w, 0, sizeof *w);
+}
+
+/* Two arrays that grow side by side, so that showing the answer needs no
+ * memory. */
+static bool llmcbi_grow_pair(const llmcb_allocator *a, void **x, size_t xs,
+                             void **y, size_t ys, size_t *cap, size_t want)
+{
+    size_t n = *cap ? *cap : 1;
+    void *p, *q;
+
+    if (want <= *cap) return true;
+    while (n < want) n *= 2;
+    q = llmcbi_alloc(a, n * ys);
+    if (!q) return false;
+    p = llmcbi_resize(a, *x, *cap * xs, n * xs);
+    if (!p) {
+        llmcbi_free(a, q, n * ys);
+        return false;
+    }
+    memset((char *)p + *cap * xs, 0, (n - *cap) * xs);
+    if (*cap) memcpy(q, *y, *cap * ys);
+    llmcbi_free(a, *y, *cap * ys);
+    *x = p;
+    *y = q;
+    *cap = n;
+    return true;
+}
+
+static llmcbi_choice *llmcbi_answer_choice(const llmcb_allocator *a,
+                                           llmcbi_answer *w, size_t index)
+{
+    void *x = w->choices, *y = w->generations;
+    bool ok = llmcbi_grow_pair(a, &x, sizeof *w->choices, &y,
+                               sizeof *w->generations, &w->cap, index + 1);
+
+    w->choices = (llmcbi_choice *)x;
+    w->generations = (llmcb_generation *)y;
+    if (!ok) return NULL;
+    if (w->n <= index) w->n = index + 1;
+    return &w->choices[index];
+}
+
+static bool llmcbi_whole_object(llmcb_str s)
+{
+    llmcbi_json j;
+
+    llmcbi_json_init(&j, s.ptr, s.len);
+    return llmcbi_json_raw(&j) == LLMCBI_JSON_OBJECT && llmcbi_json_whole(&j);
+}
+
+/* Makes w->result show what has come. Allocates nothing. */
+static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
+{
+    llmcb_result *r = &w->result;
+    size_t i, k;
+
+    for (i = 0; i < w->n; i++) {
+        llmcbi_choice *c = &w->choices[i];
+        llmcb_generation *g = &w->generations[i];
+        g->text = llmcbi_buf_str(&c->text);
+        g->refusal = llmcbi_buf_str(&c->refusal);
+        g->reasoning = llmcbi_buf_str(&c->reasoning);
+        g->logprobs = llmcbi_buf_str(&c->logprobs);
+        g->finish_reason = llmcbi_str(c->finish_reason);
+        g->tool_calls = c->calls;
+        g->n_tool_calls = c->n_tools;
+        for (k = 0; k < c->n_tools; k++) {
+            llmcb_tool_call *call = &c->calls[k];
+            call->id = llmcbi_buf_str(&c->tools[k].id);
+            call->name = llmcbi_buf_str(&c->tools[k].name);
+            call->arguments = llmcbi_buf_str(&c->tools[k].arguments);
+            call->valid = call->name.len && (!call->arguments.len ||
+                                             llmcbi_whole_object(
+                                                 call->arguments));
+        }
+    }
+    r->complete = complete;
+    r->generations = w->generations;
+    r->n_generations = w->n;
+    r->model_name = llmcbi_buf_str(&w->model);
+    r->id = llmcbi_buf_str(&w->id);
+    r->system_fingerprint = llmcbi_buf_str(&w->fingerprint);
+    r->usage = w->usage;
+}
+
+/* Keeps a scalar of the answer; the first one counts. */
+static void llmcbi_answer_note(const llmcb_allocator *a, llmcbi_buf *b,
+                               const llmcbi_raw *raw)
+{
+    llmcbi_json j;
+
+    if (!raw->len || b->len) return;
+    memset(&j, 0, sizeof j);
+    j.str = raw->ptr;
+    j.len = raw->len < 4096 ? raw->len : 0;
+    llmcbi_json_text(a, b, &j);
+}
+
+/* -- tool calls: what servers send, made into calls */
+
+/* One element of "tool_calls". */
+typedef struct llmcbi_tool_piece {
+    int64_t index; /* -1: none that can be used */
+    llmcbi_raw id, name, arguments;
+    bool object; /* the arguments are JSON itself, not a string */
+} llmcbi_tool_piece;
+
+static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p)
+{
+    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(j, "name")) {
+            llmcbi_wire_string(j, &p->name);
+        } else if (llmcbi_json_is(j, "arguments")) {
+            llmcbi_json before = *j;
+            llmcbi_json_type type = llmcbi_json_raw(j);
+            if (type == LLMCBI_JSON_STRING) {
+                *j = before;
+                llmcbi_wire_string(j, &p->arguments);
+            } else if (type == LLMCBI_JSON_OBJECT) {
+                p->object = true;
+                p->arguments.ptr = j->str;
+                p->arguments.len = j->len;
+                p->arguments.plain = false;
+            }
+        } else {
+            llmcbi_json_skip(j, llmcbi_json_next(j));
+        }
+    }
+}
+
+static bool llmcbi_wire_next_tool(llmcbi_json *j, llmcbi_tool_piece *p)
+{
+    llmcbi_json_type type = llmcbi_json_next(j);
+
+    while (type != LLMCBI_JSON_OBJECT) {
+        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
+            return false;
+        llmcbi_json_skip(j, type);
+        type = llmcbi_json_next(j);
+    }
+    memset(p, 0, sizeof *p);
+    p->index = -1;
+    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(j, "index")) {
+            p->index = llmcbi_wire_int(j, -1);
+        } else if (llmcbi_json_is(j, "id")) {
+            llmcbi_wire_string(j, &p->id);
+        } else if (llmcbi_json_is(j, "function")) {
+            type = llmcbi_json_next(j);
+            if (type == LLMCBI_JSON_OBJECT) llmcbi_wire_function(j, p);
+            else llmcbi_json_skip(j, type);
+        } else {
+            llmcbi_json_skip(j, llmcbi_json_next(j));
+        }
+    }
+    return true;
+}
+
+static bool llmcbi_buf_is_raw(const llmcbi_buf *b, const llmcbi_raw *raw)
+{
+    return b->len == raw->len &&
+           (!raw->len || memcmp(b->ptr, raw->ptr, raw->len) == 0);
+}
+
+/* The call that a piece belongs to, n_tools for a new one. A number that the
+ * server gives decides first, then the id. A name opens a new call when the
+ * one found has a name and either another id or arguments that are whole:
+ * servers give every call the same number, a new id with each piece, the
+ * name with each piece, or none of it. */
+static size_t llmcbi_tool_find(const llmcbi_choice *c,
+                               const llmcbi_tool_piece *p)
+{
+    size_t i, found = c->n_tools;
+    const llmcbi_tool_slot *s;
+
+    for (i = c->n_tools; i-- > 0 && found == c->n_tools;) {
+        s = &c->tools[i];
+        if (p->index >= 0 ? s->index == p->index
+                          : p->id.len && llmcbi_buf_is_raw(&s->id, &p->id))
+            found = i;
+    }
+    if (found == c->n_tools) {
+        if (p->index >= 0 || !c->n_tools || (p->id.len && p->name.len))
+            return c->n_tools;
+        found = c->n_tools - 1; /* unnumbered: the last one goes on */
+    }
+    s = &c->tools[found];
+    if (!p->name.len || !s->name.len) return found;
+    if (p->id.len && s->id.len)
+        return llmcbi_buf_is_raw(&s->id, &p->id) ? found : c->n_tools;
+    return llmcbi_whole_object(llmcbi_buf_str(&s->arguments)) ? c->n_tools
+                                                              : found;
+}
+
+/* -- the request */
+
+static const char *llmcbi_role_name(llmcb_role role)
+{
+    static const char *const names[] = { "user", "assistant", "system",
+                                         "developer", "tool" };
+
+    return (unsigned)role < 5 ? names[role] : NULL;
+}
+
+/* What is wrong with a message, or LLMCB_OK. */
+static llmcb_code llmcbi_message_check(const llmcb_message *m,
+                                       const char **why)
+{
+    size_t i, len = m->content ? m->content_len ? m->content_len
+                                                : strlen(m->content)
+                               : 0;
+    llmcbi_json j;
+
+    *why = NULL;
+    if (!llmcbi_role_name(m->role)) *why = "a message has an unknown role";
+    if (m->n_tool_calls && !m->tool_calls)
+        *why = "a message has n_tool_calls but no tool_calls";
+    if (m->role == LLMCB_TOOL && !m->tool_call_id)
+        *why = "a tool message has no tool_call_id";
+    if (m->parts) {
+        llmcbi_json_init(&j, m->parts, strlen(m->parts));
+        if (llmcbi_json_raw(&j) != LLMCBI_JSON_ARRAY || !llmcbi_json_whole(&j))
+            *why = "the parts of a message are not a JSON array";
+    }
+    if (*why) return LLMCB_EINVAL;
+    if (!llmcbi_utf8_valid(m->content ? m->content : "", len) ||
+        (m->name && !llmcbi_utf8_valid(m->name, strlen(m->name))) ||
+        (m->tool_call_id &&
+         !llmcbi_utf8_valid(m->tool_call_id, strlen(m->tool_call_id))))
+        *why = "a message is not valid UTF-8";
+    for (i = 0; i < m->n_tool_calls; i++) {
+        const llmcb_tool_call *c = &m->tool_calls[i];
+        if (!llmcbi_utf8_valid(c->id.ptr, c->id.len) ||
+            !llmcbi_utf8_valid(c->name.ptr, c->name.len) ||
+            !llmcbi_utf8_valid(c->arguments.ptr, c->arguments.len))
+            *why = "a tool call is not valid UTF-8";
+    }
+    return *why ? LLMCB_EUTF8 : LLMCB_OK;
+}
+
+static void llmcbi_wire_member(const llmcb_allocator *a, llmcbi_buf *b,
+                               const char *name, const char *text)
+{
+    if (!text) return;
+    llmcbi_buf_text(a, b, name);
+    llmcbi_json_quote(a, b, text, strlen(text));
+}
+
+static void llmcbi_wire_message(const llmcb_allocator *a, llmcbi_buf *b,
+                                const llmcb_message *m)
+{
+    size_t i;
+
+    llmcbi_buf_text(a, b, "{\"role\":\"");
+    llmcbi_buf_text(a, b, llmcbi_role_name(m->role));
+    llmcbi_buf_text(a, b, "\",\"content\":");
+    if (m->parts) {
+        llmcbi_buf_text(a, b, m->parts);
+    } else if (m->content && !(m->n_tool_calls && !*m->content)) {
+        llmcbi_json_quote(a, b, m->content,
+                          m->content_len ? m->content_len
+                                         : strlen(m->content));
+    } else {
+        llmcbi_buf_text(a, b, m->n_tool_calls ? "null" : "\"\"");
+    }
+    llmcbi_wire_member(a, b, ",\"name\":", m->name);
+    llmcbi_wire_member(a, b, ",\"tool_call_id\":", m->tool_call_id);
+    for (i = 0; i < m->n_tool_calls; i++) {
+        const llmcb_tool_call *c = &m->tool_calls[i];
+        llmcbi_buf_text(a, b, i ? "," : ",\"tool_calls\":[");
+        llmcbi_buf_text(a, b, "{\"type\":\"function\",\"id\":");
+        llmcbi_json_quote(a, b, c->id.ptr, c->id.len);
+        llmcbi_buf_text(a, b, ",\"function\":{\"name\":");
+        llmcbi_json_quote(a, b, c->name.ptr, c->name.len);
+        llmcbi_buf_text(a, b, ",\"arguments\":");
+        llmcbi_json_quote(a, b, c->arguments.ptr, c->arguments.len);
+        llmcbi_buf_text(a, b, "}}");
+    }
+    llmcbi_buf_text(a, b, m->n_tool_calls ? "]}" : "}");
+}
+
+/* Whether a JSON object has a member; `extra` wins over what we would say. */
+static bool llmcbi_has_member(const char *object, const char *name)
+{
+    llmcbi_json j;
+
+    if (!object) return false;
+    llmcbi_json_init(&j, object, strlen(object));
+    if (llmcbi_json_next(&j) != LLMCBI_JSON_OBJECT) return false;
+    while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is(&j, name)) return true;
+        llmcbi_json_skip(&j, llmcbi_json_next(&j));
+    }
+    return false;
+}
+
+/* The members of the request but the messages, as a JSON object. */
+static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
+                               const llmcb_chat_desc *d, bool openai,
+                               bool stream)
+{
+    const char *limit = openai ? "max_completion_tokens" : "max_tokens";
+    const char *x = d->extra;
+    llmcbi_json j;
+
+    llmcbi_buf_text(a, b, "{");
+    if (!llmcbi_has_member(x, "model"))
+        llmcbi_wire_member(a, b, "\"model\":", d->model);
+    if (!llmcbi_has_member(x, "stream"))
+        llmcbi_buf_text(a, b, stream ? ",\"stream\":true"
+                                     : ",\"stream\":false");
+    if (stream && !d->no_usage && !llmcbi_has_member(x, "stream_options"))
+        llmcbi_buf_text(a, b, ",\"stream_options\":{\"include_usage\":true}");
+    if (d->max_tokens > 0 && !llmcbi_has_member(x, limit)) {
+        llmcbi_buf_text(a, b, ",\"");
+        llmcbi_buf_text(a, b, limit);
+        llmcbi_buf_text(a, b, "\":");
+        llmcbi_buf_int(a, b, d->max_tokens);
+    }
+    if (d->n > 1 && !llmcbi_has_member(x, "n")) {
+        llmcbi_buf_text(a, b, ",\"n\":");
+        llmcbi_buf_int(a, b, d->n);
+    }
+    if (d->tools && !llmcbi_has_member(x, "tools")) {
+        llmcbi_buf_text(a, b, ",\"tools\":");
+        llmcbi_buf_text(a, b, d->tools);
+    }
+    if (b->len > 1 && b->ptr[1] == ',') { /* the model came from extra */
+        llmcbi_buf_drop(b, 1);
+        b->ptr[0] = '{';
+    }
+    if (x) {
+        llmcbi_json_init(&j, x, strlen(x));
+        if (llmcbi_json_raw(&j) == LLMCBI_JSON_OBJECT && j.len > 2) {
+            llmcb_str inner = llmcbi_slice(j.str + 1, j.len - 2);
+            llmcbi_json_init(&j, x, strlen(x));
+            llmcbi_json_next(&j);
+            if (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
+                if (b->len > 1) llmcbi_buf_text(a, b, ",");
+                llmcbi_buf_add(a, b, inner.ptr, inner.len);
+            }
+        }
+    }
+    llmcbi_buf_text(a, b, "}");
+}
+
+/* The whole body: the messages, then the members of `params`. */
+static void llmcbi_wire_body(const llmcb_allocator *a, llmcbi_buf *b,
+                             const llmcb_message *m, size_t n,
+                             llmcb_str params)
+{
+    size_t i;
+
+    llmcbi_buf_text(a, b, "{\"messages\":[");
+    for (i = 0; i < n; i++) {
+        if (i) llmcbi_buf_text(a, b, ",");
+        llmcbi_wire_message(a, b, &m[i]);
+    }
+    llmcbi_buf_text(a, b, params.len > 2 ? "]," : "]");
+    llmcbi_buf_add(a, b, params.ptr + 1, params.len - 1);
+}
+
+/* The conversation as one text, for handlers of completion models. */
+static void llmcbi_wire_prompt(const llmcb_allocator *a, llmcbi_buf *b,
+                               const llmcb_message *m, size_t n)
+{
+    static const char *const names[] = { "Human: ", "AI: ", "System: ",
+                                         "System: ", "Tool: " };
+    size_t i;
+
+    for (i = 0; i < n; i++) {
+        if (i) llmcbi_buf_text(a, b, "\n");
+        llmcbi_buf_text(a, b, names[m[i].role]);
+        llmcbi_buf_add(a, b, m[i].content, m[i].content_len);
+    }
+}
+
+/* ==== [CHAT] generate, batch, stream, cancel =========================== */
+
+struct llmcb_chat {
+    llmcb_loop *loop;
+    size_t refs; /* the program's and each call's */
+    llmcbi_arena arena;
+    llmcb_chat_desc d; /* resolved; strings in the arena */
+    llmcb_error error; /* of the descriptor */
+    char *url;
+    char *auth; /* the header value with the key; wiped at the end */
+    size_t auth_size, key_at;
+    llmcb_pair *headers; /* one is free for the call's own */
+    size_t n_headers;
+    uint64_t identity;
+    bool openai; /* OpenAI's or Azure's own servers */
+};
+
+/* -- the descriptor */
+
+static void llmcbi_chat_refuse(llmcb_chat *chat, llmcb_code code,
+                               const char *message)
+{
+    if (chat->error.code == LLMCB_OK)
+        llmcbi_error_set(&chat->error, code, message);
+}
+
+static const char *llmcbi_chat_copy(llmcb_chat *chat, const char *s)
+{
+    if (!s) return NULL;
+    return llmcbi_arena_text(&chat->loop->alloc, &chat->arena, s, strlen(s));
+}
+
+static bool llmcbi_header_name_ok(const char *s)
+{
+    static const char *const ours[] = { "host", "content-length",
+                                        "transfer-encoding", "connection",
+                                        "expect", "accept-encoding" };
+    size_t i;
+
+    for (i = 0; i < sizeof ours / sizeof *ours; i++)
+        if (llmcbi_str_is_nocase(llmcbi_str(s), ours[i])) return false;
+    for (i = 0; s[i]; i++)
+        if (!llmcbi_token_char(s[i])) return false;
+    return i > 0;
+}
+
+/* A key, or another value that goes into a header as it is. */
+static bool llmcbi_secret_ok(const char *s)
+{
+    size_t i;
+
+    for (i = 0; s[i]; i++)
+        if ((unsigned char)s[i] <= 0x20 || (unsigned char)s[i] >= 0x7F)
+            return false;
+    return i <= 16384;
+}
+
+static void llmcbi_limits_default(llmcb_limits *l)
+{
+    static const llmcb_limits usual = { 16384,
+                                        65536,
+                                        128,
+                                        (size_t)16 << 20,
+                                        (size_t)64 << 20,
+                                        (size_t)16 << 20,
+                                        128,
+                                        128,
+                                        65536,
+                                        (size_t)1 << 30,
+                                        1024,
+                                        (size_t)1 << 20 };
+
+#define LLMCBI_DEFAULT(m) \
+    if (!l->m) l->m = usual.m
+    LLMCBI_DEFAULT(header_line);
+    LLMCBI_DEFAULT(header_block);
+    LLMCBI_DEFAULT(header_fields);
+    LLMCBI_DEFAULT(event);
+    LLMCBI_DEFAULT(text);
+    LLMCBI_DEFAULT(arguments);
+    LLMCBI_DEFAULT(tool_calls);
+    LLMCBI_DEFAULT(choices);
+    LLMCBI_DEFAULT(error_body);
+    LLMCBI_DEFAULT(body);
+    LLMCBI_DEFAULT(window_events);
+    LLMCBI_DEFAULT(window_bytes);
+#undef LLMCBI_DEFAULT
+}
+
+static bool llmcbi_ends_with(llmcb_str s, const char *tail)
+{
+    size_t n = strlen(tail);
+
+    return s.len >= n && memcmp(s.ptr + s.len - n, tail, n) == 0;
+}
+
+/* base + "/chat/completions", before a query if there is one. */
+static void llmcbi_chat_set_url(llmcb_chat *chat, const char *base)
+{
+    static const char path[] = "/chat/completions";
+    size_t len = strcspn(base, "?"), n = strlen(base) + sizeof path;
+    llmcbi_url u;
+    const char *why;
+
+    while (len && base[len - 1] == '/') len--;
+    chat->url =
+        (char *)llmcbi_arena_get(&chat->loop->alloc, &chat->arena, n);
+    if (!chat->url) return;
+    memcpy(chat->url, base, len);
+    memcpy(chat->url + len, path, sizeof path);
+    strcpy(chat->url + len + sizeof path - 1, base + strcspn(base, "?"));
+    why = llmcbi_url_parse(&u, chat->url);
+    if (why) {
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
+        return;
+    }
+    chat->openai = llmcbi_str_is_nocase(u.host, "api.openai.com") ||
+                   llmcbi_ends_with(u.host, ".azure.com");
+    if (*chat->d.api_key && !u.tls && !chat->d.allow_cleartext_key &&
+        !llmcbi_url_is_local(&u))
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "an API key would go out in clear text: use "
+                           "https://, or set allow_cleartext_key");
+}
+
+static void llmcbi_chat_header(llmcb_chat *chat, const char *key,
+                               const char *value)
+{
+    llmcb_pair *h = &chat->headers[chat->n_headers++];
+
+    h->key = key;
+    h->value = value;
+}
+
+static void llmcbi_chat_set_headers(llmcb_chat *chat)
+{
+    const llmcb_allocator *a = &chat->loop->alloc;
+    const llmcb_chat_desc *d = &chat->d;
+    size_t i, len = strlen(d->api_key);
+    llmcbi_url u;
+    bool azure;
+
+    chat->headers = (llmcb_pair *)llmcbi_arena_get(
+        a, &chat->arena, (d->n_headers + 7) * sizeof *chat->headers);
+    if (!chat->headers) return;
+    llmcbi_chat_header(chat, "Content-Type", "application/json");
+    llmcbi_chat_header(chat, "Accept", "text/event-stream, application/json");
+    llmcbi_chat_header(chat, "User-Agent", "llmcb/" LLMCB_VERSION);
+    if (*d->organization)
+        llmcbi_chat_header(chat, "OpenAI-Organization", d->organization);
+    for (i = 0; i < d->n_headers; i++) {
+        const llmcb_pair *h = &d->headers[i];
+        if (!h->key || !h->value || !llmcbi_header_name_ok(h->key) ||
+            !llmcbi_clean_text(h->value)) {
+            llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                               "a header has a bad name or holds a control "
+                               "character");
+            return;
+        }
+        llmcbi_chat_header(chat, llmcbi_chat_copy(chat, h->key),
+                           llmcbi_chat_copy(chat, h->value));
+    }
+    if (!len) return;
+    /* the only copy of the key, apart from those on their way out */
+    azure = chat->url && !llmcbi_url_parse(&u, chat->url) &&
+            llmcbi_ends_with(u.host, ".azure.com");
+    chat->key_at = azure ? 0 : 7;
+    chat->auth_size = chat->key_at + len + 1;
+    chat->auth = (char *)llmcbi_alloc(a, chat->auth_size);
+    if (!chat->auth) {
+        chat->arena.failed = true;
+        return;
+    }
+    memcpy(chat->auth, "Bearer ", chat->key_at);
+    memcpy(chat->auth + chat->key_at, d->api_key, len);
+    llmcbi_chat_header(chat, azure ? "api-key" : "Authorization", chat->auth);
+}
+
+static void llmcbi_chat_check_json(llmcb_chat *chat, const char *text,
+                                   llmcbi_json_type type, const char *why)
+{
+    llmcbi_json j;
+
+    if (!text) return;
+    llmcbi_json_init(&j, text, strlen(text));
+    if (llmcbi_json_raw(&j) != type || !llmcbi_json_whole(&j) ||
+        !llmcbi_utf8_valid(text, strlen(text)))
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
+}
+
+/* Copies of the lists that serve the chat's own runs. */
+static void llmcbi_chat_copy_lists(llmcb_chat *chat)
+{
+    const llmcb_allocator *a = &chat->loop->alloc;
+    llmcb_chat_desc *d = &chat->d;
+    llmcb_handler **callbacks = (llmcb_handler **)llmcbi_arena_get(
+        a, &chat->arena, (d->n_callbacks + 1) * sizeof *callbacks);
+    const char **tags = (const char **)llmcbi_arena_get(
+        a, &chat->arena, (d->n_tags + 1) * sizeof *tags);
+    llmcb_pair *metadata = (llmcb_pair *)llmcbi_arena_get(
+        a, &chat->arena, (d->n_metadata + 1) * sizeof *metadata);
+    size_t i;
+
+    if (!callbacks || !tags || !metadata) return;
+    for (i = 0; i < d->n_callbacks; i++) {
+        callbacks[i] = d->callbacks[i];
+        if (llmcbi_check_handler(callbacks[i]) != LLMCB_OK)
+            llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                               "a handler is NULL, or has one event in both "
+                               "tables");
+    }
+    for (i = 0; i < d->n_tags; i++)
+        tags[i] = llmcbi_chat_copy(chat, d->tags[i]);
+    for (i = 0; i < d->n_metadata; i++) {
+        metadata[i].key = llmcbi_chat_copy(chat, d->metadata[i].key);
+        metadata[i].value = llmcbi_chat_copy(chat, d->metadata[i].value);
+    }
+    d->callbacks = callbacks;
+    d->tags = tags;
+    d->metadata = metadata;
+}
+
+static const char *llmcbi_env(const char *given, const char *name,
+                              const char *otherwise)
+{
+    if (!given) given = getenv(name);
+    return given ? given : otherwise;
+}
+
+static int64_t llmcbi_ms(int64_t given, int64_t otherwise)
+{
+    return given ? given : otherwise;
+}
+
+static void llmcbi_chat_resolve(llmcb_chat *chat)
+{
+    llmcb_chat_desc *d = &chat->d;
+    const char *base;
+    bool no_address = !d->base_url && !getenv("OPENAI_BASE_URL");
+
+    if ((d->n_callbacks && !d->callbacks) || (d->n_tags && !d->tags) ||
+        (d->n_metadata && !d->metadata) || (d->n_headers && !d->headers)) {
+        d->n_callbacks = d->n_tags = d->n_metadata = d->n_headers = 0;
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a list is NULL");
+    }
+    base = llmcbi_env(d->base_url, "OPENAI_BASE_URL",
+                      "https://api.openai.com/v1");
+    d->api_key = llmcbi_env(d->api_key, "OPENAI_API_KEY", "");
+    d->organization = llmcbi_chat_copy(
+        chat, llmcbi_env(d->organization, "OPENAI_ORG_ID", ""));
+    d->model = llmcbi_chat_copy(chat, d->model ? d->model : "gpt-4o-mini");
+    d->tools = llmcbi_chat_copy(chat, d->tools);
+    d->extra = llmcbi_chat_copy(chat, d->extra);
+    d->ca_file = llmcbi_chat_copy(chat, d->ca_file);
+    if (d->n < 1) d->n = 1;
+    if (!d->max_retries) d->max_retries = 2;
+    if (d->max_retries < 0) d->max_retries = 0;
+    d->connect_ms = llmcbi_ms(d->connect_ms, 10000);
+    d->first_byte_ms = llmcbi_ms(d->first_byte_ms, 600000);
+    d->idle_ms = llmcbi_ms(d->idle_ms, 120000);
+    d->total_ms = llmcbi_ms(d->total_ms, LLMCB_FOREVER);
+    llmcbi_limits_default(&d->limits);
+    if (!llmcbi_secret_ok(d->api_key))
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "api_key holds a blank, line end, control or "
+                           "non-ASCII character, or is too long");
+    if (!llmcbi_secret_ok(d->organization))
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "organization holds a bad character");
+    if (no_address && !*d->api_key && !d->transport)
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "no API key: set OPENAI_API_KEY, or api_key, or "
+                           "base_url for a server that needs none");
+    if (!llmcbi_utf8_valid(d->model, strlen(d->model)))
+        llmcbi_chat_refuse(chat, LLMCB_EUTF8, "model is not valid UTF-8");
+    llmcbi_chat_check_json(chat, d->tools, LLMCBI_JSON_ARRAY,
+                           "tools is not a JSON array");
+    llmcbi_chat_check_json(chat, d->extra, LLMCBI_JSON_OBJECT,
+                           "extra is not a JSON object");
+#ifndef LLMCB_ALLOW_INSECURE_TLS
+    if (d->insecure_tls)
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "insecure_tls needs a build with "
+                           "LLMCB_ALLOW_INSECURE_TLS");
+#endif
+    llmcbi_chat_set_url(chat, base);
+    llmcbi_chat_set_headers(chat);
+    llmcbi_chat_copy_lists(chat);
+    d->api_key = NULL; /* the caller's; ours is in auth */
+}
+
+static void llmcbi_chat_unref(llmcb_chat *chat)
+{
+    const llmcb_allocator *a = &chat->loop->alloc;
+
+    if (--chat->refs) return;
+    if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
+    llmcbi_free(a, chat->auth, chat->auth_size);
+    llmcbi_arena_free(a, &chat->arena);
+    llmcbi_free(a, chat, sizeof *chat);
+}
+
+LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
+                                      const llmcb_chat_desc *desc)
+{
+    llmcb_chat *chat;
+
+    if (llmcbi_enter(loop) != LLMCB_OK) return NULL;
+    chat = (llmcb_chat *)llmcbi_alloc(&loop->alloc, sizeof *chat);
+    if (!chat) return NULL;
+    chat->loop = loop;
+    chat->refs = 1;
+    chat->identity = ++loop->last_identity;
+    if (desc) chat->d = *desc;
+    llmcbi_error_set(&chat->error, LLMCB_OK, NULL);
+    llmcbi_chat_resolve(chat);
+    if (chat->arena.failed) {
+        llmcbi_chat_unref(chat);
+        return NULL;
+    }
+    return chat;
+}
+
+LLMCBI_DEF const llmcb_error *llmcb_chat_error(const llmcb_chat *chat)
+{
+    return chat ? &chat->error : llmcbi_error_const(LLMCB_ENOMEM);
+}
+
+LLMCBI_DEF void llmcb_chat_free(llmcb_chat *chat)
+{
+    if (chat) llmcbi_chat_unref(chat);
+}
+
+/* -- a call: one or more prompts, one run each */
+
+typedef enum llmcbi_phase {
+    LLMCBI_PHASE_NONE,
+    LLMCBI_PHASE_CONNECT,
+    LLMCBI_PHASE_FIRST_BYTE,
+    LLMCBI_PHASE_IDLE, /* the body is coming */
+    LLMCBI_PHASE_BACKOFF
+} llmcbi_phase;
+
+typedef enum llmcbi_body_kind {
+    LLMCBI_BODY_UNKNOWN, /* until its first byte */
+    LLMCBI_BODY_STREAM,
+    LLMCBI_BODY_JSON,
+    LLMCBI_BODY_ERROR /* of a status that is no success */
+} llmcbi_body_kind;
+
+typedef struct llmcbi_call llmcbi_call;
+
+/* One prompt. */
+typedef struct llmcbi_prompt {
+    llmcbi_run run; /* first, so that a run leads here */
+    llmcbi_call *call;
+    llmcbi_buf body; /* of the request */
+    llmcb_start start;
+    llmcb_request request;
+    llmcb_pair *headers;
+    llmcb_exchange *x;
+    llmcbi_timer timer;
+    int64_t phase_due, total_due; /* 0: none; absolute */
+    int64_t paused_at;
+    int64_t last_data;
+    llmcbi_sse sse;
+    llmcbi_buf text;    /* a body that is no stream; a redirect's target */
+    llmcbi_buf pending; /* an event of which some choices must wait */
+    size_t pending_done; /* choices of it that have been told */
+    llmcbi_answer answer;
+    const llmcb_error *outcome; /* NULL: not known yet */
+    int64_t retry_after;
+    int attempt;
+    int status;
+    char request_id[64];
+    int8_t should_retry; /* -1, 0, 1 */
+    uint8_t phase, body_kind;
+    bool html, encoded; /* what the head says of the body */
+    bool got_body;  /* some byte of a success has come: no retry */
+    bool got_chunk;
+    bool sentinel;
+    bool launched;  /* its first request has been made */
+    bool over;      /* the exchange is to be let go of */
+    bool orderly;   /* and its response was complete */
+} llmcbi_prompt;
+
+struct llmcbi_call {
+    llmcb_op op;
+    llmcb_chat *chat;
+    llmcbi_ready ready; /* looks what can go on */
+    llmcbi_arena arena;
+    llmcbi_arena talk; /* the messages, until the start has been told */
+    llmcbi_buf params;
+    llmcbi_prompt *prompts;
+    size_t n;
+    size_t max_open;
+    llmcb_handler **handlers;
+    size_t n_handlers;
+    llmcbi_task *reader; /* awaits a chunk */
+    const llmcb_error *late; /* a failure that changed no event */
+    size_t told; /* prompts whose error has been told, in order */
+    bool stream; /* the request asks for one */
+    bool shown;  /* the record at pull_pos is in the program's hands */
+    bool cancelled;
+    bool orphaned; /* destroyed but for a worker inside a handler */
+};
+
+static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e);
+
+static llmcbi_prompt *llmcbi_prompt_of(llmcbi_run *run)
+{
+    return (llmcbi_prompt *)(void *)run;
+}
+
+static const llmcb_allocator *llmcbi_prompt_alloc(const llmcbi_prompt *p)
+{
+    return &p->call->op.loop->alloc;
+}
+
+/* -- the outcome of a prompt */
+
+static void llmcbi_prompt_fail(llmcbi_prompt *p, llmcb_code code,
+                               const char *message)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, code, message);
+    llmcbi_prompt_decide(p, &e);
+}
+
+/* A server may echo the key in its error. */
+static void llmcbi_hide(char *text, const char *secret)
+{
+    size_t n = strlen(secret);
+    char *at;
+
+    if (n < 4) return;
+    while ((at = strstr(text, secret)) != NULL) memset(at, '*', n);
+}
+
+static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
+{
+    const llmcb_chat *chat = p->call->chat;
+
+    e->attempt = p->attempt;
+    if (!e->http_status) e->http_status = p->status;
+    if (e->retry_after_ms < 0) e->retry_after_ms = p->retry_after;
+    memcpy(e->request_id, p->request_id, sizeof e->request_id);
+    if (chat->auth) {
+        const char *key = chat->auth + chat->key_at;
+        llmcbi_hide(e->message, key);
+        llmcbi_hide(e->type, key);
+        llmcbi_hide(e->provider_code, key);
+        llmcbi_hide(e->request_id, key);
+    }
+}
+
+/* A character that was cut in two and will not be completed becomes one
+ * last token. */
+static void llmcbi_prompt_flush_carries(llmcbi_prompt *p);
+static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e);
+
+/* The one place where an outcome becomes known. code LLMCB_OK: success. */
+static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e)
+{
+    if (p->outcome) return;
+    llmcbi_prompt_complete_error(p, e);
+    if (llmcbi_prompt_retry(p, e)) return;
+    if (e->code != LLMCB_ECANCELLED && p->run.state == LLMCBI_RUN_OPEN)
+        llmcbi_prompt_flush_carries(p);
+    p->outcome = llmcbi_error_keep(llmcbi_prompt_alloc(p), e);
+    p->over = true;
+    llmcbi_timer_stop(p->call->op.loop, &p->timer);
+    p->phase = LLMCBI_PHASE_NONE;
+    p->paused_at = 0;
+    if (p->run.state != LLMCBI_RUN_NEW) llmcbi_run_drain(&p->run);
+    llmcbi_make_ready(p->call->op.loop, &p->call->ready);
+}
+
+static void llmcbi_prompt_succeed(llmcbi_prompt *p)
+{
+    llmcb_error ok;
+
+    llmcbi_error_set(&ok, LLMCB_OK, NULL);
+    llmcbi_prompt_decide(p, &ok);
+}
+
+/* -- timeouts: one timer for the phase and the whole */
+
+static void llmcbi_prompt_arm(llmcbi_prompt *p)
+{
+    llmcb_loop *loop = p->call->op.loop;
+    int64_t due = p->phase_due;
+
+    if (!due || (p->total_due && p->total_due < due)) due = p->total_due;
+    if (due && !p->paused_at)
+        llmcbi_timer_start(loop, &p->timer, due - loop->now);
+    else
+        llmcbi_timer_stop(loop, &p->timer);
+}
+
+static void llmcbi_prompt_set_phase(llmcbi_prompt *p, llmcbi_phase phase,
+                                    int64_t ms)
+{
+    int64_t now = p->call->op.loop->now;
+
+    p->phase = (uint8_t)phase;
+    p->phase_due = ms < 0 || ms > INT64_MAX / 4 ? 0 : now + ms;
+    if (p->phase_due == 0 && ms == 0) p->phase_due = 1;
+    p->last_data = now;
+    llmcbi_prompt_arm(p);
+}
+
+static void llmcbi_prompt_timed_out(llmcbi_prompt *p, llmcb_detail detail,
+                                    const char *message)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, LLMCB_ETIMEDOUT, message);
+    e.detail = detail;
+    if (detail != LLMCB_DETAIL_CONNECT && detail != LLMCB_DETAIL_FIRST_BYTE)
+        p->got_body = true; /* no retry */
+    llmcbi_prompt_decide(p, &e);
+}
+
+/* The library itself holds the transport: the clocks stand still. */
+static void llmcbi_prompt_pause(llmcbi_prompt *p)
+{
+    p->run.starved = true;
+    p->paused_at = p->call->op.loop->now;
+    if (!p->paused_at) p->paused_at = 1;
+    llmcbi_timer_stop(p->call->op.loop, &p->timer);
+}
+
+static void llmcbi_prompt_unpause(llmcbi_prompt *p)
+{
+    int64_t now = p->call->op.loop->now, held = now - p->paused_at;
+
+    p->run.starved = false;
+    p->paused_at = 0;
+    p->last_data = now;
+    if (p->phase == LLMCBI_PHASE_IDLE && p->phase_due)
+        p->phase_due = now + p->call->chat->d.idle_ms;
+    if (p->total_due && held > 0) p->total_due += held;
+    llmcbi_prompt_arm(p);
+}
+
+/* -- events of a stream */
+
+static size_t llmcbi_raw_room(const llmcbi_raw *raw)
+{
+    return raw->plain ? raw->len + 1 : 3 * raw->len + 7;
+}
+
+static llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
+                                   llmcbi_carry *carry)
+{
+    size_t n;
+
+    if (raw->plain && !carry->n && !carry->high) {
+        n = raw->len;
+        memcpy(*at, raw->ptr, n);
+    } else {
+        n = llmcbi_json_decode(*at, raw->ptr, raw->len, carry);
+    }
+    (*at)[n] = '\0';
+    *at += n + 1;
+    return llmcbi_slice(*at - n - 1, n);
+}
+
+static const llmcb_parts *llmcbi_no_parts(void)
+{
+    static const llmcb_parts none = {
+        NULL,      0,         { "", 0 },  { "", 0 },
+        { "", 0 }, { "", 0 }, { false, 0, 0, 0, 0, 0 }
+    };
+
+    return &none;
+}
+
+/* Adds decoded text to the answer. false: a limit, or no memory. */
+static bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
+{
+    if (!s.len) return true;
+    p->answer.total += s.len;
+    if (p->answer.total > p->call->chat->d.limits.text) {
+        llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                           "the answer exceeds limits.text");
+        return false;
+    }
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), b, s.ptr, s.len);
+    if (b->failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    return !b->failed;
+}
+
+/* The slot of a piece, new if need be; NULL: failed. */
+static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p,
+                                            llmcbi_choice *c,
+                                            const llmcbi_tool_piece *piece,
+                                            bool *opened)
+{
+    size_t i = llmcbi_tool_find(c, piece);
+    void *x = c->tools, *y = c->calls;
+    bool ok;
+
+    *opened = i == c->n_tools;
+    if (!*opened) return &c->tools[i];
+    if (i >= p->call->chat->d.limits.tool_calls) {
+        llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                           "more tool calls than limits.tool_calls");
+        return NULL;
+    }
+    ok = llmcbi_grow_pair(llmcbi_prompt_alloc(p), &x, sizeof *c->tools, &y,
+                          sizeof *c->calls, &c->tools_cap, i + 1);
+    c->tools = (llmcbi_tool_slot *)x;
+    c->calls = (llmcb_tool_call *)y;
+    if (!ok) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return NULL;
+    }
+    c->n_tools++;
+    c->tools[i].index = piece->index;
+    return &c->tools[i];
+}
+
+/* One piece into its call and into the delta that handlers see. */
+static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_choice *c,
+                                     const llmcbi_tool_piece *piece,
+                                     llmcb_tool_delta *delta, char **at)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcbi_carry none;
+    bool opened;
+    llmcbi_tool_slot *s = llmcbi_prompt_tool(p, c, piece, &opened);
+
+    if (!s) return false;
+    memset(&none, 0, sizeof none);
+    delta->index = (size_t)(s - c->tools);
+    delta->id = delta->name = delta->arguments = llmcbi_slice("", 0);
+    if (piece->id.len && !s->id.len) {
+        delta->id = llmcbi_raw_decode(at, &piece->id, &none);
+        if (!llmcbi_prompt_keep(p, &s->id, delta->id)) return false;
+    }
+    if (piece->name.len && !s->name.len) {
+        delta->name = llmcbi_raw_decode(at, &piece->name, &none);
+        if (!llmcbi_prompt_keep(p, &s->name, delta->name)) return false;
+    }
+    if (piece->arguments.len && !(piece->object && s->arguments.len)) {
+        if (piece->object)
+            delta->arguments = llmcbi_record_text(at, piece->arguments.ptr,
+                                                  piece->arguments.len);
+        else
+            delta->arguments =
+                llmcbi_raw_decode(at, &piece->arguments, &s->carry);
+        if (s->arguments.len + delta->arguments.len >
+            p->call->chat->d.limits.arguments) {
+            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                               "a tool call exceeds limits.arguments");
+            return false;
+        }
+        llmcbi_buf_add(a, &s->arguments, delta->arguments.ptr,
+                       delta->arguments.len);
+    }
+    if (s->arguments.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    return !s->arguments.failed;
+}
+
+/* The pieces of one event; with out NULL it only counts. */
+static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_choice *c,
+                                  const llmcbi_wire_choice *w,
+                                  llmcb_tool_delta *out, char **at)
+{
+    llmcbi_tool_piece piece;
+    llmcbi_json j;
+    size_t n = 0;
+
+    if (w->tool_calls.len) {
+        llmcbi_json_init(&j, w->tool_calls.ptr, w->tool_calls.len);
+        llmcbi_json_next(&j);
+        while (llmcbi_wire_next_tool(&j, &piece)) {
+            if (out && !llmcbi_prompt_tool_piece(p, c, &piece, &out[n], at))
+                return n;
+            n++;
+        }
+    }
+    if (w->function_call.len) {
+        memset(&piece, 0, sizeof piece);
+        llmcbi_json_init(&j, w->function_call.ptr, w->function_call.len);
+        llmcbi_json_next(&j);
+        llmcbi_wire_function(&j, &piece);
+        if (!out || llmcbi_prompt_tool_piece(p, c, &piece, &out[n], at)) n++;
+    }
+    return n;
+}
+
+/* What a choice brings beside text, into the record behind `parts`. */
+static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
+                                const llmcbi_wire_choice *w,
+                                const llmcb_usage *usage, llmcb_parts *parts,
+                                size_t n_tools, char **at)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)*at;
+    llmcbi_carry none;
+
+    *parts = *llmcbi_no_parts();
+    memset(&none, 0, sizeof none);
+    *at += n_tools * sizeof *tools;
+    if (n_tools) {
+        parts->tool_calls = tools;
+        parts->n_tool_calls = llmcbi_prompt_tools(p, c, w, tools, at);
+        if (p->outcome) return false;
+    }
+    if (w->refusal.len) {
+        parts->refusal = llmcbi_raw_decode(at, &w->refusal,
+                                           &c->refusal_carry);
+        if (!llmcbi_prompt_keep(p, &c->refusal, parts->refusal)) return false;
+    }
+    if (w->reasoning.len) {
+        parts->reasoning = llmcbi_raw_decode(at, &w->reasoning,
+                                             &c->reasoning_carry);
+        if (!llmcbi_prompt_keep(p, &c->reasoning, parts->reasoning))
+            return false;
+    }
+    if (w->finish_reason.len) {
+        parts->finish_reason = llmcbi_raw_decode(at, &w->finish_reason,
+                                                 &none);
+        if (!c->finished)
+            llmcbi_copy_clean(c->finish_reason, sizeof c->finish_reason,
+                              parts->finish_reason.ptr,
+                              parts->finish_reason.len);
+        c->finished = true;
+    }
+    if (w->logprobs.len) {
+        parts->logprobs = llmcbi_record_text(at, w->logprobs.ptr,
+                                             w->logprobs.len);
+        if (c->logprobs.len) c->logprobs.len--; /* the bracket */
+        llmcbi_buf_text(a, &c->logprobs, c->logprobs.len ? "," : "[");
+        if (!llmcbi_prompt_keep(p, &c->logprobs, parts->logprobs))
+            return false;
+        llmcbi_buf_text(a, &c->logprobs, "]");
+    }
+    if (usage) parts->usage = *usage;
+    return true;
+}
+
+/* One choice of an event: into the answer and, in a stream, into the log.
+ * w NULL: usage alone. */
+static bool llmcbi_prompt_choice(llmcbi_prompt *p,
+                                 const llmcbi_wire_choice *w,
+                                 const llmcb_usage *usage)
+{
+    llmcbi_wire_choice nothing;
+    llmcbi_choice *c;
+    llmcb_chunk *chunk;
+    size_t size, n_tools = 0, index;
+    char *at, *begin;
+    bool has_parts;
+
+    if (!w) {
+        memset(&nothing, 0, sizeof nothing);
+        w = &nothing;
+    }
+    index = w->index < 0 ? 0 : (size_t)w->index;
+    if ((uint64_t)w->index >= p->call->chat->d.limits.choices &&
+        w->index >= 0) {
+        llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                           "more choices than limits.choices");
+        return false;
+    }
+    c = llmcbi_answer_choice(llmcbi_prompt_alloc(p), &p->answer, index);
+    if (!c) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return false;
+    }
+    size = sizeof *chunk + llmcbi_raw_room(&w->text);
+    has_parts = usage || w->refusal.len || w->reasoning.len ||
+                w->finish_reason.len || w->tool_calls.len ||
+                w->function_call.len || w->logprobs.len;
+    if (has_parts) {
+        n_tools = llmcbi_prompt_tools(p, c, w, NULL, NULL);
+        size += sizeof(llmcb_parts) + n_tools * sizeof(llmcb_tool_delta) +
+                llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
+                llmcbi_raw_room(&w->finish_reason) + w->logprobs.len + 1 +
+                3 * (w->tool_calls.len + w->function_call.len) +
+                32 * n_tools;
+    }
+    begin = llmcbi_run_reserve(&p->run, size);
+    if (!begin) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return false;
+    }
+    at = begin + sizeof *chunk;
+    chunk = (llmcb_chunk *)(void *)begin;
+    chunk->choice = (int)index;
+    chunk->parts = llmcbi_no_parts();
+    if (has_parts) {
+        llmcb_parts *parts = (llmcb_parts *)(void *)at;
+        at += sizeof *parts;
+        chunk->parts = parts;
+        if (!llmcbi_prompt_parts(p, c, w, usage, parts, n_tools, &at))
+            return false;
+    }
+    if (w->text.len || c->text_carry.n || c->text_carry.high) {
+        static const llmcbi_raw empty = { "", 0, false };
+        chunk->text = llmcbi_raw_decode(&at, w->text.len ? &w->text : &empty,
+                                        &c->text_carry);
+        if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return false;
+    } else {
+        chunk->text = llmcbi_slice("", 0);
+    }
+    if (p->call->stream)
+        llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
+    return true;
+}
+
+static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
+{
+    size_t i, k;
+
+    for (i = 0; i < p->answer.n; i++) {
+        llmcbi_choice *c = &p->answer.choices[i];
+        char lost[16], *end;
+        llmcb_chunk *chunk;
+        char *at;
+        for (k = 0; k < c->n_tools; k++)
+            memset(&c->tools[k].carry, 0, sizeof c->tools[k].carry);
+        memset(&c->refusal_carry, 0, sizeof c->refusal_carry);
+        memset(&c->reasoning_carry, 0, sizeof c->reasoning_carry);
+        end = llmcbi_carry_flush(lost, &c->text_carry);
+        if (end == lost) continue;
+        at = llmcbi_run_reserve(&p->run, sizeof *chunk + sizeof lost);
+        if (!at) return;
+        chunk = (llmcb_chunk *)(void *)at;
+        at += sizeof *chunk;
+        chunk->choice = (int)i;
+        chunk->parts = llmcbi_no_parts();
+        chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
+        llmcbi_buf_add(llmcbi_prompt_alloc(p), &c->text, lost,
+                       (size_t)(end - lost));
+        if (p->call->stream)
+            llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN,
+                              sizeof *chunk + (size_t)(end - lost) + 1);
+    }
+}
+
+/* The choices of an event from number `skip` on. true: all have been told;
+ * false: it failed, or there is no room (p->pending_done says how far). */
+static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
+                               size_t skip)
+{
+    const llmcb_usage *usage = ev->usage.known ? &ev->usage : NULL;
+    llmcbi_wire_choice *w = &ev->choice;
+    size_t i = 0;
+    bool any = ev->has_choice;
+
+    if (!any && usage) return llmcbi_prompt_choice(p, NULL, usage);
+    for (; any; i++) {
+        if (i >= skip && (w->has_delta || w->finish_reason.len)) {
+            if (i > skip && !llmcbi_run_has_room(&p->run)) {
+                p->pending_done = i;
+                return false;
+            }
+            if (!llmcbi_prompt_choice(p, w, usage)) return false;
+            p->got_chunk = true;
+            usage = NULL; /* once an event */
+        }
+        any = ev->more && llmcbi_wire_next_choice(&ev->rest, w);
+    }
+    return true;
+}
+
+static void llmcbi_prompt_api_error(llmcbi_prompt *p, const char *ptr,
+                                    size_t len)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, LLMCB_EAPI, NULL);
+    llmcbi_wire_error(&e, ptr, len);
+    llmcbi_prompt_decide(p, &e);
+}
+
+/* Notes what an event says of the whole answer. */
+static void llmcbi_prompt_note(llmcbi_prompt *p, const llmcbi_wire_event *ev)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcbi_answer *w = &p->answer;
+
+    llmcbi_answer_note(a, &w->model, &ev->model);
+    llmcbi_answer_note(a, &w->id, &ev->id);
+    llmcbi_answer_note(a, &w->fingerprint, &ev->fingerprint);
+    if (ev->usage.known) w->usage = ev->usage;
+    if (w->model.failed || w->id.failed || w->fingerprint.failed)
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+}
+
+static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
+{
+    llmcbi_prompt_fail(p, too_deep ? LLMCB_ELIMIT : LLMCB_EJSON,
+                       too_deep ? "the answer's JSON is nested too deeply"
+                                : "the answer holds an event that is not "
+                                  "valid JSON");
+}
+
+static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data,
+                                bool is_error)
+{
+    llmcbi_wire_event ev;
+    bool too_deep = false;
+
+    if (data.len == 6 && memcmp(data.ptr, "[DONE]", 6) == 0) {
+        p->sentinel = true;
+        if (p->got_chunk || p->answer.n)
+            llmcbi_prompt_succeed(p);
+        else
+            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED,
+                               "the stream held no answer");
+        return;
+    }
+    if (is_error) {
+        llmcbi_prompt_api_error(p, data.ptr, data.len);
+        return;
+    }
+    if (!llmcbi_wire_read(data.ptr, data.len, &ev, &too_deep)) {
+        llmcbi_prompt_bad_json(p, too_deep);
+        return;
+    }
+    p->last_data = p->call->op.loop->now;
+    if (ev.error.len) {
+        llmcbi_prompt_api_error(p, ev.error.ptr, ev.error.len);
+        return;
+    }
+    llmcbi_prompt_note(p, &ev);
+    if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pending, data.ptr, data.len);
+    if (p->pending.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+}
+
+/* The choices that had to wait. */
+static void llmcbi_prompt_event_again(llmcbi_prompt *p)
+{
+    llmcbi_wire_event ev;
+    bool too_deep;
+
+    llmcbi_wire_read(p->pending.ptr, p->pending.len, &ev, &too_deep);
+    if (llmcbi_prompt_tell(p, &ev, p->pending_done) || p->outcome)
+        llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pending);
+}
+
+static size_t llmcbi_prompt_stream(llmcbi_prompt *p, const char *bytes,
+                                   size_t len)
+{
+    const char *at = bytes, *end = bytes + len;
+    llmcb_str data;
+
+    while (!p->outcome) {
+        llmcbi_sse_status status;
+        if (!llmcbi_run_has_room(&p->run)) {
+            llmcbi_prompt_pause(p);
+            return (size_t)(at - bytes);
+        }
+        if (p->pending.len) {
+            llmcbi_prompt_event_again(p);
+            continue;
+        }
+        status = llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end,
+                                 &data);
+        if (status == LLMCBI_SSE_MORE) break;
+        if (status == LLMCBI_SSE_EVENT)
+            llmcbi_prompt_event(p, data, p->sse.is_error);
+        else if (status == LLMCBI_SSE_LIMIT)
+            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                               "an event exceeds limits.event");
+        else
+            llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    }
+    return len;
+}
+
+/* -- answers that are no stream */
+
+/* A whole completion; told as one token a choice where a stream was asked
+ * for. */
+static void llmcbi_prompt_whole(llmcbi_prompt *p, bool cut)
+{
+    llmcbi_wire_event ev;
+    bool too_deep = false;
+
+    if (!llmcbi_wire_read(p->text.ptr ? p->text.ptr : "", p->text.len, &ev,
+                          &too_deep)) {
+        if (cut || !p->text.len)
+            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED, NULL);
+        else
+            llmcbi_prompt_bad_json(p, too_deep);
+        return;
+    }
+    if (ev.error.len) {
+        llmcbi_prompt_api_error(p, ev.error.ptr, ev.error.len);
+        return;
+    }
+    llmcbi_prompt_note(p, &ev);
+    if (p->outcome) return;
+    /* a completion of legal size goes into an empty log in one go */
+    while (!llmcbi_prompt_tell(p, &ev, p->pending_done)) {
+        if (p->outcome) return;
+        llmcbi_wire_read(p->text.ptr, p->text.len, &ev, &too_deep);
+        ev.usage.known = false;
+    }
+    if (p->got_chunk)
+        llmcbi_prompt_succeed(p);
+    else
+        llmcbi_prompt_fail(p, LLMCB_EPROTO,
+                           "the answer is JSON, but no completion");
+}
+
+static void llmcbi_prompt_http_error(llmcbi_prompt *p)
+{
+    llmcb_error e;
+    char digits[24];
+    const char *text;
+
+    llmcbi_error_set(&e, LLMCB_EHTTP, "HTTP status ");
+    text = llmcbi_decimal(digits, p->status);
+    llmcbi_error_add(&e, text, strlen(text));
+    e.http_status = p->status;
+    if (p->text.len) llmcbi_wire_error(&e, p->text.ptr, p->text.len);
+    llmcbi_prompt_decide(p, &e);
+}
+
+/* Where a redirect points to, but for its path and query. */
+static void llmcbi_prompt_redirect(llmcbi_prompt *p)
+{
+    llmcb_error e;
+    llmcbi_url u;
+
+    llmcbi_error_set(&e, LLMCB_EREDIRECT, NULL);
+    e.http_status = p->status;
+    if (p->text.len && !llmcbi_url_parse(&u, p->text.ptr)) {
+        llmcbi_error_add(&e, ": ", 2);
+        llmcbi_error_add(&e, p->text.ptr,
+                         (size_t)(u.authority.ptr - p->text.ptr) +
+                             u.authority.len);
+    }
+    llmcbi_prompt_decide(p, &e);
+}
+
+static size_t llmcbi_prompt_gather(llmcbi_prompt *p, const char *bytes,
+                                   size_t len, size_t most)
+{
+    size_t room = most - p->text.len;
+
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, bytes,
+                   len < room ? len : room);
+    if (p->text.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    return len;
+}
+
+/* -- what the exchange tells */
+
+static void llmcbi_prompt_connected(void *owner)
+{
+    llmcbi_prompt *p = (llmcbi_prompt *)owner;
+
+    if (p->phase == LLMCBI_PHASE_CONNECT)
+        llmcbi_prompt_set_phase(p, LLMCBI_PHASE_FIRST_BYTE,
+                                p->call->chat->d.first_byte_ms);
+}
+
+static void llmcbi_prompt_status(void *owner, int status)
+{
+    llmcbi_prompt *p = (llmcbi_prompt *)owner;
+
+    llmcbi_prompt_connected(p); /* a transport that did not say */
+    p->status = status;
+    p->body_kind =
+        status >= 200 && status < 300 ? LLMCBI_BODY_UNKNOWN
+                                      : LLMCBI_BODY_ERROR;
+}
+
+static int64_t llmcbi_wall_ms(void)
+{
+    struct timespec ts;
+
+    LLMCBI_SYS(clock_gettime)(CLOCK_REALTIME, &ts);
+    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
+{
+    llmcbi_prompt *p = (llmcbi_prompt *)owner;
+
+    if (llmcbi_str_is_nocase(name, "content-type")) {
+        p->html = value.len >= 9 &&
+                  llmcbi_str_is_nocase(llmcbi_slice(value.ptr, 9),
+                                       "text/html");
+    } else if (llmcbi_str_is_nocase(name, "content-encoding")) {
+        p->encoded = value.len && !llmcbi_str_is_nocase(value, "identity");
+    } else if (llmcbi_str_is_nocase(name, "retry-after-ms")) {
+        int64_t ms = llmcbi_parse_seconds(value, 1);
+        if (ms >= 0) p->retry_after = ms;
+    } else if (llmcbi_str_is_nocase(name, "retry-after")) {
+        if (p->retry_after < 0)
+            p->retry_after = llmcbi_retry_after(value, llmcbi_wall_ms());
+    } else if (llmcbi_str_is_nocase(name, "x-should-retry")) {
+        if (llmcbi_str_is_nocase(value, "true")) p->should_retry = 1;
+        if (llmcbi_str_is_nocase(value, "false")) p->should_retry = 0;
+    } else if (llmcbi_str_is_nocase(name, "x-request-id")) {
+        llmcbi_copy_clean(p->request_id, sizeof p->request_id, value.ptr,
+                          value.len);
+    } else if (llmcbi_str_is_nocase(name, "location") && p->status >= 300 &&
+               p->status < 400 && value.len < 4096) {
+        p->text.len = 0;
+        llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, value.ptr,
+                       value.len);
+    }
+}
+
+/* The first byte of a success tells what it is, whatever the head says:
+ * servers label both kinds wrongly. */
+static void llmcbi_prompt_sniff(llmcbi_prompt *p, const char **bytes,
+                                size_t *len)
+{
+    if (p->encoded || p->html) {
+        llmcbi_prompt_fail(p, LLMCB_ECTYPE,
+                           p->encoded ? "the answer is compressed, which was "
+                                        "not asked for"
+                                      : "the answer is an HTML page");
+        return;
+    }
+    while (*len && (**bytes == ' ' || **bytes == '\t' || **bytes == '\r' ||
+                    **bytes == '\n'))
+        (*bytes)++, (*len)--;
+    if (!*len) return;
+    if (**bytes == '<')
+        llmcbi_prompt_fail(p, LLMCB_ECTYPE, "the answer is a page of markup");
+    p->body_kind = **bytes == '{' ? LLMCBI_BODY_JSON : LLMCBI_BODY_STREAM;
+}
+
+static size_t llmcbi_prompt_data(void *owner, const char *bytes, size_t len)
+{
+    llmcbi_prompt *p = (llmcbi_prompt *)owner;
+    const llmcb_limits *limits = &p->call->chat->d.limits;
+    size_t all = len;
+
+    if (p->outcome || p->over) return len; /* nobody listens any more */
+    if (p->phase == LLMCBI_PHASE_FIRST_BYTE)
+        llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE,
+                                p->call->chat->d.idle_ms);
+    if (p->body_kind == LLMCBI_BODY_ERROR) {
+        if (p->status >= 300 && p->status < 400) return len;
+        llmcbi_prompt_gather(p, bytes, len, limits->error_body);
+        if (!p->outcome && p->text.len == limits->error_body)
+            llmcbi_prompt_http_error(p);
+        return len;
+    }
+    p->got_body = true;
+    if (p->body_kind == LLMCBI_BODY_UNKNOWN)
+        llmcbi_prompt_sniff(p, &bytes, &len);
+    if (p->outcome) return all;
+    if (p->body_kind == LLMCBI_BODY_JSON) {
+        p->last_data = p->call->op.loop->now;
+        llmcbi_prompt_gather(p, bytes, len, limits->body);
+        return all;
+    }
+    return all - len + llmcbi_prompt_stream(p, bytes, len);
+}
+
+static bool llmcbi_prompt_all_finished(const llmcbi_prompt *p)
+{
+    size_t i, want = (size_t)p->call->chat->d.n;
+
+    if (p->answer.n < want) return false;
+    for (i = 0; i < p->answer.n; i++)
+        if (!p->answer.choices[i].finished) return false;
+    return true;
+}
+
+/* What the end of a stream's body means when no [DONE] was seen: by how it
+ * ended, and whether every choice has a finish reason. An error object
+ * before that has decided already, and so has [DONE]. */
+static llmcb_code llmcbi_terminal_evidence(llmcb_ending ending, bool finished)
+{
+    static const llmcb_code table[3][2] = {
+        /*              not finished       finished */
+        /* ORDERLY */ { LLMCB_ETRUNCATED, LLMCB_OK },
+        /* CUT     */ { LLMCB_ETRUNCATED, LLMCB_OK },
+        /* BROKEN  */ { LLMCB_EIO, LLMCB_EIO }
+    };
+
+    return table[ending][finished];
+}
+
+static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
+                              const llmcb_error *error)
+{
+    llmcbi_prompt *p = (llmcbi_prompt *)owner;
+    bool was_over = p->over || p->outcome;
+    llmcb_code code;
+
+    p->orderly = ending == LLMCB_ORDERLY;
+    p->over = true;
+    if (was_over) return;
+    if (ending == LLMCB_BROKEN) {
+        llmcb_error e = *error;
+        if (e.code == LLMCB_ETIMEDOUT) e.detail = LLMCB_DETAIL_CONNECT;
+        llmcbi_prompt_decide(p, &e);
+        return;
+    }
+    if (p->body_kind == LLMCBI_BODY_ERROR) {
+        if (p->status >= 300 && p->status < 400) llmcbi_prompt_redirect(p);
+        else llmcbi_prompt_http_error(p);
+        return;
+    }
+    if (p->body_kind == LLMCBI_BODY_JSON) {
+        llmcbi_prompt_whole(p, ending != LLMCB_ORDERLY);
+        return;
+    }
+    if (p->body_kind == LLMCBI_BODY_UNKNOWN && (p->html || p->encoded)) {
+        llmcbi_prompt_fail(p, LLMCB_ECTYPE, NULL);
+        return;
+    }
+    code = llmcbi_terminal_evidence(ending, llmcbi_prompt_all_finished(p));
+    if (code == LLMCB_OK) llmcbi_prompt_succeed(p);
+    else llmcbi_prompt_fail(p, code, NULL);
+}
+
+static const llmcbi_sink *llmcbi_prompt_sink(void)
+{
+    static const llmcbi_sink sink = { llmcbi_prompt_connected,
+                                      llmcbi_prompt_status,
+                                      llmcbi_prompt_header,
+                                      llmcbi_prompt_data, llmcbi_prompt_end };
+
+    return &sink;
+}
+
+/* -- attempts */
+
+static void llmcbi_prompt_let_go(llmcbi_prompt *p)
+{
+    bool read_out = p->orderly || p->sentinel;
+
+    if (!p->x) return;
+    llmcbi_exchange_free(p->x,
+                         read_out ? LLMCBI_PART_RELEASE : LLMCBI_PART_CANCEL);
+    p->x = NULL;
+    llmcbi_sse_free(llmcbi_prompt_alloc(p), &p->sse);
+    llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->text);
+    llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pending);
+    p->over = false;
+}
+
+/* The transport of a chat that names none: one for all chats of a loop. */
+static llmcb_transport *llmcbi_default_transport(llmcb_loop *loop)
+{
+    if (!loop->default_transport)
+        loop->default_transport = llmcb_curl_transport(loop);
+    if (!loop->default_transport)
+        loop->default_transport = llmcb_socket_transport(loop);
+    return loop->default_transport;
+}
+
+static void llmcbi_prompt_launch(llmcbi_prompt *p)
+{
+    llmcb_chat *chat = p->call->chat;
+    llmcb_loop *loop = p->call->op.loop;
+    llmcb_transport *tr = chat->d.transport;
+    llmcb_code code;
+
+    if (!p->launched && chat->d.total_ms > 0)
+        p->total_due = loop->now + chat->d.total_ms;
+    p->launched = true;
+    p->attempt++;
+    p->over = p->orderly = p->html = p->encoded = false;
+    p->status = 0;
+    p->retry_after = LLMCBI_NO_WISH;
+    p->should_retry = -1;
+    p->body_kind = LLMCBI_BODY_UNKNOWN;
+    *p->request_id = '\0';
+    p->sse.limit = chat->d.limits.event;
+    if (!tr) tr = llmcbi_default_transport(loop);
+    p->x = tr ? llmcbi_exchange_new(tr, llmcbi_prompt_sink(), p) : NULL;
+    if (!p->x) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return;
+    }
+    llmcbi_prompt_set_phase(p, LLMCBI_PHASE_CONNECT, chat->d.connect_ms);
+    code = tr->start(tr, p->x, &p->request);
+    if (code == LLMCB_OK) return;
+    llmcbi_exchange_free(p->x, LLMCBI_PART_UNSTARTED);
+    p->x = NULL;
+    llmcbi_prompt_fail(p, code, NULL);
+}
+
+static bool llmcbi_prompt_retryable(const llmcbi_prompt *p,
+                                    const llmcb_error *e)
+{
+    if (p->got_body || p->attempt > p->call->chat->d.max_retries) return false;
+    if (e->retry_after_ms > LLMCBI_RETRY_CAP) return false;
+    switch (e->code) {
+    case LLMCB_EHTTP:
+        return p->should_retry >= 0 ? p->should_retry > 0
+                                    : llmcbi_status_retryable(e->http_status);
+    case LLMCB_ETIMEDOUT:
+        return e->detail == LLMCB_DETAIL_CONNECT ||
+               e->detail == LLMCB_DETAIL_FIRST_BYTE;
+    case LLMCB_ECONNECT:
+    case LLMCB_EDNS:
+    case LLMCB_EIO:
+        return true;
+    default:
+        return false;
+    }
+}
+
+typedef struct llmcbi_retry_record {
+    llmcb_retry retry;
+    llmcb_error error;
+} llmcbi_retry_record;
+
+/* Instead of an outcome: an on_retry event and another try after a while. */
+static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
+{
+    llmcbi_retry_record *rec;
+    int64_t ms = e->retry_after_ms;
+
+    if (p->run.state != LLMCBI_RUN_OPEN || !llmcbi_prompt_retryable(p, e))
+        return false;
+    if (ms < 0) ms = llmcbi_backoff(&p->call->op.loop->random, p->attempt);
+    rec = (llmcbi_retry_record *)(void *)llmcbi_run_reserve(&p->run,
+                                                            sizeof *rec);
+    if (!rec) return false;
+    rec->error = *e;
+    rec->retry.attempt = p->attempt;
+    rec->retry.delay_ms = ms;
+    rec->retry.error = &rec->error;
+    llmcbi_run_commit(&p->run, LLMCB_RETRY, sizeof *rec);
+    p->over = true;
+    llmcbi_prompt_set_phase(p, LLMCBI_PHASE_BACKOFF, ms);
+    llmcbi_make_ready(p->call->op.loop, &p->call->ready);
+    return true;
+}
+
+static void llmcbi_prompt_timer(llmcbi_timer *t)
+{
+    llmcbi_prompt *p = LLMCBI_OWNER(llmcbi_prompt, timer, t);
+    const llmcb_chat_desc *d = &p->call->chat->d;
+    int64_t now = p->call->op.loop->now;
+
+    if (p->total_due && p->total_due <= now) {
+        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_TOTAL,
+                                "the call took longer than total_ms");
+        return;
+    }
+    if (p->phase == LLMCBI_PHASE_IDLE && p->last_data + d->idle_ms > now) {
+        p->phase_due = p->last_data + d->idle_ms; /* moved since */
+        llmcbi_prompt_arm(p);
+        return;
+    }
+    switch (p->phase) {
+    case LLMCBI_PHASE_CONNECT:
+        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_CONNECT,
+                                "no connection within connect_ms");
+        break;
+    case LLMCBI_PHASE_FIRST_BYTE:
+        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_FIRST_BYTE,
+                                "no answer within first_byte_ms");
+        break;
+    case LLMCBI_PHASE_IDLE:
+        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_IDLE,
+                                "no data within idle_ms");
+        break;
+    case LLMCBI_PHASE_BACKOFF:
+        llmcbi_prompt_let_go(p);
+        llmcbi_prompt_launch(p);
+        break;
+    default:
+        break;
+    }
+}
+
+/* -- the call as a whole */
+
+/* A handler failed, or was given up: the run's outcome changes, unless its
+ * finish is being told already. */
+static void llmcbi_prompt_handler_trouble(llmcbi_prompt *p)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcb_error e;
+    bool raised = p->run.raised_by != NULL;
+
+    llmcbi_error_set(&e, raised ? LLMCB_EHANDLER : LLMCB_ETIMEDOUT,
+                     raised ? NULL : "a handler took longer than handler_ms");
+    e.detail = raised ? LLMCB_DETAIL_NONE : LLMCB_DETAIL_HANDLER;
+    e.handler_result = p->run.raised_result;
+    if (raised && p->run.raised_by->name) {
+        llmcbi_error_add(&e, ": ", 2);
+        llmcbi_error_add(&e, p->run.raised_by->name,
+                         strlen(p->run.raised_by->name));
+    }
+    if (p->run.state >= LLMCBI_RUN_DRAINED) {
+        if (!p->call->late) {
+            llmcbi_prompt_complete_error(p, &e);
+            p->call->late = llmcbi_error_keep(a, &e);
+        }
+    } else if (!p->outcome || p->outcome->code == LLMCB_OK) {
+        llmcbi_error_drop(a, p->outcome);
+        p->outcome = NULL;
+        llmcbi_prompt_decide(p, &e);
+    } else if (raised && !p->outcome->handler_result &&
+               p->outcome->code != LLMCB_EHANDLER) {
+        llmcb_error both = *p->outcome;
+        both.handler_result = p->run.raised_result;
+        llmcbi_error_drop(a, p->outcome);
+        p->outcome = llmcbi_error_keep(a, &both);
+    }
+    p->run.raised_by = NULL;
+    p->run.abandoned = false;
+}
+
+static bool llmcbi_call_chunk_ready(const llmcbi_call *c)
+{
+    const llmcbi_run *run = &c->prompts[0].run;
+
+    return run->has_pull &&
+           run->pull + (c->shown ? 1 : 0) <
+               (run->finish_seq ? run->finish_seq - 1 : run->slowest) &&
+           run->pull + (c->shown ? 1 : 0) < run->slowest;
+}
+
+/* From the pump: what it has brought about. */
+static void llmcbi_prompt_told(llmcbi_run *run)
+{
+    llmcbi_prompt *p = llmcbi_prompt_of(run);
+    llmcbi_call *c = p->call;
+
+    if (c->reader && llmcbi_call_chunk_ready(c))
+        llmcbi_task_wake(c->reader, LLMCB_OK);
+    if (run->raised_by || run->abandoned) llmcbi_prompt_handler_trouble(p);
+    if (run->starved && !p->over) {
+        uint64_t from = run->slowest;
+        if (run->has_pull && run->pull < from) from = run->pull;
+        if (run->lockstep ? llmcbi_run_has_room(run)
+                          : run->head - from <= run->window_events / 2 &&
+                                llmcbi_run_has_room(run)) {
+            llmcbi_prompt_unpause(p);
+            llmcbi_exchange_resume(p->x);
+        }
+    }
+    if (run->state != LLMCBI_RUN_OPEN || p->over || c->orphaned)
+        llmcbi_make_ready(c->op.loop, &c->ready);
+}
+
+static bool llmcbi_call_all(const llmcbi_call *c, llmcbi_run_state least)
+{
+    size_t i;
+
+    for (i = 0; i < c->n; i++)
+        if (c->prompts[i].run.state < (uint8_t)least) return false;
+    return true;
+}
+
+/* A barrier: all start events are done, then the requests go out. */
+static void llmcbi_call_open(llmcbi_call *c)
+{
+    size_t i;
+
+    for (i = 0; i < c->n; i++)
+        if (c->prompts[i].run.state == LLMCBI_RUN_STARTING &&
+            !llmcbi_run_settled(&c->prompts[i].run))
+            return;
+    for (i = 0; i < c->n; i++) {
+        llmcbi_run *run = &c->prompts[i].run;
+        if (run->state != LLMCBI_RUN_STARTING) continue;
+        llmcbi_run_set_state(run, LLMCBI_RUN_OPEN);
+        run->start = NULL;
+    }
+    for (i = 0; i < c->n; i++)
+        if (c->prompts[i].run.n_abandoned) return; /* may be reading it */
+    llmcbi_arena_free(&c->op.loop->alloc, &c->talk);
+}
+
+/* Requests, as many at a time as may be open. */
+static void llmcbi_call_launch(llmcbi_call *c)
+{
+    size_t i, open = 0;
+
+    for (i = 0; i < c->n; i++)
+        if (c->prompts[i].launched && !c->prompts[i].outcome) open++;
+    for (i = 0; i < c->n && open < c->max_open; i++) {
+        llmcbi_prompt *p = &c->prompts[i];
+        if (p->run.state != LLMCBI_RUN_OPEN || p->launched || p->outcome)
+            continue;
+        llmcbi_prompt_launch(p);
+        open++;
+    }
+}
+
+static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
+{
+    bool ok = p->outcome->code == LLMCB_OK;
+
+    p->answer.result.sentinel = p->sentinel;
+    llmcbi_answer_show(&p->answer, ok);
+    llmcbi_run_finish(&p->run, ok ? LLMCB_LLM_END : LLMCB_LLM_ERROR,
+                      &p->answer.result, p->outcome);
+}
+
+/* When all runs have drained: errors one by one in index order, then the
+ * ends. true: all are told and done. */
+static bool llmcbi_call_finish(llmcbi_call *c)
+{
+    size_t i;
+    bool done = true;
+
+    for (; c->told < c->n; c->told++) {
+        llmcbi_prompt *p = &c->prompts[c->told];
+        if (p->outcome->code == LLMCB_OK) continue;
+        if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
+        if (p->run.state == LLMCBI_RUN_FINISHING &&
+            llmcbi_run_settled(&p->run))
+            llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
+        if (p->run.state != LLMCBI_RUN_DONE) return false;
+    }
+    for (i = 0; i < c->n; i++) {
+        llmcbi_prompt *p = &c->prompts[i];
+        if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
+        else if (p->run.state == LLMCBI_RUN_FINISHING &&
+                 llmcbi_run_settled(&p->run))
+            llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
+        if (p->run.state != LLMCBI_RUN_DONE) done = false;
+    }
+    return done;
+}
+
+/* The error of the op: a copy, since the prompts keep theirs. */
+static const llmcb_error *llmcbi_call_error(llmcbi_call *c)
+{
+    const llmcb_allocator *a = &c->op.loop->alloc;
+    const llmcb_error *e = NULL;
+    llmcb_error cancelled;
+    size_t i;
+
+    for (i = 0; i < c->n && !e; i++)
+        if (c->prompts[i].outcome->code != LLMCB_OK) e = c->prompts[i].outcome;
+    if (!e) e = c->late;
+    if (e) return llmcbi_error_keep(a, e);
+    if (!c->cancelled) return llmcbi_error_const(LLMCB_OK);
+    llmcbi_error_set(&cancelled, LLMCB_ECANCELLED, NULL);
+    cancelled.detail = LLMCB_DETAIL_CALLER;
+    return llmcbi_error_keep(a, &cancelled);
+}
+
+static void llmcbi_call_free(llmcbi_call *c);
+
+static void llmcbi_call_step(llmcbi_ready *r)
+{
+    llmcbi_call *c = LLMCBI_OWNER(llmcbi_call, ready, r);
+    size_t i;
+
+    if (c->orphaned) {
+        llmcbi_call_free(c);
+        return;
+    }
+    if (c->op.done) return;
+    for (i = 0; i < c->n; i++)
+        if (c->prompts[i].over) llmcbi_prompt_let_go(&c->prompts[i]);
+    llmcbi_call_open(c);
+    llmcbi_call_launch(c);
+    for (i = 0; i < c->n; i++) {
+        llmcbi_run *run = &c->prompts[i].run;
+        if (run->state == LLMCBI_RUN_DRAINING && llmcbi_run_settled(run))
+            llmcbi_run_set_state(run, LLMCBI_RUN_DRAINED);
+    }
+    if (!llmcbi_call_all(c, LLMCBI_RUN_DRAINED) || !llmcbi_call_finish(c))
+        return;
+    if (c->reader) llmcbi_task_wake(c->reader, LLMCB_OK);
+    llmcbi_op_finish(&c->op, llmcbi_call_error(c));
+}
+
+static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
+{
+    llmcbi_call *c = (llmcbi_call *)(void *)op;
+    size_t i;
+
+    if (!c->cancelled) c->cancelled = detail == LLMCB_DETAIL_CALLER;
+    for (i = 0; i < c->n; i++) {
+        llmcbi_prompt *p = &c->prompts[i];
+        llmcb_error e;
+        if (p->run.state >= LLMCBI_RUN_DRAINED || p->run.skipping) continue;
+        llmcbi_error_set(&e, LLMCB_ECANCELLED, NULL);
+        e.detail = detail;
+        if (p->outcome && p->outcome->code == LLMCB_OK) {
+            llmcbi_error_drop(llmcbi_prompt_alloc(p), p->outcome);
+            p->outcome = NULL;
+        }
+        llmcbi_prompt_decide(p, &e);
+        llmcbi_run_skip(&p->run);
+    }
+    llmcbi_make_ready(op->loop, &c->ready);
+}
+
+static void llmcbi_call_waited(llmcb_op *op)
+{
+    llmcbi_call *c = (llmcbi_call *)(void *)op;
+
+    if (!c->n || !c->prompts[0].run.has_pull) return;
+    c->prompts[0].run.has_pull = false; /* unread chunks go */
+    c->shown = false;
+    llmcbi_make_ready(op->loop, &c->prompts[0].run.ready);
+}
+
+static void llmcbi_call_free(llmcbi_call *c)
+{
+    llmcb_loop *loop = c->op.loop;
+    const llmcb_allocator *a = &loop->alloc;
+    size_t i;
+
+    for (i = 0; i < c->n; i++)
+        if (c->prompts[i].run.loop &&
+            !llmcbi_run_off_pool(&c->prompts[i].run)) {
+            c->orphaned = true; /* a worker is in there: later */
+            return;
+        }
+    for (i = 0; i < c->n; i++) {
+        llmcbi_prompt *p = &c->prompts[i];
+        p->over = true;
+        llmcbi_prompt_let_go(p);
+        llmcbi_timer_free(loop, &p->timer);
+        llmcbi_run_free(&p->run);
+        llmcbi_buf_free(a, &p->body);
+        llmcbi_answer_free(a, &p->answer);
+        llmcbi_error_drop(a, p->outcome);
+    }
+    llmcbi_unready(&c->ready);
+    llmcbi_error_drop(a, c->late);
+    llmcbi_buf_free(a, &c->params);
+    llmcbi_arena_free(a, &c->talk);
+    llmcbi_arena_free(a, &c->arena);
+    if (c->chat) llmcbi_chat_unref(c->chat);
+    llmcbi_free(a, c, sizeof *c);
+}
+
+static void llmcbi_call_destroy(llmcb_op *op)
+{
+    llmcbi_call_free((llmcbi_call *)(void *)op);
+}
+
+static const llmcbi_op_class *llmcbi_call_class(void)
+{
+    static const llmcbi_op_class cls = { llmcbi_call_cancel,
+                                         llmcbi_call_destroy,
+                                         llmcbi_call_waited };
+
+    return &cls;
+}
+
+/* -- making a call */
+
+/* The request's list, then its local one, then the chat's; each once. */
+static void llmcbi_call_handlers(llmcbi_call *c, const llmcb_config *config)
+{
+    llmcb_handler *const *lists[3];
+    size_t n[3], i, k, m, all;
+
+    lists[0] = config->callbacks;
+    n[0] = config->n_callbacks;
+    lists[1] = config->local_callbacks;
+    n[1] = config->n_local_callbacks;
+    lists[2] = c->chat->d.callbacks;
+    n[2] = c->chat->d.n_callbacks;
+    all = n[0] + n[1] + n[2];
+    if (!all) return;
+    c->handlers = (llmcb_handler **)llmcbi_arena_get(
+        &c->op.loop->alloc, &c->arena, all * sizeof *c->handlers);
+    for (i = 0; i < 3 && c->handlers; i++)
+        for (k = 0; k < n[i]; k++) {
+            for (m = 0; m < c->n_handlers; m++)
+                if (c->handlers[m] == lists[i][k]) break;
+            if (m == c->n_handlers)
+                c->handlers[c->n_handlers++] = lists[i][k];
+        }
+}
+
+/* Later lists win: a tag that comes again moves to the end. */
+static size_t llmcbi_add_tags(llmcbi_call *c, const char **out, size_t n,
+                              const char *const *tags, size_t n_tags)
+{
+    size_t i, k;
+
+    for (i = 0; i < n_tags; i++)
+        for (k = 0; k < n; k++)
+            if (strcmp(out[k], tags[i]) == 0) {
+                memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
+                break;
+            }
+    for (i = 0; i < n_tags; i++)
+        out[n++] = llmcbi_arena_text(&c->op.loop->alloc, &c->arena, tags[i],
+                                     strlen(tags[i]));
+    return n;
+}
+
+static size_t llmcbi_add_pair(llmcbi_call *c, llmcb_pair *out, size_t n,
+                              const char *key, const char *value)
+{
+    const llmcb_allocator *a = &c->op.loop->alloc;
+    size_t k;
+
+    for (k = 0; k < n && strcmp(out[k].key, key) != 0;) k++;
+    out[k].key = llmcbi_arena_text(a, &c->arena, key, strlen(key));
+    out[k].value = llmcbi_arena_text(a, &c->arena, value, strlen(value));
+    return k == n ? n + 1 : n;
+}
+
+/* The tags and metadata that all runs of the call share. */
+static void llmcbi_call_labels(llmcbi_call *c, const llmcb_config *config,
+                               llmcb_run *run)
+{
+    const llmcb_allocator *a = &c->op.loop->alloc;
+    const llmcb_chat_desc *d = &c->chat->d;
+    const char **tags = (const char **)llmcbi_arena_get(
+        a, &c->arena,
+        (config->n_tags + config->n_local_tags + d->n_tags + 1) *
+            sizeof *tags);
+    llmcb_pair *pairs = (llmcb_pair *)llmcbi_arena_get(
+        a, &c->arena,
+        (config->n_metadata + config->n_local_metadata + d->n_metadata + 4) *
+            sizeof *pairs);
+    char digits[24];
+    size_t i, n = 0;
+
+    if (!tags || !pairs) return;
+    n = llmcbi_add_tags(c, tags, n, config->tags, config->n_tags);
+    n = llmcbi_add_tags(c, tags, n, config->local_tags,
+                        config->n_local_tags);
+    run->n_tags = llmcbi_add_tags(c, tags, n, d->tags, d->n_tags);
+    run->tags = tags;
+    n = 0;
+    for (i = 0; i < config->n_metadata; i++)
+        n = llmcbi_add_pair(c, pairs, n, config->metadata[i].key,
+                            config->metadata[i].value);
+    for (i = 0; i < config->n_local_metadata; i++)
+        n = llmcbi_add_pair(c, pairs, n, config->local_metadata[i].key,
+                            config->local_metadata[i].value);
+    for (i = 0; i < d->n_metadata; i++)
+        n = llmcbi_add_pair(c, pairs, n, d->metadata[i].key,
+                            d->metadata[i].value);
+    n = llmcbi_add_pair(c, pairs, n, "ls_provider", "openai");
+    n = llmcbi_add_pair(c, pairs, n, "ls_model_name", d->model);
+    n = llmcbi_add_pair(c, pairs, n, "ls_model_type", "chat");
+    if (d->max_tokens > 0)
+        n = llmcbi_add_pair(c, pairs, n, "ls_max_tokens",
+                            llmcbi_decimal(digits, d->max_tokens));
+    run->metadata = pairs;
+    run->n_metadata = n;
+}
+
+/* A copy of the conversation for the start event. */
+static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
+                                    const llmcb_prompt *prompt)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcbi_arena *talk = &p->call->talk;
+    llmcb_message *m = (llmcb_message *)llmcbi_arena_get(
+        a, talk, (prompt->n + 1) * sizeof *m);
+    llmcbi_buf text;
+    size_t i, k;
+
+    if (!m) return;
+    for (i = 0; i < prompt->n; i++) {
+        llmcb_tool_call *calls;
+        m[i] = prompt->messages[i];
+        if (!m[i].content) m[i].content_len = 0;
+        else if (!m[i].content_len) m[i].content_len = strlen(m[i].content);
+        m[i].content = llmcbi_arena_text(
+            a, talk, m[i].content ? m[i].content : "", m[i].content_len);
+        if (m[i].name)
+            m[i].name = llmcbi_arena_text(a, talk, m[i].name,
+                                          strlen(m[i].name));
+        if (m[i].tool_call_id)
+            m[i].tool_call_id = llmcbi_arena_text(
+                a, talk, m[i].tool_call_id, strlen(m[i].tool_call_id));
+        if (m[i].parts)
+            m[i].parts = llmcbi_arena_text(a, talk, m[i].parts,
+                                           strlen(m[i].parts));
+        if (!m[i].n_tool_calls) continue;
+        calls = (llmcb_tool_call *)llmcbi_arena_get(
+            a, talk, m[i].n_tool_calls * sizeof *calls);
+        for (k = 0; calls && k < m[i].n_tool_calls; k++) {
+            calls[k] = m[i].tool_calls[k];
+            calls[k].id.ptr = llmcbi_arena_text(a, talk, calls[k].id.ptr,
+                                                calls[k].id.len);
+            calls[k].name.ptr = llmcbi_arena_text(
+                a, talk, calls[k].name.ptr, calls[k].name.len);
+            calls[k].arguments.ptr = llmcbi_arena_text(
+                a, talk, calls[k].arguments.ptr, calls[k].arguments.len);
+        }
+        m[i].tool_calls = calls;
+    }
+    memset(&text, 0, sizeof text);
+    if (!talk->failed) llmcbi_wire_prompt(a, &text, m, prompt->n);
+    p->start.prompt = llmcbi_slice(
+        llmcbi_arena_text(a, talk, text.len ? text.ptr : "", text.len),
+        text.len);
+    if (text.failed) talk->failed = true;
+    llmcbi_buf_free(a, &text);
+    p->start.messages = m;
+    p->start.n_messages = prompt->n;
+}
+
+static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
+                                     const llmcb_prompt *prompt,
+                                     const llmcb_config *config)
+{
+    llmcb_loop *loop = c->op.loop;
+    llmcb_chat *chat = c->chat;
+    llmcb_request *q = &p->request;
+    llmcb_code code;
+    size_t i;
+
+    p->call = c;
+    p->retry_after = LLMCBI_NO_WISH;
+    p->run.owner = p;
+    p->run.told = llmcbi_prompt_told;
+    p->run.window_events = chat->d.limits.window_events;
+    p->run.window_bytes = chat->d.limits.window_bytes;
+    p->run.handler_ms = chat->d.handler_ms;
+    if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
+        return LLMCB_ENOMEM;
+    code = llmcbi_run_init(loop, &p->run, c->handlers, c->n_handlers, &c->op);
+    if (code != LLMCB_OK) return code;
+    llmcbi_uuid(&loop->random, p->run.pub.id);
+    p->run.pub.name = llmcbi_arena_text(
+        &loop->alloc, &c->arena,
+        config->run_name ? config->run_name : "ChatOpenAI",
+        config->run_name ? strlen(config->run_name) : 10);
+    if (config->parent_id) memcpy(p->run.pub.parent_id, config->parent_id, 37);
+    llmcbi_wire_body(&loop->alloc, &p->body, prompt->messages, prompt->n,
+                     llmcbi_buf_str(&c->params));
+    p->headers = (llmcb_pair *)llmcbi_arena_get(
+        &loop->alloc, &c->arena, (chat->n_headers + 1) * sizeof *p->headers);
+    if (p->body.failed || !p->headers) return LLMCB_ENOMEM;
+    for (i = 0; i < chat->n_headers; i++) p->headers[i] = chat->headers[i];
+    p->headers[i].key = "Idempotency-Key"; /* equal for all attempts */
+    p->headers[i].value = p->run.pub.id;
+    q->method = "POST";
+    q->url = chat->url;
+    q->headers = p->headers;
+    q->n_headers = chat->n_headers + 1;
+    q->body = p->body.ptr;
+    q->body_len = p->body.len;
+    q->connect_ms = chat->d.connect_ms;
+    q->identity = chat->identity;
+    q->ca_file = chat->d.ca_file;
+    q->limits = &chat->d.limits;
+    q->http2 = chat->d.http2;
+    q->insecure_tls = chat->d.insecure_tls;
+    p->start.model = chat->d.model;
+    p->start.batch_size = c->n;
+    p->start.params = llmcbi_buf_str(&c->params);
+    if (c->n_handlers) llmcbi_prompt_copy_talk(p, prompt);
+    return c->talk.failed ? LLMCB_ENOMEM : LLMCB_OK;
+}
+
+/* What is wrong with the arguments of a call. */
+static llmcb_code llmcbi_call_check(const llmcb_chat *chat,
+                                    const llmcb_prompt *prompts, size_t n,
+                                    const llmcb_config *config,
+                                    const char **why)
+{
+    llmcb_code code;
+    size_t i, k;
+
+    *why = NULL;
+    if (chat->error.code != LLMCB_OK) {
+        *why = chat->error.message;
+        return chat->error.code;
+    }
+    if ((config->n_callbacks && !config->callbacks) ||
+        (config->n_local_callbacks && !config->local_callbacks) ||
+        (config->n_tags && !config->tags) ||
+        (config->n_local_tags && !config->local_tags) ||
+        (config->n_metadata && !config->metadata) ||
+        (config->n_local_metadata && !config->local_metadata))
+        *why = "a list of the configuration is NULL";
+    else if (config->run_id && !llmcbi_uuid_valid(config->run_id))
+        *why = "run_id is not a UUID";
+    else if (config->parent_id && !llmcbi_uuid_valid(config->parent_id))
+        *why = "parent_id is not a UUID";
+    else if (!prompts || !n)
+        *why = "there is no prompt";
+    if (*why) return LLMCB_EINVAL;
+    for (i = 0; i < config->n_callbacks + config->n_local_callbacks; i++) {
+        const llmcb_handler *h =
+            i < config->n_callbacks
+                ? config->callbacks[i]
+                : config->local_callbacks[i - config->n_callbacks];
+        if (llmcbi_check_handler(h) != LLMCB_OK) {
+            *why = "a handler is NULL, or has one event in both tables";
+            return LLMCB_EINVAL;
+        }
+    }
+    for (i = 0; i < n; i++) {
+        if (!prompts[i].messages || !prompts[i].n) {
+            *why = "a prompt has no message";
+            return LLMCB_EINVAL;
+        }
+        for (k = 0; k < prompts[i].n; k++) {
+            code = llmcbi_message_check(&prompts[i].messages[k], why);
+            if (code != LLMCB_OK) return code;
+        }
+    }
+    return LLMCB_OK;
+}
+
+/* The runs of a call, ready to begin. */
+static llmcb_code llmcbi_call_build(llmcbi_call *c,
+                                    const llmcb_prompt *prompts, size_t n,
+                                    const llmcb_config *config)
+{
+    const llmcb_allocator *a = &c->op.loop->alloc;
+    llmcb_run labels;
+    llmcb_code code;
+    size_t i;
+
+    memset(&labels, 0, sizeof labels);
+    c->max_open = config->max_concurrency ? config->max_concurrency : n;
+    llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai,
+                       c->stream);
+    llmcbi_call_handlers(c, config);
+    llmcbi_call_labels(c, config, &labels);
+    if (n > SIZE_MAX / 4 / sizeof *c->prompts) return LLMCB_ENOMEM;
+    c->prompts = (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena,
+                                                   n * sizeof *c->prompts);
+    if (!c->prompts || c->params.failed) return LLMCB_ENOMEM;
+    for (i = 0; i < n; i++) {
+        c->n = i + 1; /* what has been begun must be freed */
+        code = llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], config);
+        if (code != LLMCB_OK) return code;
+        c->prompts[i].start.batch_size = n;
+        c->prompts[i].run.pub.tags = labels.tags;
+        c->prompts[i].run.pub.n_tags = labels.n_tags;
+        c->prompts[i].run.pub.metadata = labels.metadata;
+        c->prompts[i].run.pub.n_metadata = labels.n_metadata;
+    }
+    if (config->run_id) memcpy(c->prompts[0].run.pub.id, config->run_id, 37);
+    return c->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
+}
+
+static llmcb_op *llmcbi_call_new(llmcb_chat *chat,
+                                 const llmcb_prompt *prompts, size_t n,
+                                 const llmcb_config *config, bool stream,
+                                 bool pull)
+{
+    llmcb_loop *loop;
+    llmcbi_call *c;
+    llmcb_config none;
+    llmcb_code code;
+    const char *why = NULL;
+    size_t i;
+
+    if (!chat) return NULL;
+    loop = chat->loop;
+    code = llmcbi_enter(loop);
+    if (code == LLMCB_ESTATE) return NULL; /* another thread's loop */
+    c = (llmcbi_call *)llmcbi_alloc(&loop->alloc, sizeof *c);
+    if (!c) return NULL;
+    memset(&none, 0, sizeof none);
+    if (!config) config = &none;
+    c->chat = chat;
+    chat->refs++;
+    c->stream = stream;
+    c->ready.fn = llmcbi_call_step;
+    llmcbi_op_init(loop, &c->op, llmcbi_call_class());
+    if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
+    if (code == LLMCB_OK)
+        code = llmcbi_call_check(chat, prompts, n, config, &why);
+    if (code == LLMCB_OK) code = llmcbi_call_build(c, prompts, n, config);
+    if (code != LLMCB_OK) {
+        llmcb_error e;
+        llmcbi_error_set(&e, code, why);
+        llmcbi_op_finish(&c->op, llmcbi_error_keep(&loop->alloc, &e));
+        return &c->op;
+    }
+    c->prompts[0].run.has_pull = pull;
+    for (i = 0; i < c->n; i++)
+        llmcbi_run_begin(&c->prompts[i].run, &c->prompts[i].start);
+    return &c->op;
+}
+
+LLMCBI_DEF llmcb_op *llmcb_chat_generate(llmcb_chat *chat,
+                                         const llmcb_message *messages,
+                                         size_t n, const llmcb_config *config)
+{
+    llmcb_prompt one;
+
+    one.messages = messages;
+    one.n = n;
+    return llmcbi_call_new(chat, &one, 1, config, chat && chat->d.streaming,
+                           false);
+}
+
+LLMCBI_DEF llmcb_op *llmcb_chat_stream(llmcb_chat *chat,
+                                       const llmcb_message *messages,
+                                       size_t n, const llmcb_config *config)
+{
+    llmcb_prompt one;
+
+    one.messages = messages;
+    one.n = n;
+    return llmcbi_call_new(chat, &one, 1, config, true, true);
+}
+
+LLMCBI_DEF llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
+                                      const llmcb_prompt *prompts, size_t n,
+                                      const llmcb_config *config)
+{
+    return llmcbi_call_new(chat, prompts, n, config,
+                           chat && chat->d.streaming, false);
+}
+
+/* -- reading a call */
+
+static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
+{
+    union {
+        const llmcb_op *in;
+        llmcbi_call *out;
+    } p;
+
+    p.in = op;
+    return op && op->cls == llmcbi_call_class() ? p.out : NULL;
+}
+
+/* The next token record, in the program's hands until the next call. */
+static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
+{
+    llmcbi_run *run = &c->prompts[0].run;
+    const llmcbi_record *rec;
+
+    if (!run->has_pull) return NULL;
+    if (c->shown) {
+        rec = llmcbi_record_at(&run->pull_pos);
+        run->pull_pos += rec->size;
+        run->pull++;
+        c->shown = false;
+        if (run->starved) llmcbi_make_ready(run->loop, &run->ready);
+    }
+    while (llmcbi_call_chunk_ready(c)) {
+        rec = llmcbi_record_at(&run->pull_pos);
+        if (rec->kind == LLMCB_LLM_NEW_TOKEN) {
+            c->shown = true;
+            return (const llmcb_chunk *)(const void *)(rec + 1);
+        }
+        run->pull_pos += rec->size;
+        run->pull++;
+    }
+    return NULL;
+}
+
+LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
+{
+    const llmcb_chunk *got = NULL;
+    llmcbi_call *c = llmcbi_call_of(op);
+
+    if (chunk) *chunk = NULL;
+    if (!c || !c->n || llmcbi_enter(op->loop) != LLMCB_OK) return false;
+    for (;;) {
+        got = llmcbi_call_next(c);
+        if (got || op->done || op->loop->turning) break;
+        if (!c->prompts[0].run.has_pull) { /* nothing to read: just wait */
+            llmcb_op_wait(op);
+            return false;
+        }
+        llmcbi_turn(op->loop, -1);
+    }
+    if (chunk) *chunk = got;
+    return got != NULL;
+}
+
+LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *pub, llmcb_op *op)
+{
+    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_call *c = llmcbi_call_of(op);
+    llmcb_code code;
+
+    if (!t) return LLMCB_WAIT;
+    code = llmcbi_awaitable(t, op);
+    if (code == LLMCB_OK && !c) code = LLMCB_EINVAL;
+    if (code == LLMCB_OK && c->reader) code = LLMCB_EBUSY;
+    if (code != LLMCB_OK || op->done || !c->prompts[0].run.has_pull ||
+        llmcbi_call_chunk_ready(c))
+        return llmcbi_await_over(t, code);
+    c->reader = t;
+    t->slot = &c->reader;
+    return LLMCB_WAIT;
+}
+
+static const llmcb_result *llmcbi_no_result(void)
+{
+    static const llmcb_result none = { false,     false,     NULL,
+                                       0,         { "", 0 }, { "", 0 },
+                                       { "", 0 }, { false, 0, 0, 0, 0, 0 } };
+
+    return &none;
+}
+
+LLMCBI_DEF size_t llmcb_op_n_prompts(const llmcb_op *op)
+{
+    const llmcbi_call *c = llmcbi_call_of(op);
+
+    return c ? c->n : 0;
+}
+
+LLMCBI_DEF const llmcb_result *llmcb_op_result_at(const llmcb_op *op,
+                                                  size_t i)
+{
+    const llmcbi_call *c = llmcbi_call_of(op);
+
+    if (!c || i >= c->n || !op->done || !c->prompts[i].outcome)
+        return llmcbi_no_result();
+    return &c->prompts[i].answer.result;
+}
+
+LLMCBI_DEF const llmcb_result *llmcb_op_result(const llmcb_op *op)
+{
+    return llmcb_op_result_at(op, 0);
+}
+
+LLMCBI_DEF const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i)
+{
+    const llmcbi_call *c = llmcbi_call_of(op);
+
+    if (!c || i >= c->n || !op->done || !c->prompts[i].outcome)
+        return llmcb_op_error(op);
+    return c->prompts[i].outcome;
+}
+
+LLMCBI_DEF llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i)
+{
+    llmcbi_call *c = llmcbi_call_of(op);
+
+    return c && i < c->n ? &c->prompts[i].run.pub : NULL;
+}
+
+LLMCBI_DEF llmcb_usage llmcb_op_usage(const llmcb_op *op)
+{
+    llmcb_usage sum = llmcbi_no_result()->usage;
+    size_t i, n = llmcb_op_n_prompts(op);
+
+    sum.known = n > 0;
+    for (i = 0; i < n; i++) {
+        const llmcb_usage *u = &llmcb_op_result_at(op, i)->usage;
+        sum.known = sum.known && u->known;
+        sum.input_tokens += u->input_tokens;
+        sum.output_tokens += u->output_tokens;
+        sum.total_tokens += u->total_tokens;
+        sum.cached_tokens += u->cached_tokens;
+        sum.reasoning_tokens += u->reasoning_tokens;
+    }
+    return sum;
+}
+
+#ifndef LLMCB_NO_STDIO
+/* Text of a server for a terminal: control characters and those that change
+ * the direction of writing are shown as escapes. */
+static void llmcbi_print_clean(llmcb_str s, FILE *out)
+{
+    size_t i;
+
+    for (i = 0; i < s.len; i++) {
+        unsigned char c = (unsigned char)s.ptr[i];
+        unsigned char d = i + 1 < s.len ? (unsigned char)s.ptr[i + 1] : 0;
+        unsigned char e = i + 2 < s.len ? (unsigned char)s.ptr[i + 2] : 0;
+        if ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7F) {
+            fprintf(out, "\\x%02x", c);
+        } else if (c == 0xC2 && d >= 0x80 && d < 0xA0) {
+            fprintf(out, "\\u%04x", (unsigned)d);
+            i++;
+        } else if (c == 0xE2 && ((d == 0x80 && e >= 0xAA && e <= 0xAE) ||
+                                 (d == 0x81 && e >= 0xA6 && e <= 0xA9))) {
+            fprintf(out, "\\u%04x",
+                    0x2000u | (unsigned)(d & 63) << 6 | (unsigned)(e & 63));
+            i += 2;
+        } else {
+            fputc(c, out);
+        }
+    }
+}
+
+LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
+{
+    size_t i, k;
+
+    if (!result || !out) return;
+    for (i = 0; i < result->n_generations; i++) {
+        const llmcb_generation *g = &result->generations[i];
+        fputs("text: ", out);
+        llmcbi_print_clean(g->text, out);
+        if (g->refusal.len) {
+            fputs("\nrefusal: ", out);
+            llmcbi_print_clean(g->refusal, out);
+        }
+        for (k = 0; k < g->n_tool_calls; k++) {
+            fputs("\ntool call: ", out);
+            llmcbi_print_clean(g->tool_calls[k].name, out);
+            fputs(" ", out);
+            llmcbi_print_clean(g->tool_calls[k].arguments, out);
+        }
+        fputs("\nfinish reason: ", out);
+        if (g->finish_reason.len) llmcbi_print_clean(g->finish_reason, out);
+        else fputs("none", out);
+        fputs("\n", out);
+    }
+    fputs("model name: ", out);
+    llmcbi_print_clean(result->model_name, out);
+    if (result->usage.known) {
+        char in[24], answer[24], all[24];
+        fprintf(out, "\nusage: %s input, %s output, %s total tokens\n",
+                llmcbi_decimal(in, result->usage.input_tokens),
+                llmcbi_decimal(answer, result->usage.output_tokens),
+                llmcbi_decimal(all, result->usage.total_tokens));
+    } else {
+        fputs("\nusage: unknown\n", out);
+    }
+}
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* LLMCB_IMPLEMENTATION */
+
+/*
+ * VERSION HISTORY
+ *
+ *   0.1.0  the first version
+ *
+ * LICENCE: this software is available under two licences; choose the one
+ * that you prefer.
+ *
+ * ---------------------------------------------------------------------------
+ * ALTERNATIVE A - MIT
+ *
+ * Copyright (c) 2026 the llmcb.h authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a
+ * copy of this software and associated documentation files (the "Software"),
+ * to deal in the Software without restriction, including without limitation
+ * the rights to use, copy, modify, merge, publish, distribute, sublicense,
+ * and/or sell copies of the Software, and to permit persons to whom the
+ * Software is furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in
+ * all copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING
+ * FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
+ * DEALINGS IN THE SOFTWARE.
+ *
+ * ---------------------------------------------------------------------------
+ * ALTERNATIVE B - Public Domain (www.unlicense.org)
+ *
+ * This is free and unencumbered software released into the public domain.
+ *
+ * Anyone is free to copy, modify, publish, use, compile, sell, or distribute
+ * this software, either in source code form or as a compiled binary, for any
+ * purpose, commercial or non-commercial, and by any means.
+ *
+ * In jurisdictions that recognize copyright laws, the author or authors of
+ * this software dedicate any and all copyright interest in the software to
+ * the public domain. We make this dedication for the benefit of the public at
+ * large and to the detriment of our heirs and successors. We intend this
+ * dedication to be an overt act of relinquishment in perpetuity of all
+ * present and future rights to this software under copyright law.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+ * ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+ * CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */

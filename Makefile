@@ -1,0 +1,75 @@
+# The header needs no building. This builds and runs what is around it:
+#
+#   make demo        examples/async_callbacks.c, offline, with no package
+#   make examples    all examples, into build/examples
+#   make test        all tests; T=name: only those with this in their name
+#   make check       the gate of a commit: tests, all warnings, analysers
+#   make clean
+#
+# CC=clang and the like are honoured. SKIPS=fail: what cannot be tested on
+# this machine counts as failed. SETUP=no: install no package.
+
+CFLAGS ?= -O1 -g
+SKIPS ?=
+T ?=
+export CC CFLAGS LDFLAGS SKIPS T
+
+# Whether there is libcurl, and how it is linked.
+CURL := $(shell d=$$(mktemp -d) && \
+	printf '\043include <curl/curl.h>\n%s\n' \
+	'int main(void) { return !curl_version(); }' >$$d/a.c; \
+	f=$$(pkg-config --cflags --libs libcurl 2>/dev/null || echo -lcurl); \
+	$(CC) -o $$d/a $$d/a.c $$f >/dev/null 2>&1 && echo "$$f"; rm -rf $$d)
+ifeq ($(CURL),)
+CURL := -DLLMCB_NO_CURL
+endif
+
+EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
+TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+# Programs that ThreadSanitizer cannot run or that have no threads.
+NO_TSAN :=
+export NO_TSAN
+TSANS := $(filter-out $(NO_TSAN),$(TESTS))
+# The sanitizers; tests/run.sh empties one that the compiler lacks.
+ASAN ?= -fsanitize=address,undefined -fno-sanitize-recover
+TSAN ?= -fsanitize=thread
+WARN := -Wall -Wextra
+# What a test needs beyond that stands in it: /* build: -lm */
+extra = $(shell sed -n 's|^/\* build: \(.*\) \*/$$|\1|p' $<)
+
+all: examples
+
+demo: build/demo
+	build/demo
+build/demo: examples/async_callbacks.c llmcb.h
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) -I. -o $@ $< -DLLMCB_NO_CURL -lpthread
+
+examples: $(EXAMPLES:%=build/examples/%)
+build/examples/%: examples/%.c llmcb.h
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) -std=c99 $(WARN) $(CFLAGS) -I. -o $@ $< $(LDFLAGS) -lpthread $(CURL)
+
+# The programs of make test, in both forms.
+programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
+build/tests/%: tests/%.c llmcb.h tests/test.h tests/server.h
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) $(WARN) $(CFLAGS) $(ASAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
+		$(extra) $(CURL)
+build/tsan/%: tests/%.c llmcb.h tests/test.h tests/server.h
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) $(WARN) $(CFLAGS) $(TSAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
+		$(extra) $(CURL)
+build/tests/serve: tests/serve.c tests/server.h
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) $(WARN) $(CFLAGS) -o $@ $< $(LDFLAGS) -lpthread
+
+test:
+	@tests/run.sh test
+check:
+	@tests/run.sh check
+
+clean:
+	rm -rf build
+
+.PHONY: all demo examples programs test check clean
