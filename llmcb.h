@@ -174,7 +174,7 @@ typedef enum llmcb_code {
     LLMCB_ECONNECT = -7,   /* no connection to the server */
     LLMCB_ETLS = -8,       /* TLS: handshake or certificate */
     LLMCB_EIO = -9,        /* the connection broke */
-    LLMCB_ETRUNCATED = -10, /* the answer ended before it was complete */
+    LLMCB_ETRUNCATED = -10, /* the answer ended before it was whole */
     LLMCB_EHTTP = -11,      /* an HTTP status that is no success */
     LLMCB_EAPI = -12,       /* the server reported an error in its answer */
     LLMCB_EPROTO = -13,     /* not valid HTTP, or not this protocol */
@@ -182,7 +182,7 @@ typedef enum llmcb_code {
     LLMCB_EREDIRECT = -15,  /* a redirect; none is ever followed */
     LLMCB_EJSON = -16,      /* not valid JSON */
     LLMCB_EUTF8 = -17,      /* text of the program that is not UTF-8 */
-    LLMCB_ELIMIT = -18,     /* a limit of llmcb_limits; the message says which */
+    LLMCB_ELIMIT = -18,     /* a limit; the message says which */
     LLMCB_EHANDLER = -19,   /* a handler flagged LLMCB_RAISE failed */
     LLMCB_EBUSY = -20,      /* no room now; try again later */
     LLMCB_ESYS = -21,       /* a system call failed; see sys_errno */
@@ -1186,6 +1186,20 @@ static bool llmcbi_str_is_nocase(llmcb_str s, const char *lower)
     for (i = 0; i < s.len; i++)
         if (llmcbi_lower(s.ptr[i]) != lower[i]) return false;
     return lower[i] == '\0';
+}
+
+/* Whether s is one of the words of a list, which are in lower case and
+ * parted by blanks. */
+static bool llmcbi_str_listed(llmcb_str s, const char *list)
+{
+    while (*list) {
+        size_t i, n = strcspn(list, " ");
+        for (i = 0; i < n && i < s.len && llmcbi_lower(s.ptr[i]) == list[i];)
+            i++;
+        if (i == n && i == s.len) return true;
+        list += n + (list[n] == ' ');
+    }
+    return false;
 }
 
 static bool llmcbi_str_begins(const char *s, const char *prefix)
@@ -2307,8 +2321,12 @@ typedef struct llmcbi_fired {
 #define LLMCBI_MAX_FIRED 128 /* descriptors served in one turn */
 #define LLMCBI_ROUNDS 8      /* of the ready list in one turn */
 
+/* What later sections keep in the loop.
+ * upward: llmcbi_pool */
 typedef struct llmcbi_pool llmcbi_pool;
+/* upward: llmcbi_cursor */
 typedef struct llmcbi_cursor llmcbi_cursor;
+/* upward: llmcbi_block */
 typedef struct llmcbi_block llmcbi_block;
 
 struct llmcb_loop {
@@ -3153,15 +3171,6 @@ no_pipe:
 
 /* ==== [TASK] operations and coroutines ================================= */
 
-typedef struct llmcbi_op_class {
-    /* Bring it to its end, now or later. */
-    void (*cancel)(llmcb_op *op, llmcb_detail detail);
-    /* It is done and nobody holds it. */
-    void (*destroy)(llmcb_op *op);
-    /* Somebody waits for its end and not for its parts; may be NULL. */
-    void (*waited)(llmcb_op *op);
-} llmcbi_op_class;
-
 typedef struct llmcbi_task llmcbi_task;
 
 /* One task that awaits one op. */
@@ -3173,7 +3182,12 @@ typedef struct llmcbi_waiter {
 
 struct llmcb_op {
     llmcb_loop *loop;
-    const llmcbi_op_class *cls;
+    /* Bring it to its end, now or later. */
+    void (*cancel)(llmcb_op *op, llmcb_detail detail);
+    /* It is done and nobody holds it. */
+    void (*destroy)(llmcb_op *op);
+    /* Somebody waits for its end and not for its parts; may be NULL. */
+    void (*waited)(llmcb_op *op);
     llmcb_op *prev, *next;
     llmcbi_waiter *waiters;
     const llmcb_error *error; /* of a done op */
@@ -3183,10 +3197,12 @@ struct llmcb_op {
 };
 
 static void llmcbi_op_init(llmcb_loop *loop, llmcb_op *op,
-                           const llmcbi_op_class *cls)
+                           void (*cancel)(llmcb_op *, llmcb_detail),
+                           void (*destroy)(llmcb_op *))
 {
     op->loop = loop;
-    op->cls = cls;
+    op->cancel = cancel;
+    op->destroy = destroy;
     op->next = loop->ops;
     if (op->next) op->next->prev = op;
     loop->ops = op;
@@ -3201,7 +3217,7 @@ static void llmcbi_op_destroy(llmcb_op *op)
     if (op->prev) op->prev->next = op->next;
     else loop->ops = op->next;
     llmcbi_error_drop(&loop->alloc, op->error);
-    op->cls->destroy(op);
+    op->destroy(op);
 }
 
 static void llmcbi_task_told(llmcbi_waiter *w);
@@ -3252,7 +3268,7 @@ static void llmcbi_take_cancels(llmcb_loop *loop)
         if (!LLMCBI_FLAG_GET(&op->cancel_wanted)) continue;
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
         if (!op->done)
-            op->cls->cancel(op, op->detached ? LLMCB_DETAIL_CONSUMER
+            op->cancel(op, op->detached ? LLMCB_DETAIL_CONSUMER
                                              : LLMCB_DETAIL_CALLER);
     }
 }
@@ -3284,7 +3300,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_run_until(llmcb_loop *loop, llmcb_op *op)
     if (code != LLMCB_OK) return code;
     if (op->done) return op->error->code;
     if (loop->turning) return LLMCB_ESTATE;
-    if (op->cls->waited) op->cls->waited(op);
+    if (op->waited) op->waited(op);
     loop->stopping = false;
     while (!op->done && !loop->stopping) llmcbi_turn(loop, -1);
     return llmcb_op_code(op);
@@ -3334,7 +3350,7 @@ static void llmcbi_waiter_join(llmcbi_waiter *w, llmcbi_task *t, llmcb_op *op)
     w->next = op->waiters;
     if (w->next) w->next->prev = w;
     op->waiters = w;
-    if (op->cls->waited) op->cls->waited(op);
+    if (op->waited) op->waited(op);
 }
 
 static void llmcbi_task_disarm(llmcbi_task *t)
@@ -3634,8 +3650,6 @@ static void llmcbi_task_op_destroy(llmcb_op *op)
 LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
                                       size_t frame_size, void *self)
 {
-    static const llmcbi_op_class cls = { llmcbi_task_op_cancel,
-                                         llmcbi_task_op_destroy, NULL };
     llmcbi_task_op *o;
     size_t head = LLMCBI_ALIGN(sizeof *o);
 
@@ -3653,7 +3667,8 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
         llmcbi_free(&loop->alloc, o, o->size);
         return NULL;
     }
-    llmcbi_op_init(loop, &o->op, &cls);
+    llmcbi_op_init(loop, &o->op, llmcbi_task_op_cancel,
+                   llmcbi_task_op_destroy);
     o->task.armed = true;
     llmcbi_make_ready(loop, &o->task.ready);
     return &o->op;
@@ -3672,6 +3687,7 @@ typedef struct llmcbi_job {
     void *owner;                          /* for done; NULL: gone */
 } llmcbi_job;
 
+/* upward: llmcbi_cursor */
 /* Work that must not run twice at a time: the calls of one handler. Queued
  * on the pool while it has cursors to serve. */
 typedef struct llmcbi_strand {
@@ -3910,15 +3926,14 @@ static void llmcbi_offload_destroy(llmcb_op *op)
 LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
                                    void *arg)
 {
-    static const llmcbi_op_class cls = { llmcbi_offload_cancel,
-                                         llmcbi_offload_destroy, NULL };
     llmcbi_offload_op *o;
     llmcb_code code;
 
     if (!loop || !fn || loop->freeing) return NULL;
     o = (llmcbi_offload_op *)llmcbi_alloc(&loop->alloc, sizeof *o);
     if (!o) return NULL;
-    llmcbi_op_init(loop, &o->op, &cls);
+    llmcbi_op_init(loop, &o->op, llmcbi_offload_cancel,
+                   llmcbi_offload_destroy);
     o->job = llmcbi_job_start(loop, fn, arg, llmcbi_offload_done, o, &code);
     if (!o->job) llmcbi_op_finish(&o->op, llmcbi_error_const(code));
     return &o->op;
@@ -3928,17 +3943,29 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
 
 LLMCBI_DEF const char *llmcb_event_name(llmcb_event_kind kind)
 {
-    static const char *const names[] = {
-        "on_llm_start",       "on_chat_model_start", "on_llm_new_token",
-        "on_llm_end",         "on_llm_error",        "on_chain_start",
-        "on_chain_end",       "on_chain_error",      "on_agent_action",
-        "on_agent_finish",    "on_tool_start",       "on_tool_end",
-        "on_tool_error",      "on_retriever_start",  "on_retriever_end",
-        "on_retriever_error", "on_text",             "on_retry",
-        "on_custom_event"
-    };
-
-    return (unsigned)kind < LLMCB_N_EVENTS ? names[kind] : "";
+    switch (kind) {
+    case LLMCB_LLM_START: return "on_llm_start";
+    case LLMCB_CHAT_MODEL_START: return "on_chat_model_start";
+    case LLMCB_LLM_NEW_TOKEN: return "on_llm_new_token";
+    case LLMCB_LLM_END: return "on_llm_end";
+    case LLMCB_LLM_ERROR: return "on_llm_error";
+    case LLMCB_CHAIN_START: return "on_chain_start";
+    case LLMCB_CHAIN_END: return "on_chain_end";
+    case LLMCB_CHAIN_ERROR: return "on_chain_error";
+    case LLMCB_AGENT_ACTION: return "on_agent_action";
+    case LLMCB_AGENT_FINISH: return "on_agent_finish";
+    case LLMCB_TOOL_START: return "on_tool_start";
+    case LLMCB_TOOL_END: return "on_tool_end";
+    case LLMCB_TOOL_ERROR: return "on_tool_error";
+    case LLMCB_RETRIEVER_START: return "on_retriever_start";
+    case LLMCB_RETRIEVER_END: return "on_retriever_end";
+    case LLMCB_RETRIEVER_ERROR: return "on_retriever_error";
+    case LLMCB_TEXT: return "on_text";
+    case LLMCB_RETRY: return "on_retry";
+    case LLMCB_CUSTOM_EVENT: return "on_custom_event";
+    case LLMCB_N_EVENTS:
+    default: return "";
+    }
 }
 
 /* An event as it stands in the log, its payload behind it. Start and finish
@@ -4000,7 +4027,8 @@ struct llmcbi_run {
     const llmcb_result *result;
     const llmcb_error *error; /* of the finish event */
     llmcb_event_kind finish_kind;
-    llmcbi_cursor *cursors; /* inline handlers first */
+    /* upward: llmcbi_cursor */
+    llmcbi_cursor *cursors;
     size_t n_cursors, n_abandoned;
     uint64_t pull;     /* events that the pull interface has passed */
     const char *pull_pos;
@@ -5037,7 +5065,7 @@ static void llmcbi_cancel_all(llmcb_loop *loop)
 
     for (op = loop->ops; op; op = next) {
         next = op->next;
-        if (!op->done) op->cls->cancel(op, LLMCB_DETAIL_LOOP);
+        if (!op->done) op->cancel(op, LLMCB_DETAIL_LOOP);
     }
 }
 
@@ -5150,7 +5178,7 @@ typedef struct llmcbi_sink {
 struct llmcb_exchange {
     llmcb_loop *loop;
     llmcb_transport *tr;
-    const llmcbi_sink *sink;
+    llmcbi_sink sink;
     void *owner;
     llmcbi_buf held; /* what the sink has not taken, from held_at on */
     size_t held_at;
@@ -5180,7 +5208,7 @@ LLMCBI_DEF llmcb_code llmcb_transport_init(llmcb_loop *loop,
 }
 
 static llmcb_exchange *llmcbi_exchange_new(llmcb_transport *tr,
-                                           const llmcbi_sink *sink,
+                                           void (*fill)(llmcbi_sink *sink),
                                            void *owner)
 {
     llmcb_exchange *x = (llmcb_exchange *)llmcbi_alloc(
@@ -5189,7 +5217,7 @@ static llmcb_exchange *llmcbi_exchange_new(llmcb_transport *tr,
     if (!x) return NULL;
     x->loop = tr->loop;
     x->tr = tr;
-    x->sink = sink;
+    fill(&x->sink);
     x->owner = owner;
     return x;
 }
@@ -5217,18 +5245,18 @@ static void llmcbi_exchange_free(llmcb_exchange *x, llmcbi_parting how)
 
 LLMCBI_DEF void llmcb_exchange_connected(llmcb_exchange *x)
 {
-    if (x && !x->ended) x->sink->connected(x->owner);
+    if (x && !x->ended) x->sink.connected(x->owner);
 }
 
 LLMCBI_DEF void llmcb_exchange_status(llmcb_exchange *x, int status)
 {
-    if (x && !x->ended) x->sink->status(x->owner, status);
+    if (x && !x->ended) x->sink.status(x->owner, status);
 }
 
 LLMCBI_DEF void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
                                       llmcb_str value)
 {
-    if (x && !x->ended) x->sink->header(x->owner, name, value);
+    if (x && !x->ended) x->sink.header(x->owner, name, value);
 }
 
 LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
@@ -5238,7 +5266,7 @@ LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
 
     if (!x || x->ended) return false;
     if (!len) return !x->paused;
-    if (!x->paused) taken = x->sink->data(x->owner, bytes, len);
+    if (!x->paused) taken = x->sink.data(x->owner, bytes, len);
     if (taken == len) return !x->paused;
     x->paused = true;
     llmcbi_buf_add(&x->loop->alloc, &x->held, bytes + taken, len - taken);
@@ -5256,7 +5284,7 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
     e.sys_errno = sys_errno;
     x->ended = true;
     if (!x->paused) {
-        x->sink->end(x->owner, ending, &e);
+        x->sink.end(x->owner, ending, &e);
         return;
     }
     x->ending = ending;
@@ -5271,18 +5299,18 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
         x->paused = false;
         if (!x->ended) x->tr->cancel(x->tr, x);
         x->ended = true;
-        x->sink->end(x->owner, LLMCB_BROKEN,
+        x->sink.end(x->owner, LLMCB_BROKEN,
                      llmcbi_error_const(LLMCB_ENOMEM));
         return;
     }
     if (x->held_at < x->held.len)
-        x->held_at += x->sink->data(x->owner, x->held.ptr + x->held_at,
+        x->held_at += x->sink.data(x->owner, x->held.ptr + x->held_at,
                                     x->held.len - x->held_at);
     if (x->held_at < x->held.len) return;
     llmcbi_buf_free(&x->loop->alloc, &x->held);
     x->held_at = 0;
     x->paused = false;
-    if (x->ended) x->sink->end(x->owner, x->ending, x->end_error);
+    if (x->ended) x->sink.end(x->owner, x->ending, x->end_error);
     else x->tr->resume(x->tr, x);
 }
 
@@ -7578,16 +7606,13 @@ static void llmcbi_take_status(void *owner, int status)
 
 static void llmcbi_take_header(void *owner, llmcb_str name, llmcb_str value)
 {
-    static const char *const left_out[] = {
-        "transfer-encoding", "content-length", "connection", "set-cookie",
-        "authorization",     "openai-organization", "openai-project"
-    };
+    static const char left_out[] =
+        "transfer-encoding content-length connection set-cookie "
+        "authorization openai-organization openai-project";
     llmcbi_take *t = (llmcbi_take *)owner;
     const llmcb_allocator *a = &t->outer->loop->alloc;
-    size_t i, n = sizeof left_out / sizeof *left_out;
 
-    for (i = 0; i < n && !llmcbi_str_is_nocase(name, left_out[i]);) i++;
-    if (i == n) {
+    if (!llmcbi_str_listed(name, left_out)) {
         llmcbi_buf_add(a, &t->http, name.ptr, name.len);
         llmcbi_buf_text(a, &t->http, ": ");
         llmcbi_buf_add(a, &t->http, value.ptr, value.len);
@@ -7712,12 +7737,18 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
     llmcb_exchange_end(t->outer, ending, e.code, e.sys_errno, e.message);
 }
 
+static void llmcbi_take_sink(llmcbi_sink *sink)
+{
+    sink->connected = llmcbi_take_connected;
+    sink->status = llmcbi_take_status;
+    sink->header = llmcbi_take_header;
+    sink->data = llmcbi_take_data;
+    sink->end = llmcbi_take_end;
+}
+
 static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
                                       const llmcb_request *request)
 {
-    static const llmcbi_sink sink = { llmcbi_take_connected,
-                                      llmcbi_take_status, llmcbi_take_header,
-                                      llmcbi_take_data, llmcbi_take_end };
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
     llmcb_code code;
@@ -7725,7 +7756,7 @@ static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
     t->recorder = r;
     t->outer = x;
     t->last = tr->loop->now;
-    t->inner = llmcbi_exchange_new(r->inner, &sink, t);
+    t->inner = llmcbi_exchange_new(r->inner, llmcbi_take_sink, t);
     if (!t->inner) return LLMCB_ENOMEM;
     code = r->inner->start(r->inner, t->inner, request);
     if (code == LLMCB_OK) t->number = ++r->number;
@@ -8310,10 +8341,14 @@ static size_t llmcbi_tool_find(const llmcbi_choice *c,
 
 static const char *llmcbi_role_name(llmcb_role role)
 {
-    static const char *const names[] = { "user", "assistant", "system",
-                                         "developer", "tool" };
-
-    return (unsigned)role < 5 ? names[role] : NULL;
+    switch (role) {
+    case LLMCB_USER: return "user";
+    case LLMCB_ASSISTANT: return "assistant";
+    case LLMCB_SYSTEM: return "system";
+    case LLMCB_DEVELOPER: return "developer";
+    case LLMCB_TOOL: return "tool";
+    default: return NULL;
+    }
 }
 
 /* What is wrong with a message, or LLMCB_OK. */
@@ -8478,13 +8513,15 @@ static void llmcbi_wire_body(const llmcb_allocator *a, llmcbi_buf *b,
 static void llmcbi_wire_prompt(const llmcb_allocator *a, llmcbi_buf *b,
                                const llmcb_message *m, size_t n)
 {
-    static const char *const names[] = { "Human: ", "AI: ", "System: ",
-                                         "System: ", "Tool: " };
     size_t i;
 
     for (i = 0; i < n; i++) {
+        llmcb_role role = m[i].role;
         if (i) llmcbi_buf_text(a, b, "\n");
-        llmcbi_buf_text(a, b, names[m[i].role]);
+        llmcbi_buf_text(a, b, role == LLMCB_USER        ? "Human: "
+                              : role == LLMCB_ASSISTANT ? "AI: "
+                              : role == LLMCB_TOOL      ? "Tool: "
+                                                        : "System: ");
         llmcbi_buf_add(a, b, m[i].content, m[i].content_len);
     }
 }
@@ -8523,13 +8560,12 @@ static const char *llmcbi_chat_copy(llmcb_chat *chat, const char *s)
 
 static bool llmcbi_header_name_ok(const char *s)
 {
-    static const char *const ours[] = { "host", "content-length",
-                                        "transfer-encoding", "connection",
-                                        "expect", "accept-encoding" };
     size_t i;
 
-    for (i = 0; i < sizeof ours / sizeof *ours; i++)
-        if (llmcbi_str_is_nocase(llmcbi_str(s), ours[i])) return false;
+    if (llmcbi_str_listed(llmcbi_str(s),
+                          "host content-length transfer-encoding connection "
+                          "expect accept-encoding"))
+        return false;
     for (i = 0; s[i]; i++)
         if (!llmcbi_token_char(s[i])) return false;
     return i > 0;
@@ -8882,6 +8918,7 @@ struct llmcbi_call {
     llmcbi_arena arena;
     llmcbi_arena talk; /* the messages, until the start has been told */
     llmcbi_buf params;
+    llmcb_parts no_parts; /* what chunks of mere text show */
     llmcbi_prompt *prompts;
     size_t n;
     size_t max_open;
@@ -9059,14 +9096,12 @@ static llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
     return llmcbi_slice(*at - n - 1, n);
 }
 
-static const llmcb_parts *llmcbi_no_parts(void)
+/* The parts of a chunk that has none. */
+static void llmcbi_parts_clear(llmcb_parts *parts)
 {
-    static const llmcb_parts none = {
-        NULL,      0,         { "", 0 },  { "", 0 },
-        { "", 0 }, { "", 0 }, { false, 0, 0, 0, 0, 0 }
-    };
-
-    return &none;
+    memset(parts, 0, sizeof *parts);
+    parts->refusal = parts->reasoning = parts->finish_reason =
+        parts->logprobs = llmcbi_slice("", 0);
 }
 
 /* Adds decoded text to the answer. false: a limit, or no memory. */
@@ -9194,7 +9229,7 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
     llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)*at;
     llmcbi_carry none;
 
-    *parts = *llmcbi_no_parts();
+    llmcbi_parts_clear(parts);
     memset(&none, 0, sizeof none);
     *at += n_tools * sizeof *tools;
     if (n_tools) {
@@ -9284,7 +9319,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p,
     at = begin + sizeof *chunk;
     chunk = (llmcb_chunk *)(void *)begin;
     chunk->choice = (int)index;
-    chunk->parts = llmcbi_no_parts();
+    chunk->parts = &p->call->no_parts;
     if (has_parts) {
         llmcb_parts *parts = (llmcb_parts *)(void *)at;
         at += sizeof *parts;
@@ -9293,7 +9328,10 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p,
             return false;
     }
     if (w->text.len || c->text_carry.n || c->text_carry.high) {
-        static const llmcbi_raw empty = { "", 0, false };
+        llmcbi_raw empty;
+        empty.ptr = "";
+        empty.len = 0;
+        empty.plain = false;
         chunk->text = llmcbi_raw_decode(&at, w->text.len ? &w->text : &empty,
                                         &c->text_carry);
         if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return false;
@@ -9325,7 +9363,7 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
         chunk = (llmcb_chunk *)(void *)at;
         at += sizeof *chunk;
         chunk->choice = (int)i;
-        chunk->parts = llmcbi_no_parts();
+        chunk->parts = &p->call->no_parts;
         chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
         llmcbi_buf_add(llmcbi_prompt_alloc(p), &c->text, lost,
                        (size_t)(end - lost));
@@ -9715,14 +9753,13 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
     else llmcbi_prompt_fail(p, code, NULL);
 }
 
-static const llmcbi_sink *llmcbi_prompt_sink(void)
+static void llmcbi_prompt_sink(llmcbi_sink *sink)
 {
-    static const llmcbi_sink sink = { llmcbi_prompt_connected,
-                                      llmcbi_prompt_status,
-                                      llmcbi_prompt_header,
-                                      llmcbi_prompt_data, llmcbi_prompt_end };
-
-    return &sink;
+    sink->connected = llmcbi_prompt_connected;
+    sink->status = llmcbi_prompt_status;
+    sink->header = llmcbi_prompt_header;
+    sink->data = llmcbi_prompt_data;
+    sink->end = llmcbi_prompt_end;
 }
 
 /* -- attempts */
@@ -9770,7 +9807,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     *p->request_id = '\0';
     p->sse.limit = chat->d.limits.event;
     if (!tr) tr = llmcbi_default_transport(loop);
-    p->x = tr ? llmcbi_exchange_new(tr, llmcbi_prompt_sink(), p) : NULL;
+    p->x = tr ? llmcbi_exchange_new(tr, llmcbi_prompt_sink, p) : NULL;
     if (!p->x) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return;
@@ -10137,15 +10174,6 @@ static void llmcbi_call_destroy(llmcb_op *op)
     llmcbi_call_free((llmcbi_call *)(void *)op);
 }
 
-static const llmcbi_op_class *llmcbi_call_class(void)
-{
-    static const llmcbi_op_class cls = { llmcbi_call_cancel,
-                                         llmcbi_call_destroy,
-                                         llmcbi_call_waited };
-
-    return &cls;
-}
-
 /* -- making a call */
 
 /* The request's list, then its local one, then the chat's; each once. */
@@ -10460,9 +10488,11 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat,
     if (!config) config = &none;
     c->chat = chat;
     chat->refs++;
+    llmcbi_parts_clear(&c->no_parts);
     c->stream = stream;
     c->ready.fn = llmcbi_call_step;
-    llmcbi_op_init(loop, &c->op, llmcbi_call_class());
+    llmcbi_op_init(loop, &c->op, llmcbi_call_cancel, llmcbi_call_destroy);
+    c->op.waited = llmcbi_call_waited;
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK)
         code = llmcbi_call_check(chat, prompts, n, config, &why);
@@ -10520,7 +10550,7 @@ static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
     } p;
 
     p.in = op;
-    return op && op->cls == llmcbi_call_class() ? p.out : NULL;
+    return op && op->destroy == llmcbi_call_destroy ? p.out : NULL;
 }
 
 /* The next token record, in the program's hands until the next call. */
