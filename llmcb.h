@@ -8892,6 +8892,8 @@ typedef struct llmcbi_prompt {
     int64_t last_data;
     llmcbi_sse sse;
     llmcbi_buf text;    /* a body that is no stream; a redirect's target */
+    llmcbi_buf pattern; /* the last event that brought nothing but text */
+    size_t pattern_head, pattern_tail; /* what stands around that text */
     llmcbi_buf pending; /* an event of which some choices must wait */
     size_t pending_done; /* choices of it that have been told */
     llmcbi_answer answer;
@@ -9431,11 +9433,59 @@ static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
                                   "valid JSON");
 }
 
+/* Most events of a stream differ from the one before in nothing but their
+ * text. If head and tail are equal, byte for byte, and what is between is one
+ * JSON string, then the whole event has been read before. */
+static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str data)
+{
+    const char *pattern = p->pattern.ptr;
+    size_t head = p->pattern_head, tail = p->pattern_tail;
+    llmcbi_wire_choice w;
+    llmcbi_json j;
+
+    if (!p->pattern.len || data.len < head + tail ||
+        memcmp(data.ptr, pattern, head) != 0 ||
+        memcmp(data.ptr + data.len - tail, pattern + p->pattern.len - tail,
+               tail) != 0)
+        return false;
+    j.p = data.ptr + head;
+    j.end = data.ptr + data.len;
+    if (!llmcbi_json_string(&j) || j.len != data.len - head - tail)
+        return false;
+    memset(&w, 0, sizeof w);
+    w.text.ptr = j.str;
+    w.text.len = j.len;
+    w.text.plain = !j.escaped && !j.high;
+    llmcbi_prompt_choice(p, &w, NULL);
+    return true;
+}
+
+/* Remembers an event that brought nothing but text. */
+static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
+                                const llmcbi_wire_event *ev)
+{
+    const llmcbi_wire_choice *c = &ev->choice;
+
+    p->pattern.len = 0;
+    if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
+        !c->text.ptr || c->refusal.len || c->reasoning.len ||
+        c->finish_reason.len || c->tool_calls.len || c->function_call.len ||
+        c->logprobs.len || data.len > 1024)
+        return;
+    p->pattern_head = (size_t)(c->text.ptr - data.ptr);
+    p->pattern_tail = data.len - p->pattern_head - c->text.len;
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pattern, data.ptr, data.len);
+    p->pattern.failed = false; /* it would only have saved time */
+}
+
 static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data,
                                 bool is_error)
 {
     llmcbi_wire_event ev;
     bool too_deep = false;
+
+    p->last_data = p->call->op.loop->now;
+    if (!is_error && llmcbi_prompt_same_again(p, data)) return;
 
     if (data.len == 6 && memcmp(data.ptr, "[DONE]", 6) == 0) {
         p->sentinel = true;
@@ -9454,12 +9504,12 @@ static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data,
         llmcbi_prompt_bad_json(p, too_deep);
         return;
     }
-    p->last_data = p->call->op.loop->now;
     if (ev.error.len) {
         llmcbi_prompt_api_error(p, ev.error.ptr, ev.error.len);
         return;
     }
     llmcbi_prompt_note(p, &ev);
+    llmcbi_prompt_learn(p, data, &ev);
     if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
     llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pending, data.ptr, data.len);
     if (p->pending.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
@@ -9775,6 +9825,7 @@ static void llmcbi_prompt_let_go(llmcbi_prompt *p)
     llmcbi_sse_free(llmcbi_prompt_alloc(p), &p->sse);
     llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->text);
     llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pending);
+    llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pattern);
     p->over = false;
 }
 
