@@ -109,7 +109,8 @@
  *
  * SWITCHES (define them in the file that has LLMCB_IMPLEMENTATION)
  *
- *   LLMCB_STATIC       all functions static; define it wherever included
+ *   LLMCB_STATIC       all functions static; for a program of one file, or
+ *                      for several that each have an implementation
  *   LLMCB_API          prefix of every public declaration, e.g. dllexport
  *   LLMCB_ASSERT(x)    check of internal rules; empty unless defined
  *   LLMCB_NO_CURL      no libcurl: plain sockets only, https is an error
@@ -1475,6 +1476,14 @@ static void llmcbi_error_drop(const llmcb_allocator *a, const llmcb_error *e)
     }
 }
 
+#if !defined(LLMCB_NO_SOCKETS) || !defined(LLMCB_NO_CURL)
+/* Whether this machine, and not the network, is short of something. */
+static bool llmcbi_errno_is_local(int e)
+{
+    return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
+}
+#endif
+
 /* A flag that is set by any thread or a signal handler and read by one. C99
  * has no atomics; a byte store is one on every machine this runs on, and the
  * builtins say so to the compiler and to ThreadSanitizer. */
@@ -1741,6 +1750,16 @@ static int llmcbi_hex(char c)
     return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
 }
 
+/* Four hexadecimal digits that have been checked. */
+static uint32_t llmcbi_hex4(const char *s)
+{
+    uint32_t v = 0;
+    int i;
+
+    for (i = 0; i < 4; i++) v = v << 4 | (uint32_t)llmcbi_hex(s[i]);
+    return v;
+}
+
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
 {
@@ -2005,8 +2024,7 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
         case 'r': cp = '\r'; break;
         case 't': cp = '\t'; break;
         case 'u':
-            cp = (uint32_t)(llmcbi_hex(s[0]) << 12 | llmcbi_hex(s[1]) << 8 |
-                            llmcbi_hex(s[2]) << 4 | llmcbi_hex(s[3]));
+            cp = llmcbi_hex4(s);
             s += 4;
             break;
         default: cp = b; break;
@@ -3401,7 +3419,7 @@ static void llmcbi_task_watch(llmcbi_watch *watch, int events)
  * counts as cancelled. */
 static llmcb_code llmcbi_awaited_code(const llmcb_op *op)
 {
-    return op->done ? op->error->code : LLMCB_ECANCELLED;
+    return op && op->done ? op->error->code : LLMCB_ECANCELLED;
 }
 
 static void llmcbi_task_told(llmcbi_waiter *w)
@@ -4103,7 +4121,7 @@ static llmcbi_block *llmcbi_block_get(llmcb_loop *loop, size_t size)
 
 static void llmcbi_block_put(llmcb_loop *loop, llmcbi_block *b)
 {
-    if (b->size == LLMCBI_BLOCK_SIZE && loop->n_spare < LLMCBI_SPARE) {
+    if (b->size == LLMCBI_BLOCK_SIZE && loop->n_spare + 1 <= LLMCBI_SPARE) {
         b->next = loop->spare;
         loop->spare = b;
         loop->n_spare++;
@@ -6147,11 +6165,6 @@ fail:
     LLMCBI_SYS(close)(fd);
     errno = saved;
     return -1;
-}
-
-static bool llmcbi_errno_is_local(int e)
-{
-    return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
 }
 
 /* Tries addresses from c->address on, until one is on its way. */
@@ -9089,7 +9102,7 @@ static llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
 
     if (raw->plain && !carry->n && !carry->high) {
         n = raw->len;
-        memcpy(*at, raw->ptr, n);
+        if (n) memcpy(*at, raw->ptr, n);
     } else {
         n = llmcbi_json_decode(*at, raw->ptr, raw->len, carry);
     }

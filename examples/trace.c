@@ -26,7 +26,10 @@ static void put_string(llmcb_str s)
     for (size_t i = 0; i < s.len; i++) {
         unsigned c = (unsigned char)s.ptr[i];
         if (c == '"' || c == '\\') putchar('\\');
-        printf(c < ' ' || c == 127 ? "\\u%04x" : "%c", c);
+        if (c == '\n')
+            fputs("\\n", stdout);
+        else
+            printf(c < ' ' || c == 127 ? "\\u%04x" : "%c", c);
     }
     putchar('"');
 }

@@ -79,7 +79,7 @@ else
     echo "  skipped: ThreadSanitizer: does not work with $CC" >>$log
 fi
 
-# ---- build -------------------------------------------------------------------
+# ---- build -----------------------------------------------------------------
 
 targets=
 for n in $tests; do targets="$targets build/tests/$n"; done
@@ -105,7 +105,7 @@ if [ ! "$T" ]; then
     done
 fi
 
-# ---- run -----------------------------------------------------------------------
+# ---- run -------------------------------------------------------------------
 
 for n in $tests; do
     echo "$n $limit build/tests/$n $wrap_asan"
@@ -137,6 +137,48 @@ sed -i.bak 's/ *$//' $dir/list
 [ ! -s $dir/list ] || xargs -P "$jobs" -L 1 sh $dir/one.sh <$dir/list
 
 names=$(cut -d ' ' -f 1 $dir/list)
+# ---- analysers -------------------------------------------------------------
+
+# Each is one pass, failure or skip. They run beside the scripts below.
+analyse() { # name, command
+    a=$1
+    shift
+    {
+        start=$(date +%s)
+        if ! command -v "$1" >/dev/null 2>&1; then
+            echo "  skipped: $a: $1 is not installed"
+            echo "$a: 0 passed, 0 failed, 1 skipped"
+            echo 0 >"$dir/$a.status"
+        elif bounded 900 "$@" </dev/null; then
+            echo "$a: 1 passed, 0 failed, 0 skipped"
+            echo 0 >"$dir/$a.status"
+        else
+            echo "  FAILED: $*"
+            echo "$a: 0 passed, 1 failed, 0 skipped"
+            echo 1 >"$dir/$a.status"
+        fi
+        echo $(($(date +%s) - start)) >"$dir/$a.seconds"
+    } >"$dir/$a.out" 2>&1
+}
+if [ "$mode" = check ]; then
+    printf '#define LLMCB_IMPLEMENTATION\n#include "llmcb.h"\n' \
+        >$dir/impl.c
+    curl=
+    printf '#include <curl/curl.h>\n' | $CC -E - >/dev/null 2>&1 ||
+        curl=-DLLMCB_NO_CURL
+    # With -Xclang -analyzer-output=text it also tells how it comes there.
+    # shellcheck disable=SC2086
+    {
+        analyse clang-analyzer clang --analyze -Xclang -analyzer-werror \
+            -Xclang -analyzer-opt-analyze-headers -I. $curl \
+            -o $dir/impl.plist $dir/impl.c
+        analyse gcc-analyzer gcc -fanalyzer -Werror -I. $curl -c \
+            -o $dir/impl.o $dir/impl.c
+    } &
+fi
+
+# ---- scripts ---------------------------------------------------------------
+
 for f in tests/test_*.sh tests/check_*.sh; do
     n=$(basename "$f" .sh)
     case $n in *"$T"*) ;; *) continue ;; esac
@@ -151,44 +193,12 @@ for f in tests/test_*.sh tests/check_*.sh; do
     names="$names $n"
 done
 
-# ---- analysers --------------------------------------------------------------------
-
-# Each is one pass, failure or skip.
-analyse() { # name, command
-    a=$1
-    shift
-    names="$names $a"
-    if ! command -v "$1" >/dev/null 2>&1; then
-        echo "  skipped: $a: $1 is not installed
-$a: 0 passed, 0 failed, 1 skipped" >"$dir/$a.out"
-        echo 0 >"$dir/$a.status"
-        return
-    fi
-    if bounded 600 "$@" </dev/null >"$dir/$a.out" 2>&1; then
-        echo "$a: 1 passed, 0 failed, 0 skipped" >>"$dir/$a.out"
-        echo 0 >"$dir/$a.status"
-    else
-        echo "  FAILED: $*" >>"$dir/$a.out"
-        echo "$a: 0 passed, 1 failed, 0 skipped" >>"$dir/$a.out"
-        echo 1 >"$dir/$a.status"
-    fi
-}
 if [ "$mode" = check ]; then
-    printf '#define LLMCB_IMPLEMENTATION\n#include "llmcb.h"\n' \
-        >$dir/impl.c
-    curl=
-    printf '#include <curl/curl.h>\n' | $CC -E - >/dev/null 2>&1 ||
-        curl=-DLLMCB_NO_CURL
-    # shellcheck disable=SC2086
-    analyse clang-analyzer clang --analyze -Xclang -analyzer-werror \
-        -Xclang -analyzer-opt-analyze-headers \
-        -Xclang -analyzer-output=text -I. $curl -o $dir/impl.plist $dir/impl.c
-    # shellcheck disable=SC2086
-    analyse gcc-analyzer gcc -fanalyzer -Werror -I. $curl -c \
-        -o $dir/impl.o $dir/impl.c
+    wait
+    names="$names clang-analyzer gcc-analyzer"
 fi
 
-# ---- add up -------------------------------------------------------------------------
+# ---- add up ----------------------------------------------------------------
 
 passed=0
 failed=$(grep -c '^  FAILED' $log)

@@ -103,7 +103,7 @@ for file in examples/*.c; do
         fail "$name" "does not compile"
         head -n 20 "$out/$name.log"
         rm -f "$dir/$name"
-    elif [ -s "$out/$name.log" ]; then
+    elif grep -q 'warning: .*\[-W' "$out/$name.log"; then # gcc's and clang's
         fail "$name" "warnings"
         head -n 20 "$out/$name.log"
     else
@@ -154,22 +154,19 @@ handler='Sync handler being called in a `thread_pool_executor`: token: '
 tokens="|Why| don|'t| scientists| trust| atoms|?| ~~|Because| they| make| up"
 tokens="$tokens| everything|.|||" # the last two: finish and usage
 
-if run async_callbacks 0 $dir/async_callbacks; then
-    sed '/^Hi! .* ending$/q' $out/async_callbacks >$out/transcript
-    {
-        echo 'zzzz....'
-        echo 'Hi! I just woke up. Your llm is starting'
-        printf %s "$tokens" | tr '|' '\n' | sed "s/^/$handler/" |
-            tr '~' '\n'
-        echo 'zzzz....'
-        echo 'Hi! I just woke up. Your llm is ending'
-    } | expect transcript
-    sed '1,/^Hi! .* ending$/d' $out/async_callbacks >$out/result
-    for word in 'Because they make up everything\.' stop \
-        gpt-4o-mini-2024-07-18 11 14 25; do
-        count result 1 "$word"
-    done
-fi
+run async_callbacks 0 $dir/async_callbacks && {
+    echo 'zzzz....'
+    echo 'Hi! I just woke up. Your llm is starting'
+    printf %s "$tokens" | tr '|' '\n' | sed "s/^/$handler/" | tr '~' '\n'
+    echo 'zzzz....'
+    echo 'Hi! I just woke up. Your llm is ending'
+    echo "text: Why don't scientists trust atoms? "
+    echo
+    echo 'Because they make up everything.'
+    echo 'finish reason: stop'
+    echo 'model name: gpt-4o-mini-2024-07-18'
+    echo 'usage: 11 input, 14 output, 25 total tokens'
+} | expect async_callbacks
 
 run pull 0 $dir/pull --replay $joke "Tell me a joke" && expect pull <<'END'
 Why don't scientists trust atoms? 
@@ -303,7 +300,7 @@ END
     done
 done
 count trace_generate-async 1 '"event":"on_chat_model_start","seq":1,"run_id":"[-0-9a-f]\{36\}","parent_run_id":null,"name":"ChatOpenAI","tags":\[\],"metadata":{.*},"messages":\[{"role":"system","content":"Be brief"},{"role":"user","content":"Tell me a joke"}\]}$'
-count trace_generate-async 1 '"text":" \\u000a\\u000a","choice":0}$'
+count trace_generate-async 1 '"text":" \\n\\n","choice":0}$'
 count trace_generate-async 1 '"text":"","choice":0,"finish_reason":"stop"}$'
 usage='{"input_tokens":11,"output_tokens":14,"total_tokens":25,"cached_tokens":0,"reasoning_tokens":0}'
 count trace_generate-async 1 "\"text\":\"\",\"choice\":0,\"usage\":$usage}\$"
