@@ -10265,8 +10265,13 @@ static void llmcbi_call_handlers(llmcbi_call *c, const llmcb_config *config)
         }
 }
 
+static const char *llmcbi_call_copy(llmcbi_call *c, const char *s)
+{
+    return llmcbi_arena_text(&c->op.loop->alloc, &c->arena, s, strlen(s));
+}
+
 /* Later lists win: a tag that comes again moves to the end. */
-static size_t llmcbi_add_tags(llmcbi_call *c, const char **out, size_t n,
+static size_t llmcbi_add_tags(const char **out, size_t n,
                               const char *const *tags, size_t n_tags)
 {
     size_t i, k;
@@ -10277,22 +10282,29 @@ static size_t llmcbi_add_tags(llmcbi_call *c, const char **out, size_t n,
                 memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
                 break;
             }
-    for (i = 0; i < n_tags; i++)
-        out[n++] = llmcbi_arena_text(&c->op.loop->alloc, &c->arena, tags[i],
-                                     strlen(tags[i]));
+    for (i = 0; i < n_tags; i++) out[n++] = tags[i];
     return n;
 }
 
-static size_t llmcbi_add_pair(llmcbi_call *c, llmcb_pair *out, size_t n,
-                              const char *key, const char *value)
+static size_t llmcbi_add_pair(llmcb_pair *out, size_t n, const char *key,
+                              const char *value)
 {
-    const llmcb_allocator *a = &c->op.loop->alloc;
     size_t k;
 
     for (k = 0; k < n && strcmp(out[k].key, key) != 0;) k++;
-    out[k].key = llmcbi_arena_text(a, &c->arena, key, strlen(key));
-    out[k].value = llmcbi_arena_text(a, &c->arena, value, strlen(value));
+    out[k].key = key;
+    out[k].value = value;
     return k == n ? n + 1 : n;
+}
+
+static size_t llmcbi_add_pairs(llmcb_pair *out, size_t n,
+                               const llmcb_pair *pairs, size_t n_pairs)
+{
+    size_t i;
+
+    for (i = 0; i < n_pairs; i++)
+        n = llmcbi_add_pair(out, n, pairs[i].key, pairs[i].value);
+    return n;
 }
 
 /* The tags and metadata that all runs of the call share. */
@@ -10313,27 +10325,27 @@ static void llmcbi_call_labels(llmcbi_call *c, const llmcb_config *config,
     size_t i, n = 0;
 
     if (!tags || !pairs) return;
-    n = llmcbi_add_tags(c, tags, n, config->tags, config->n_tags);
-    n = llmcbi_add_tags(c, tags, n, config->local_tags,
-                        config->n_local_tags);
-    run->n_tags = llmcbi_add_tags(c, tags, n, d->tags, d->n_tags);
+    n = llmcbi_add_tags(tags, n, config->tags, config->n_tags);
+    n = llmcbi_add_tags(tags, n, config->local_tags, config->n_local_tags);
+    /* the call keeps the chat: only the configuration's are copied */
+    for (i = 0; i < n; i++) tags[i] = llmcbi_call_copy(c, tags[i]);
+    run->n_tags = llmcbi_add_tags(tags, n, d->tags, d->n_tags);
     run->tags = tags;
-    n = 0;
-    for (i = 0; i < config->n_metadata; i++)
-        n = llmcbi_add_pair(c, pairs, n, config->metadata[i].key,
-                            config->metadata[i].value);
-    for (i = 0; i < config->n_local_metadata; i++)
-        n = llmcbi_add_pair(c, pairs, n, config->local_metadata[i].key,
-                            config->local_metadata[i].value);
-    for (i = 0; i < d->n_metadata; i++)
-        n = llmcbi_add_pair(c, pairs, n, d->metadata[i].key,
-                            d->metadata[i].value);
-    n = llmcbi_add_pair(c, pairs, n, "ls_provider", "openai");
-    n = llmcbi_add_pair(c, pairs, n, "ls_model_name", d->model);
-    n = llmcbi_add_pair(c, pairs, n, "ls_model_type", "chat");
+    n = llmcbi_add_pairs(pairs, 0, config->metadata, config->n_metadata);
+    n = llmcbi_add_pairs(pairs, n, config->local_metadata,
+                         config->n_local_metadata);
+    for (i = 0; i < n; i++) {
+        pairs[i].key = llmcbi_call_copy(c, pairs[i].key);
+        pairs[i].value = llmcbi_call_copy(c, pairs[i].value);
+    }
+    n = llmcbi_add_pairs(pairs, n, d->metadata, d->n_metadata);
+    n = llmcbi_add_pair(pairs, n, "ls_provider", "openai");
+    n = llmcbi_add_pair(pairs, n, "ls_model_name", d->model);
+    n = llmcbi_add_pair(pairs, n, "ls_model_type", "chat");
     if (d->max_tokens > 0)
-        n = llmcbi_add_pair(c, pairs, n, "ls_max_tokens",
-                            llmcbi_decimal(digits, d->max_tokens));
+        n = llmcbi_add_pair(
+            pairs, n, "ls_max_tokens",
+            llmcbi_call_copy(c, llmcbi_decimal(digits, d->max_tokens)));
     run->metadata = pairs;
     run->n_metadata = n;
 }
@@ -10413,10 +10425,8 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     code = llmcbi_run_init(loop, &p->run, c->handlers, c->n_handlers, &c->op);
     if (code != LLMCB_OK) return code;
     llmcbi_uuid(&loop->random, p->run.pub.id);
-    p->run.pub.name = llmcbi_arena_text(
-        &loop->alloc, &c->arena,
-        config->run_name ? config->run_name : "ChatOpenAI",
-        config->run_name ? strlen(config->run_name) : 10);
+    p->run.pub.name = config->run_name ? llmcbi_call_copy(c, config->run_name)
+                                       : "ChatOpenAI";
     if (config->parent_id) memcpy(p->run.pub.parent_id, config->parent_id, 37);
     llmcbi_wire_body(&loop->alloc, &p->body, prompt->messages, prompt->n,
                      llmcbi_buf_str(&c->params));

@@ -553,6 +553,9 @@ static bool scene_open(scene *s)
     s->spy.base.release = spy_release;
     s->spy.base.cancel = spy_cancel;
     llmcb_transport_init(s->loop, &s->spy.base);
+    if (s->fed) /* the test takes its time, and virtual time would jump */
+        s->cd.connect_ms = s->cd.first_byte_ms = s->cd.idle_ms =
+            LLMCB_FOREVER;
     s->cd.transport = &s->spy.base;
     s->cd.callbacks = s->handlers;
     s->cd.n_callbacks = s->n_handlers;
@@ -1160,7 +1163,7 @@ TEST(many_runs_with_many_events_on_the_pool)
     for (i = 0; i < TOKENS; i++) at += sprintf(at, "t%d|", i);
     strcpy(at, "$|[DONE]");
     scene_init(&s);
-    scene_tape(&s, OK_HEAD, pieces, 1, LLMCB_REPLAY_CLOSE);
+    scene_tape(&s, OK_HEAD, pieces, 0, LLMCB_REPLAY_CLOSE);
     scene_add(&s, r);
     scene_add(&s, p);
     p->h.flags |= LLMCB_PARALLEL;
@@ -1178,6 +1181,144 @@ TEST(many_runs_with_many_events_on_the_pool)
     free(pieces);
     free(r);
     free(p);
+}
+
+/* ======== 2: start and finish are barriers ================================ */
+
+/* The request leaves when all are done with the start, the end is told when
+ * all are done with the tokens, and the op is done when all are done with the
+ * end: whatever kind the slow handler is. */
+TEST(start_and_finish_are_barriers)
+{
+    mode m;
+
+    for (m = SYNC; m <= ASYNC_TOKENS; m++) {
+        scene s;
+        rec *slow = rec_new("slow", m), *fast = rec_new("fast", ASYNC);
+        llmcb_op *op;
+        scene_init(&s);
+        scene_tape(&s, OK_HEAD, "a|b" DONE, 10, LLMCB_REPLAY_CLOSE);
+        scene_add(&s, slow);
+        scene_add(&s, fast);
+        slow->ms = 300;
+        scene_open(&s);
+        op = scene_call(&s);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        note("done");
+        CHECK(before("slow>start", "request"));
+        CHECK(before("fast>start", "request"));
+        CHECK(before("request", "slow<a"));
+        CHECK(before("slow>b", "fast<end"));
+        CHECK(before("slow>b", "slow<end"));
+        CHECK(before("slow>end", "done"));
+        CHECK_STR(slow->log, "start|a|b||end");
+        CHECK_STR(fast->log, "start|a|b||end");
+        CHECK_REC(slow);
+        CHECK_REC(fast);
+        llmcb_op_free(op);
+        scene_close(&s);
+        free(slow);
+        free(fast);
+    }
+}
+
+/* ======== 6: exactly one finish, also without memory ====================== */
+
+/* The i-th allocation fails, once or with all after it. false: the call has
+ * not got as far as that. */
+static bool without_memory(long i, bool for_ever)
+{
+    scene s;
+    rec *r[3];
+    llmcb_op *op;
+    llmcb_code code = LLMCB_ENOMEM;
+    bool reached;
+    size_t k;
+
+    scene_init(&s);
+    scene_tape(&s, OK_HEAD,
+               "Why|{\"id\":\"x\",\"model\":\"m\",\"choices\":[{\"index\":0,"
+               "\"delta\":{\"content\":\"\\u00e9\",\"tool_calls\":[{\"index\":"
+               "0,\"id\":\"t\",\"function\":{\"name\":\"f\",\"arguments\":"
+               "\"{}\"}}]}}]}| don|'t" DONE, 10, LLMCB_REPLAY_CLOSE);
+    for (k = 0; k < 3; k++) {
+        r[k] = rec_new(mode_names[k], (mode)k);
+        scene_add(&s, r[k]);
+    }
+    r[ASYNC]->ms = 5;
+    r[ASYNC]->h.frame_size = 100;
+    s.heap.fail_at = i;
+    s.heap.for_ever = for_ever;
+    if (scene_open(&s)) {
+        op = scene_call(&s);
+        code = llmcb_op_wait(op);
+        for (k = 0; k < 3; k++) CHECK_REC(r[k]);
+        llmcb_op_free(op);
+    }
+    reached = s.heap.calls >= i;
+    if (code != LLMCB_OK && code != LLMCB_ENOMEM)
+        TEST_FAIL("allocation %ld%s: %s", i, for_ever ? " and on" : "",
+                  llmcb_code_name(code));
+    if (!reached) CHECK_INT(code, LLMCB_OK);
+    s.heap.fail_at = 0;
+    if (s.loop && s.chat) { /* it can be used again */
+        op = scene_call(&s);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        for (k = 0; k < 3; k++) CHECK_REC(r[k]);
+        llmcb_op_free(op);
+    }
+    scene_close(&s);
+    for (k = 0; k < 3; k++) free(r[k]);
+    if (test_failures_here) printf("  at allocation %ld\n", i);
+    return reached && !test_failures_here;
+}
+
+TEST(out_of_memory_once)
+{
+    long i = 1;
+
+    while (without_memory(i, false)) i++;
+    CHECK(i > 30); /* or it was not tested */
+}
+
+TEST(out_of_memory_for_ever)
+{
+    long i = 1;
+
+    while (without_memory(i, true)) i++;
+    CHECK(i > 30);
+}
+
+/* ======== the pull interface ============================================== */
+
+TEST(pull_reads_every_chunk_behind_the_handlers)
+{
+    scene s;
+    rec *r = rec_new("A", ASYNC);
+    llmcb_op *op;
+    const llmcb_chunk *chunk;
+
+    scene_init(&s);
+    scene_tape(&s, OK_HEAD, "a|b|c" DONE, 10, LLMCB_REPLAY_CLOSE);
+    scene_add(&s, r);
+    r->ms = 300;
+    scene_open(&s);
+    op = scene_stream(&s);
+    while (llmcb_op_next(op, &chunk)) note("pulled:%s", chunk->text.ptr);
+    CHECK(chunk == NULL);
+    CHECK(llmcb_op_done(op));
+    CHECK_INT(llmcb_op_code(op), LLMCB_OK);
+    CHECK(before("A>a", "pulled:a"));
+    CHECK(before("A>b", "pulled:b"));
+    CHECK(before("A>c", "pulled:c"));
+    CHECK(before("pulled:a", "A>c")); /* not only at the end */
+    CHECK_INT(count_of(trace, "pulled:"), 4);
+    CHECK(!llmcb_op_next(op, &chunk));
+    CHECK_STR(r->log, "start|a|b|c||end");
+    CHECK_REC(r);
+    llmcb_op_free(op);
+    scene_close(&s);
+    free(r);
 }
 
 int main(int argc, char **argv)
