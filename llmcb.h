@@ -78,10 +78,11 @@
  *      server faults, transport faults and timeouts deliver everything that
  *      came before them. Only cancel and freeing the loop skip what no
  *      handler was given yet, and the error event counts what was skipped.
- *   5. Safe by default. Over all runs of a loop a sync handler is never
- *      entered by two threads at once. LLMCB_PARALLEL lifts that across
- *      runs, never within one. A handler shared by two loops must be
- *      thread-safe.
+ *   5. Safe by default. Over all runs of a loop the sync functions of a
+ *      handler are never entered by two threads at once. LLMCB_PARALLEL
+ *      lifts that across runs, never within one. Async functions run on the
+ *      loop's thread, beside the sync ones of other runs if a handler has
+ *      both. A handler shared by two loops must be thread-safe.
  *   6. Exactly one finish for every run that started: also on cancel,
  *      timeout, a raising handler, no memory, or the loop being freed.
  *   7. No allocation a token in steady state.
@@ -3349,6 +3350,7 @@ struct llmcbi_task {
     bool any;        /* one of `many` is enough */
     bool timing_out; /* the timer is a limit, not the thing awaited */
     bool cancelled;  /* told at the next await */
+    bool stepping;   /* its function is on the stack */
 };
 
 static void llmcbi_waiter_leave(llmcbi_waiter *w)
@@ -3450,7 +3452,9 @@ static void llmcbi_task_run(llmcbi_ready *r)
     llmcb_step step;
 
     t->armed = false;
+    t->stepping = true;
     step = t->step(t);
+    t->stepping = false;
     if (step == LLMCB_WAIT && t->armed) return;
     /* it says that it waits, but for nothing; or it ends while it waits */
     if (step > 0) step = LLMCB_ESTATE;
@@ -4244,6 +4248,9 @@ struct llmcbi_cursor {
     bool running; /* its coroutine has begun and not ended */
     bool mute;    /* has not seen the start, or is given up */
     bool passing; /* passes over all but the finish */
+    bool timed;   /* the run waits for it, with known at timed_at, since */
+    uint64_t timed_at;
+    int64_t since;
 
     /* Under the mutex. */
     llmcbi_cursor *next_in_strand, *next_progress;
@@ -4422,6 +4429,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     s->first = c->next_in_strand;
     if (!s->first) s->last = &s->first;
     if (stop > done + LLMCBI_STRAND_BATCH) stop = done + LLMCBI_STRAND_BATCH;
+    if (stop > done && c->run->handler_ms > 0) stop = done + 1;
     llmcbi_unlock(loop);
     while (done < stop && !failed) {
         const char *next = pos;
@@ -4476,6 +4484,7 @@ static void llmcbi_publish(llmcb_loop *loop)
     for (; c; c = c->next_unpublished) {
         llmcbi_run *run = c->run;
         c->unpublished = false;
+        if (!c->on_pool) continue; /* it has come back meanwhile */
         c->told_limit = run->head;
         c->told_mark = run->mark;
         c->mark = run->mark;
@@ -4488,11 +4497,12 @@ static void llmcbi_publish(llmcb_loop *loop)
             c->busy = true;
             llmcbi_strand_add(loop, c,
                               c->done == 0 || c->done + 1 == c->finish_seq);
-        } else if (!c->in_progress) { /* nothing to do: give it back */
+        } else { /* nothing to do: give it back */
+            loop->progress_due = true;
+            if (c->in_progress) continue;
             c->in_progress = true;
             c->next_progress = loop->progress;
             loop->progress = c;
-            loop->progress_due = true;
         }
     }
     if (p && p->n_idle && llmcbi_pool_has_work(p, &strand))
@@ -4589,10 +4599,11 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
 static bool llmcbi_cursor_advance(llmcbi_cursor *c)
 {
     llmcbi_run *run = c->run;
-    const char *next = c->pos;
+    const char *next;
     llmcbi_lane lane;
 
     if (c->on_pool || c->running || c->done >= run->head) return false;
+    next = c->pos;
     if (run->skipping && c->done + 1 != run->finish_seq) {
         uint64_t to = run->finish_seq ? run->finish_seq - 1 : run->head;
         if (c->done == 0) c->mute = true;
@@ -4681,34 +4692,55 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
         run->mark = UINT64_MAX;
 }
 
-/* Whether the next event may be appended. The window is counted from the
- * slowest cursor; an empty log takes anything. */
-static bool llmcbi_run_has_room(llmcbi_run *run)
+/* Whether the window has room. It is counted from the slowest cursor; an
+ * empty log takes anything. */
+static bool llmcbi_run_fits(const llmcbi_run *run)
 {
     uint64_t from = run->slowest;
-    size_t i;
 
     if (run->has_pull && run->pull < from) from = run->pull;
+    return run->head - from < run->window_events &&
+           (run->held <= run->window_bytes || from == run->head);
+}
+
+/* Whether the next event of the answer may be appended. */
+static bool llmcbi_run_has_room(const llmcbi_run *run)
+{
+    size_t i;
+
     if (run->lockstep)
         for (i = 0; i < run->n_cursors; i++)
             if (run->cursors[i].handler->flags & LLMCB_AWAIT_EACH &&
                 !run->cursors[i].mute && run->cursors[i].known < run->head)
                 return false;
-    return run->head - from < run->window_events &&
-           (run->held <= run->window_bytes || from == run->head);
+    return llmcbi_run_fits(run);
 }
 
 /* A handler takes longer than it may, and the run waits for it. */
-static void llmcbi_run_watch_patience(llmcbi_run *run, uint64_t before)
+static void llmcbi_run_watch_patience(llmcbi_run *run)
 {
     bool waiting = run->slowest < run->head &&
                    (run->state != LLMCBI_RUN_OPEN || run->starved);
+    int64_t now = run->loop->now, first = INT64_MAX;
+    size_t i;
 
     if (run->handler_ms <= 0) return;
-    if (!waiting)
+    for (i = 0; i < run->n_cursors; i++) {
+        llmcbi_cursor *c = &run->cursors[i];
+        if (!waiting || c->mute || c->known >= run->head) {
+            c->timed = false;
+            continue;
+        }
+        if (!c->timed || c->timed_at != c->known) c->since = now;
+        c->timed = true;
+        c->timed_at = c->known;
+        if (c->since < first) first = c->since;
+    }
+    if (first == INT64_MAX)
         llmcbi_timer_stop(run->loop, &run->patience);
-    else if (!run->patience.place || run->slowest != before)
-        llmcbi_timer_start(run->loop, &run->patience, run->handler_ms);
+    else
+        llmcbi_timer_start(run->loop, &run->patience,
+                           first + run->handler_ms - now);
 }
 
 /* Gives every handler what it can take, then tells the owner if something
@@ -4716,7 +4748,6 @@ static void llmcbi_run_watch_patience(llmcbi_run *run, uint64_t before)
 static void llmcbi_run_pump(llmcbi_ready *r)
 {
     llmcbi_run *run = LLMCBI_OWNER(llmcbi_run, ready, r);
-    uint64_t before = run->slowest;
     size_t i;
     bool moved = true;
 
@@ -4738,31 +4769,33 @@ static void llmcbi_run_pump(llmcbi_ready *r)
             (c->told_limit != run->head || c->told_mark != run->mark))
             llmcbi_cursor_unpublish(c);
     }
-    llmcbi_run_watch_patience(run, before);
+    llmcbi_run_watch_patience(run);
 }
 
 /* What workers have done since the last turn. */
 static void llmcbi_take_progress(llmcb_loop *loop, llmcbi_cursor *list)
 {
-    llmcbi_cursor *c, *next;
+    llmcbi_cursor *c, *next, *back = NULL;
 
     if (!list) return;
     llmcbi_lock(loop);
-    for (c = list; c; c = c->next_progress) {
+    for (c = list; c; c = next) {
+        next = c->next_progress;
         c->in_progress = false;
         c->known = c->done;
         c->on_pool = c->busy;
+        llmcbi_make_ready(loop, &c->run->ready);
+        if (c->on_pool) continue; /* a worker may use next_progress again */
+        c->next_progress = back;
+        back = c;
     }
     llmcbi_unlock(loop);
-    for (c = list; c; c = next) {
-        next = c->next_progress;
-        if (!c->on_pool && c->failed) {
+    for (c = back; c; c = c->next_progress)
+        if (c->failed) {
             int failed = c->failed;
             c->failed = 0;
             llmcbi_cursor_failed(c, c->ev.kind, failed);
         }
-        llmcbi_make_ready(loop, &c->run->ready);
-    }
 }
 
 /* -- the life of a run, for its owner */
@@ -4850,10 +4883,11 @@ static void llmcbi_cursor_free(llmcb_loop *loop, llmcbi_cursor *c)
 static void llmcbi_run_free(llmcbi_run *run)
 {
     llmcb_loop *loop = run->loop;
-    llmcbi_cursor **at = &loop->unpublished;
+    llmcbi_cursor **at;
     size_t i;
 
     if (!loop) return; /* never begun */
+    at = &loop->unpublished;
     while (*at) {
         if ((*at)->run == run) *at = (*at)->next_unpublished;
         else at = &(*at)->next_unpublished;
@@ -4987,13 +5021,15 @@ static void llmcbi_run_abandon(llmcbi_run *run)
 
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
-        if (c->known >= run->head || c->mute) continue;
+        if (!c->timed || c->mute || c->known != c->timed_at ||
+            c->since + run->handler_ms > run->loop->now)
+            continue;
         c->mute = true;
         run->n_abandoned++;
         if (c->running) llmcbi_task_cancel(c->task);
         if (c->on_pool) llmcbi_cursor_unpublish(c);
+        run->abandoned = true;
     }
-    run->abandoned = true;
     llmcbi_make_ready(run->loop, &run->ready);
 }
 
@@ -5028,12 +5064,20 @@ static llmcb_code llmcbi_run_post(llmcbi_run *run, llmcb_event_kind kind,
                                   llmcb_str name, llmcb_str text)
 {
     const llmcb_allocator *a = &run->loop->alloc;
-    size_t size = sizeof(llmcbi_emission) + name.len + text.len + 2;
-    llmcbi_emission *e = (llmcbi_emission *)llmcbi_alloc(a, size);
-    char *at = (char *)(e + 1);
+    size_t i, size = sizeof(llmcbi_emission) + name.len + text.len + 2;
+    llmcbi_emission *e;
+    char *at;
     llmcb_code code;
+    bool over = false;
 
+    llmcbi_lock(run->loop);
+    for (i = 0; i < run->n_cursors; i++)
+        if (run->cursors[i].finish_seq) over = true;
+    llmcbi_unlock(run->loop);
+    if (over) return LLMCB_ESTATE; /* the finish is being told */
+    e = (llmcbi_emission *)llmcbi_alloc(a, size);
     if (!e) return LLMCB_ENOMEM;
+    at = (char *)(e + 1);
     e->run = run;
     e->kind = kind;
     e->size = size;
@@ -5059,7 +5103,7 @@ static llmcb_code llmcbi_run_emit(llmcb_run *pub, llmcb_event_kind kind,
     if (run->state == LLMCBI_RUN_NEW || run->state >= LLMCBI_RUN_DRAINED ||
         run->skipping)
         return LLMCB_ESTATE;
-    if (!llmcbi_run_has_room(run)) return LLMCB_EBUSY;
+    if (!llmcbi_run_fits(run)) return LLMCB_EBUSY;
     return llmcbi_run_data(run, kind, name, text);
 }
 
@@ -8909,6 +8953,7 @@ typedef struct llmcbi_prompt {
     size_t pattern_head, pattern_tail; /* what stands around that text */
     llmcbi_buf pending; /* an event of which some choices must wait */
     size_t pending_done; /* choices of it that have been told */
+    bool usage_told;     /* and the usage with them */
     llmcbi_answer answer;
     const llmcb_error *outcome; /* NULL: not known yet */
     int64_t retry_after;
@@ -9070,6 +9115,7 @@ static void llmcbi_prompt_timed_out(llmcbi_prompt *p, llmcb_detail detail,
 static void llmcbi_prompt_pause(llmcbi_prompt *p)
 {
     p->run.starved = true;
+    llmcbi_make_ready(p->call->op.loop, &p->run.ready); /* sets the mark */
     p->paused_at = p->call->op.loop->now;
     if (!p->paused_at) p->paused_at = 1;
     llmcbi_timer_stop(p->call->op.loop, &p->timer);
@@ -9403,6 +9449,7 @@ static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
         if (i >= skip && (w->has_delta || w->finish_reason.len)) {
             if (i > skip && !llmcbi_run_has_room(&p->run)) {
                 p->pending_done = i;
+                p->usage_told = !usage;
                 return false;
             }
             if (!llmcbi_prompt_choice(p, w, usage)) return false;
@@ -9535,6 +9582,7 @@ static void llmcbi_prompt_event_again(llmcbi_prompt *p)
     bool too_deep;
 
     llmcbi_wire_read(p->pending.ptr, p->pending.len, &ev, &too_deep);
+    if (p->usage_told) ev.usage.known = false;
     if (llmcbi_prompt_tell(p, &ev, p->pending_done) || p->outcome)
         llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pending);
 }
@@ -10067,8 +10115,9 @@ static void llmcbi_call_open(llmcbi_call *c)
         llmcbi_run_set_state(run, LLMCBI_RUN_OPEN);
         run->start = NULL;
     }
-    for (i = 0; i < c->n; i++)
-        if (c->prompts[i].run.n_abandoned) return; /* may be reading it */
+    for (i = 0; i < c->n; i++) /* somebody may be reading it */
+        if (c->prompts[i].run.slowest < 1 || c->prompts[i].run.n_abandoned)
+            return;
     llmcbi_arena_free(&c->op.loop->alloc, &c->talk);
 }
 
@@ -10179,7 +10228,14 @@ static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
     for (i = 0; i < c->n; i++) {
         llmcbi_prompt *p = &c->prompts[i];
         llmcb_error e;
-        if (p->run.state >= LLMCBI_RUN_DRAINED || p->run.skipping) continue;
+        if (p->run.state >= LLMCBI_RUN_DRAINED || p->run.skipping) {
+            size_t k; /* the loop ends: so do the awaits */
+            for (k = 0; detail == LLMCB_DETAIL_LOOP && k < p->run.n_cursors;
+                 k++)
+                if (p->run.cursors[k].running)
+                    llmcbi_task_cancel(p->run.cursors[k].task);
+            continue;
+        }
         llmcbi_error_set(&e, LLMCB_ECANCELLED, NULL);
         e.detail = detail;
         if (p->outcome && p->outcome->code == LLMCB_OK) {
@@ -10214,6 +10270,16 @@ static void llmcbi_call_free(llmcbi_call *c)
             c->orphaned = true; /* a worker is in there: later */
             return;
         }
+    for (i = 0; i < c->n; i++) {
+        size_t k;
+        for (k = 0; k < c->prompts[i].run.n_cursors; k++) {
+            llmcbi_cursor *cur = &c->prompts[i].run.cursors[k];
+            if (!cur->task || !cur->task->stepping) continue;
+            c->orphaned = true; /* it is its coroutine that calls */
+            llmcbi_make_ready(loop, &c->ready);
+            return;
+        }
+    }
     for (i = 0; i < c->n; i++) {
         llmcbi_prompt *p = &c->prompts[i];
         p->over = true;

@@ -140,7 +140,7 @@ static size_t count_of(const char *in, const char *what)
     return n;
 }
 
-/* ---- recording handlers --------------------------------------------------- */
+/* ---- recording handlers -------------------------------------------------- */
 
 typedef enum mode {
     SYNC,
