@@ -4,6 +4,8 @@
 #   make examples    all examples, into build/examples
 #   make test        all tests; T=name: only those with this in their name
 #   make check       the gate of a commit: tests, all warnings, analysers
+#   make bench       what a token and a stream cost (tests/bench/README.md);
+#                    bench-full takes longer, bench-instructions is exact
 #   make clean
 #
 # CC=clang and the like are honoured. SKIPS=fail: what cannot be tested on
@@ -69,7 +71,21 @@ test:
 check:
 	@tests/run.sh check
 
+BENCH := server client micro ref_recv ref_scan
+bench-programs: $(BENCH:%=build/tests/bench/%)
+build/tests/bench/%: tests/bench/%.c llmcb.h $(wildcard tests/bench/*.h)
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) -std=c99 -D_GNU_SOURCE $(WARN) -O2 -g -I. -o $@ $< $(LDFLAGS) \
+		-lpthread $(extra) $(CURL)
+bench: bench-programs
+	@tests/bench/run.sh quick
+bench-full: bench-programs
+	@tests/bench/run.sh full
+bench-instructions: bench-programs
+	@tests/bench/callgrind.sh compare
+
 clean:
 	rm -rf build
 
 .PHONY: all demo examples programs test check clean
+.PHONY: bench bench-full bench-instructions bench-programs

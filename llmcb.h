@@ -324,7 +324,8 @@ LLMCB_API int64_t llmcb_loop_now(const llmcb_loop *loop);
 LLMCB_API llmcb_code llmcb_clock_advance(llmcb_loop *loop, int64_t ms);
 
 /* Runs fn(arg) on the loop's thread, in its next turn. Any thread. What is
- * still posted when the loop is freed runs then. LLMCB_ENOMEM. */
+ * still posted when the loop is freed runs then; what that posts in turn is
+ * refused with LLMCB_ESTATE. LLMCB_ENOMEM. */
 LLMCB_API llmcb_code llmcb_loop_post(llmcb_loop *loop, void (*fn)(void *arg),
                                      void *arg);
 
@@ -1046,7 +1047,8 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #ifndef LLMCB_NO_STDIO
 #include <sys/stat.h>
 #endif
-#if defined(__linux__) && !defined(LLMCB_NO_EPOLL)
+/* tcc lays epoll's packed struct out wrongly */
+#if defined(__linux__) && !defined(LLMCB_NO_EPOLL) && !defined(__TINYC__)
 #define LLMCBI_EPOLL 1
 #include <sys/epoll.h>
 #else
@@ -1175,6 +1177,11 @@ static bool llmcbi_str_is(llmcb_str s, const char *other)
     return strlen(other) == s.len && memcmp(s.ptr, other, s.len) == 0;
 }
 
+static bool llmcbi_str_equal(llmcb_str a, llmcb_str b)
+{
+    return a.len == b.len && (!a.len || memcmp(a.ptr, b.ptr, a.len) == 0);
+}
+
 static char llmcbi_lower(char c)
 {
     return c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
@@ -1186,7 +1193,7 @@ static bool llmcbi_str_is_nocase(llmcb_str s, const char *lower)
     size_t i;
 
     for (i = 0; i < s.len; i++)
-        if (llmcbi_lower(s.ptr[i]) != lower[i]) return false;
+        if (!lower[i] || llmcbi_lower(s.ptr[i]) != lower[i]) return false;
     return lower[i] == '\0';
 }
 
@@ -1207,26 +1214,6 @@ static bool llmcbi_str_listed(llmcb_str s, const char *list)
 static bool llmcbi_str_begins(const char *s, const char *prefix)
 {
     return strncmp(s, prefix, strlen(prefix)) == 0;
-}
-
-/* Copies as much as fits, with a NUL; bytes that a terminal or a log might
- * act on become '?'. Cuts before an incomplete UTF-8 sequence. */
-static void llmcbi_copy_clean(char *out, size_t cap, const char *s,
-                              size_t len)
-{
-    size_t i, n = len < cap - 1 ? len : cap - 1;
-
-    if (n < len)
-        while (n > 0 && ((unsigned char)s[n] & 0xC0) == 0x80) n--;
-    for (i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)s[i];
-        out[i] = c < 0x20 || c == 0x7F ? ' ' : (char)c;
-        /* C1 controls, which are two bytes in UTF-8 */
-        if (c >= 0x80 && c < 0xA0 && i > 0 &&
-            (unsigned char)s[i - 1] == 0xC2)
-            out[i - 1] = out[i] = ' ';
-    }
-    out[n] = '\0';
 }
 
 static void *llmcbi_default_resize(void *user, void *ptr, size_t old_size,
@@ -1267,6 +1254,75 @@ static void llmcbi_wipe(void *ptr, size_t size)
     volatile unsigned char *p = (volatile unsigned char *)ptr;
 
     while (size--) *p++ = 0;
+}
+
+/* Bytes of the UTF-8 sequence that `first` opens; 0: none does. */
+static int llmcbi_utf8_size(unsigned first)
+{
+    if (first < 0x80) return 1;
+    if (first < 0xC2) return 0;
+    if (first < 0xE0) return 2;
+    if (first < 0xF0) return 3;
+    return first < 0xF5 ? 4 : 0;
+}
+
+/* Whether b may stand at place n (1..3) behind `first`. */
+static bool llmcbi_utf8_follows(unsigned first, int n, unsigned b)
+{
+    if (n == 1) {
+        if (first == 0xE0) return b >= 0xA0 && b < 0xC0;
+        if (first == 0xED) return b >= 0x80 && b < 0xA0;
+        if (first == 0xF0) return b >= 0x90 && b < 0xC0;
+        if (first == 0xF4) return b >= 0x80 && b < 0x90;
+    }
+    return b >= 0x80 && b < 0xC0;
+}
+
+/* Bytes of the whole valid sequence that stands at s; 0: none does. */
+static size_t llmcbi_utf8_at(const char *s, size_t len)
+{
+    unsigned char first = (unsigned char)*s;
+    int k, size = llmcbi_utf8_size(first);
+
+    if ((size_t)size > len) return 0;
+    for (k = 1; k < size; k++)
+        if (!llmcbi_utf8_follows(first, k, (unsigned char)s[k])) return 0;
+    return (size_t)size;
+}
+
+static bool llmcbi_utf8_valid(const char *s, size_t len)
+{
+    size_t n = 0;
+
+    for (; len; s += n, len -= n)
+        if ((n = llmcbi_utf8_at(s, len)) == 0) return false;
+    return true;
+}
+
+/* Copies as much as fits, with a NUL, as valid UTF-8 of the same length:
+ * what a terminal or a log might act on becomes blanks, what is no UTF-8
+ * question marks. */
+static void llmcbi_copy_clean(char *out, size_t cap, const char *s,
+                              size_t len)
+{
+    while (len) {
+        size_t n = llmcbi_utf8_at(s, len);
+        size_t take = n ? n : 1;
+        unsigned char c = (unsigned char)*s;
+        if (take >= cap) break;
+        if (!n)
+            *out = '?';
+        else if (c < 0x20 || c == 0x7F ||
+                 (c == 0xC2 && (unsigned char)s[1] < 0xA0)) /* C1 */
+            memset(out, ' ', n);
+        else
+            memcpy(out, s, n);
+        out += take;
+        cap -= take;
+        s += take;
+        len -= take;
+    }
+    *out = '\0';
 }
 
 /* A growing buffer. A failure sticks, so that a writer checks once. */
@@ -1447,9 +1503,16 @@ static const llmcb_error *llmcbi_error_const(llmcb_code code)
     { name, LLMCB_DETAIL_NONE, 0, 0, 0, -1, "", "", "", text, 0 },
     static const llmcb_error table[] = { LLMCBI_CODES(LLMCBI_ENTRY) };
 #undef LLMCBI_ENTRY
-    size_t i = (size_t)-code;
+    size_t i = (size_t)(0 - (int64_t)code);
 
-    return i < sizeof table / sizeof *table ? &table[i] : &table[1];
+    return &table[i < sizeof table / sizeof *table ? i : 1];
+}
+
+/* What a function of the program returned, if it is one of our codes. */
+static llmcb_code llmcbi_code_of(int value)
+{
+    return value <= LLMCB_OK && value >= LLMCB_EFORK ? (llmcb_code)value
+                                                     : LLMCB_EHANDLER;
 }
 
 /* A copy on the heap, or the constant of its code. */
@@ -1621,28 +1684,6 @@ static char *llmcbi_carry_flush(char *out, llmcbi_carry *c)
     return out;
 }
 
-/* Bytes of the sequence that `first` opens; 0: none does. */
-static int llmcbi_utf8_size(unsigned first)
-{
-    if (first < 0x80) return 1;
-    if (first < 0xC2) return 0;
-    if (first < 0xE0) return 2;
-    if (first < 0xF0) return 3;
-    return first < 0xF5 ? 4 : 0;
-}
-
-/* Whether b may stand at place n (1..3) behind `first`. */
-static bool llmcbi_utf8_follows(unsigned first, int n, unsigned b)
-{
-    if (n == 1) {
-        if (first == 0xE0) return b >= 0xA0 && b < 0xC0;
-        if (first == 0xED) return b >= 0x80 && b < 0xA0;
-        if (first == 0xF0) return b >= 0x90 && b < 0xC0;
-        if (first == 0xF4) return b >= 0x80 && b < 0x90;
-    }
-    return b >= 0x80 && b < 0xC0;
-}
-
 /* One byte of UTF-8 into `out`, or into the carry, or replaced. Writes at
  * most 6 bytes more than it has taken. */
 static char *llmcbi_put_byte(char *out, llmcbi_carry *c, unsigned char b)
@@ -1673,21 +1714,6 @@ static char *llmcbi_put_byte(char *out, llmcbi_carry *c, unsigned char b)
     return out;
 }
 
-static bool llmcbi_utf8_valid(const char *s, size_t len)
-{
-    size_t i = 0;
-
-    while (i < len) {
-        unsigned char first = (unsigned char)s[i++];
-        int k, size = llmcbi_utf8_size(first);
-        if (!size) return false;
-        for (k = 1; k < size; k++, i++)
-            if (i == len ||
-                !llmcbi_utf8_follows(first, k, (unsigned char)s[i]))
-                return false;
-    }
-    return true;
-}
 
 /* ==== [JSON] pull reader over bytes in place, writer =================== */
 
@@ -1987,10 +2013,10 @@ static llmcbi_json_type llmcbi_json_raw(llmcbi_json *j)
     start = j->p;
     type = llmcbi_json_next(j);
     llmcbi_json_skip(j, type);
-    if (j->p == j->end && j->expect != LLMCBI_EXPECT_END)
-        return LLMCBI_JSON_ERROR;
     j->str = start;
     j->len = (size_t)(j->p - start);
+    if (j->p == j->end && j->expect != LLMCBI_EXPECT_END)
+        return LLMCBI_JSON_ERROR;
     return type;
 }
 
@@ -2153,6 +2179,7 @@ typedef struct llmcbi_sse {
     bool skip_lf;    /* the last line ended in CR */
     bool in_data;    /* `data` holds the lines so far */
     bool is_error;   /* "event: error" */
+    bool told;       /* an event was handed out; is_error was its */
 } llmcbi_sse;
 
 typedef enum llmcbi_sse_status {
@@ -2206,7 +2233,8 @@ static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
         *event = s->in_data ? llmcbi_buf_str(&s->data) : s->here;
         s->here.ptr = NULL;
         s->in_data = false;
-        if (event->ptr && event->len) return LLMCBI_SSE_EVENT;
+        s->told = event->ptr && event->len;
+        if (s->told) return LLMCBI_SSE_EVENT;
         s->is_error = false;
         return LLMCBI_SSE_MORE;
     }
@@ -2230,14 +2258,20 @@ static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
     return LLMCBI_SSE_MORE;
 }
 
-/* The first end of a line in the input, or NULL. */
+/* The first end of a line in the input, or NULL. It looks at one stretch
+ * after the other: in a stream without any LF the search for one would go
+ * through all the rest for each line. */
 static const char *llmcbi_sse_eol(const char *p, const char *end)
 {
-    const char *lf = (const char *)memchr(p, '\n', (size_t)(end - p));
-    const char *cr =
-        (const char *)memchr(p, '\r', (size_t)((lf ? lf : end) - p));
-
-    return cr ? cr : lf;
+    while (p < end) {
+        size_t n = end - p < 2048 ? (size_t)(end - p) : 2048;
+        const char *lf = (const char *)memchr(p, '\n', n);
+        const char *cr =
+            (const char *)memchr(p, '\r', lf ? (size_t)(lf - p) : n);
+        if (cr || lf) return cr ? cr : lf;
+        p += n;
+    }
+    return NULL;
 }
 
 static bool llmcbi_sse_bom(const llmcb_allocator *a, llmcbi_sse *s,
@@ -2263,6 +2297,7 @@ static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
                                          llmcbi_sse *s, const char **p,
                                          const char *end, llmcb_str *event)
 {
+    if (s->told) s->told = s->is_error = false;
     if (s->bom < 3 && !llmcbi_sse_bom(a, s, p, end)) return LLMCBI_SSE_NOMEM;
     while (*p < end) {
         const char *eol;
@@ -2296,7 +2331,6 @@ static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
             status = llmcbi_sse_line(a, s, line, event);
         }
         s->line.len = 0;
-        if (status == LLMCBI_SSE_EVENT) return status;
         if (status != LLMCBI_SSE_MORE) return status;
     }
     return llmcbi_sse_gather(a, s) ? LLMCBI_SSE_MORE : LLMCBI_SSE_NOMEM;
@@ -2393,6 +2427,7 @@ struct llmcb_loop {
     /* Shared with other threads, under the mutex. */
     pthread_mutex_t mutex;
     bool sleeping;      /* the loop waits, or its host does */
+    bool closed;        /* no more posts */
     llmcbi_post *posts, **last_post;
     llmcbi_pool *pool;  /* set once, by the loop */
     llmcbi_cursor *progress; /* cursors that workers have moved */
@@ -2440,6 +2475,25 @@ static void llmcbi_unready(llmcbi_ready *r)
     r->prev->next = r->next;
     r->next->prev = r->prev;
     r->prev = r->next = NULL;
+}
+
+/* The host's functions are user code: the loop does not run inside them. */
+static void llmcbi_host_watch(llmcb_loop *loop, int fd, int events)
+{
+    bool turning = loop->turning;
+
+    loop->turning = true;
+    if (loop->host.watch) loop->host.watch(loop->host.user, fd, events);
+    loop->turning = turning;
+}
+
+static void llmcbi_host_timer(llmcb_loop *loop, int64_t ms)
+{
+    bool turning = loop->turning;
+
+    loop->turning = true;
+    if (loop->host.timer) loop->host.timer(loop->host.user, ms);
+    loop->turning = turning;
 }
 
 static void llmcbi_host_update(llmcb_loop *loop);
@@ -2550,9 +2604,10 @@ static void llmcbi_timer_start(llmcb_loop *loop, llmcbi_timer *t, int64_t ms)
     if (ms < 0) ms = 0;
     if (ms > INT64_MAX / 2) ms = INT64_MAX / 2;
     llmcbi_timer_stop(loop, t);
-    if (!loop->virtual_clock && !loop->turning) loop->now = llmcbi_clock_ms();
-    /* the clock is cut to whole milliseconds: never too early */
-    t->due = loop->now + ms + (loop->virtual_clock || ms == 0 ? 0 : 1);
+    /* never too early: counted from this moment and not from the turn's
+     * beginning, and the clock is cut to whole milliseconds */
+    t->due = loop->virtual_clock ? loop->now + ms
+                                 : llmcbi_clock_ms() + ms + (ms > 0);
     t->seq = ++loop->timer_seq;
     llmcbi_heap_up(loop, ++loop->n_timers, t);
     if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
@@ -2673,7 +2728,7 @@ static bool llmcbi_poller_set(llmcb_loop *loop, llmcbi_watch *w, int before)
         loop->fds = fds;
         loop->fds_cap = cap;
     }
-    if (loop->host.watch) loop->host.watch(loop->host.user, w->fd, w->events);
+    llmcbi_host_watch(loop, w->fd, w->events);
     return true;
 }
 
@@ -2847,18 +2902,26 @@ LLMCBI_DEF llmcb_code llmcb_loop_post(llmcb_loop *loop, void (*fn)(void *arg),
 {
     llmcbi_post *p;
 
+    bool closed;
+
     if (!loop) return LLMCB_ENOMEM;
     if (!fn) return LLMCB_EINVAL;
+    if (loop->pid != getpid()) return LLMCB_EFORK;
     p = (llmcbi_post *)llmcbi_alloc(&loop->alloc, sizeof *p);
     if (!p) return LLMCB_ENOMEM;
     p->fn = fn;
     p->arg = arg;
     llmcbi_lock(loop);
-    *loop->last_post = p;
-    loop->last_post = &p->next;
-    llmcbi_wake_sleeper(loop);
+    closed = loop->closed;
+    if (!closed) {
+        *loop->last_post = p;
+        loop->last_post = &p->next;
+        llmcbi_wake_sleeper(loop);
+    }
     llmcbi_unlock(loop);
-    return LLMCB_OK;
+    if (!closed) return LLMCB_OK;
+    llmcbi_free(&loop->alloc, p, sizeof *p);
+    return LLMCB_ESTATE;
 }
 
 /* Under the mutex. */
@@ -2909,6 +2972,7 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
     if (loop->n_timers) {
         ms = loop->heap[1]->due - loop->now;
         if (ms <= 0) return 0;
+        if (ms > INT_MAX) ms = INT_MAX; /* poll takes no more */
     }
     llmcbi_lock(loop);
     if (loop->posts || loop->progress_due ||
@@ -2961,8 +3025,8 @@ static void llmcbi_turn(llmcb_loop *loop, int64_t max_ms)
 {
     int64_t ms = llmcbi_prepare(loop);
 
-    if (max_ms >= 0 && (ms < 0 || ms > max_ms)) ms = max_ms;
-    if (ms > INT_MAX) ms = INT_MAX;
+    if (max_ms >= 0 && (ms < 0 || ms > max_ms))
+        ms = max_ms < INT_MAX ? max_ms : INT_MAX;
     llmcbi_process(loop, llmcbi_poller_wait(loop, (int)ms));
 }
 
@@ -3014,6 +3078,7 @@ LLMCBI_DEF llmcb_code llmcb_clock_advance(llmcb_loop *loop, int64_t ms)
     if (!loop->virtual_clock) return LLMCB_ESTATE;
     if (ms < 0 || ms > INT64_MAX / 2 - loop->now) return LLMCB_EINVAL;
     loop->now += ms;
+    if (!loop->turning) llmcbi_host_update(loop);
     return LLMCB_OK;
 }
 
@@ -3067,7 +3132,7 @@ static void llmcbi_host_update(llmcb_loop *loop)
     ms = llmcbi_prepare(loop);
     if (ms < 0 && loop->host_timer == -1) return;
     loop->host_timer = ms;
-    loop->host.timer(loop->host.user, ms);
+    llmcbi_host_timer(loop, ms);
 }
 
 LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
@@ -3083,17 +3148,15 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
     for (i = 0; i < 2; i++) { /* take leave of the old, greet the new */
         size_t k;
         if (i) loop->host = host ? *host : none;
-        if (!loop->host.watch) continue;
+        if (!i) llmcbi_host_timer(loop, -1);
         if (LLMCBI_EPOLL) {
-            loop->host.watch(loop->host.user, loop->epoll_fd,
-                             i ? LLMCB_READ : 0);
+            llmcbi_host_watch(loop, loop->epoll_fd, i ? LLMCB_READ : 0);
             continue;
         }
-        loop->host.watch(loop->host.user, loop->wake_fd[0],
-                         i ? LLMCB_READ : 0);
+        llmcbi_host_watch(loop, loop->wake_fd[0], i ? LLMCB_READ : 0);
         for (k = 0; k < loop->n_watches; k++)
-            loop->host.watch(loop->host.user, loop->watches[k]->fd,
-                             i ? loop->watches[k]->events : 0);
+            llmcbi_host_watch(loop, loop->watches[k]->fd,
+                              i ? loop->watches[k]->events : 0);
     }
     loop->host_timer = -2;
     llmcbi_host_update(loop);
@@ -3460,7 +3523,7 @@ static void llmcbi_task_run(llmcbi_ready *r)
     if (step > 0) step = LLMCB_ESTATE;
     llmcbi_unready(&t->ready);
     llmcbi_task_disarm(t);
-    t->finish(t, (llmcb_code)step);
+    t->finish(t, llmcbi_code_of(step));
 }
 
 static bool llmcbi_task_init(llmcb_loop *loop, llmcbi_task *t)
@@ -3486,6 +3549,7 @@ static llmcbi_task *llmcbi_await(llmcb_task *pub)
     llmcbi_task *t = (llmcbi_task *)(void *)pub;
 
     llmcbi_task_disarm(t);
+    llmcbi_unready(&t->ready); /* an await that was given up for this one */
     t->armed = true;
     t->timing_out = false;
     t->pub.result = LLMCB_OK;
@@ -3537,9 +3601,13 @@ LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *pub, int fd, int events,
         if (t->loop->watches[i]->fd == fd)
             return llmcbi_await_over(t, LLMCB_EBUSY);
     code = llmcbi_watch_set(t->loop, &t->watch, fd, events);
-    if (code != LLMCB_OK) return llmcbi_await_over(t, code);
-    llmcbi_await_limit(t, timeout_ms);
-    return LLMCB_WAIT;
+    /* epoll refuses what is always ready: files */
+    if (code == LLMCB_ESYS && errno == EPERM) code = LLMCB_OK;
+    else if (code == LLMCB_OK) {
+        llmcbi_await_limit(t, timeout_ms);
+        return LLMCB_WAIT;
+    }
+    return llmcbi_await_over(t, code);
 }
 
 /* Why op cannot be awaited by t, or LLMCB_OK. */
@@ -3913,9 +3981,7 @@ static void llmcbi_offload_done(llmcbi_job *job)
     if (!o) return;
     o->job = NULL;
     llmcbi_op_finish(&o->op,
-                     llmcbi_error_const((llmcb_code)(job->result > 0
-                                                         ? LLMCB_EHANDLER
-                                                         : job->result)));
+                     llmcbi_error_const(llmcbi_code_of(job->result)));
 }
 
 static void llmcbi_offload_cancel(llmcb_op *op, llmcb_detail detail)
@@ -4211,6 +4277,26 @@ static llmcb_str llmcbi_record_text(char **at, const char *s, size_t len)
     (*at)[len] = '\0';
     *at += len + 1;
     return r;
+}
+
+/* The same for text of a server that may not be UTF-8: at most three times
+ * as long, and 3 bytes. */
+static llmcb_str llmcbi_record_utf8(char **at, llmcb_str s)
+{
+    llmcbi_carry c;
+    char *out = *at;
+    size_t i;
+
+    if (llmcbi_utf8_valid(s.ptr, s.len))
+        return llmcbi_record_text(at, s.ptr, s.len);
+    memset(&c, 0, sizeof c);
+    for (i = 0; i < s.len; i++)
+        out = llmcbi_put_byte(out, &c, (unsigned char)s.ptr[i]);
+    out = llmcbi_carry_flush(out, &c);
+    *out = '\0';
+    s = llmcbi_slice(*at, (size_t)(out - *at));
+    *at = out + 1;
+    return s;
 }
 
 static llmcb_code llmcbi_run_data(llmcbi_run *run, llmcb_event_kind kind,
@@ -5220,6 +5306,9 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
     }
     /* threads that are idle leave at once, but not in no time */
     stuck = !llmcbi_pool_join(loop, late ? deadline + 200 : deadline);
+    llmcbi_lock(loop);
+    loop->closed = true;
+    llmcbi_unlock(loop);
     if (!stuck) llmcbi_turn(loop, 0); /* what workers left behind */
     llmcbi_loop_release(loop, stuck);
     return late || stuck ? LLMCB_ETIMEDOUT : LLMCB_OK;
@@ -5513,6 +5602,7 @@ typedef struct llmcbi_h1 {
     bool begun; /* some byte has come */
     bool interim, chunked, has_length;
     bool close; /* the connection cannot be used again */
+    bool close_said;
     /* What llmcbi_h1_next found. */
     llmcb_str name, value;
     llmcb_code code;
@@ -5642,8 +5732,11 @@ static bool llmcbi_has_word(llmcb_str list, const char *word)
         llmcb_str item;
         if (i < list.len && list.ptr[i] != ',') continue;
         item = llmcbi_slice(list.ptr + begin, i - begin);
-        while (item.len && *item.ptr == ' ') item.ptr++, item.len--;
-        while (item.len && item.ptr[item.len - 1] == ' ') item.len--;
+        while (item.len && (*item.ptr == ' ' || *item.ptr == '\t'))
+            item.ptr++, item.len--;
+        while (item.len && (item.ptr[item.len - 1] == ' ' ||
+                            item.ptr[item.len - 1] == '\t'))
+            item.len--;
         if (llmcbi_str_is_nocase(item, word)) return true;
         begin = i + 1;
     }
@@ -5667,8 +5760,9 @@ static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line)
                                   "an unknown transfer coding");
         h->chunked = true;
     } else if (llmcbi_str_is_nocase(h->name, "connection")) {
-        if (llmcbi_has_word(h->value, "close")) h->close = true;
+        if (llmcbi_has_word(h->value, "close")) h->close_said = true;
         if (llmcbi_has_word(h->value, "keep-alive")) h->close = false;
+        if (h->close_said) h->close = true;
     }
     return LLMCBI_H1_HEADER;
 }
@@ -5707,13 +5801,14 @@ static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
 {
     size_t n = (size_t)(end - *p);
 
+    if (h->body == h->max_body)
+        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
+                              "the response exceeds limits.body");
+    if (max > h->max_body - h->body) max = h->max_body - h->body;
     if (n > max) n = (size_t)max;
     h->value = llmcbi_slice(*p, n);
     *p += n;
     h->body += n;
-    if (h->body > h->max_body)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "the response exceeds limits.body");
     return LLMCBI_H1_DATA;
 }
 
@@ -5770,14 +5865,17 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
                                      const char **p, const char *end)
 {
     static const char magic[] = "HTTP/1.";
+    size_t seen = h->line.len, n = (size_t)(end - *p);
     llmcb_str line;
-    bool whole = llmcbi_h1_line(a, h, p, end, &line);
+    bool whole;
 
+    /* something else than HTTP need not send a line end to be known */
+    if (h->state == LLMCBI_H1_AT_STATUS && seen < 7 &&
+        memcmp(*p, magic + seen, n < 7 - seen ? n : 7 - seen) != 0)
+        return llmcbi_h1_fail(h, LLMCB_EPROTO, "not an HTTP/1 response");
+    whole = llmcbi_h1_line(a, h, p, end, &line);
     if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
     if (h->state == LLMCBI_H1_AT_STATUS) {
-        /* something else than HTTP need not send a line end to be known */
-        if (memcmp(line.ptr, magic, line.len < 7 ? line.len : 7) != 0)
-            return llmcbi_h1_fail(h, LLMCB_EPROTO, "not an HTTP/1 response");
         if (!whole) return LLMCBI_H1_MORE;
         if (!llmcbi_h1_status_line(h, line))
             return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad status line");
@@ -8006,9 +8104,9 @@ static bool llmcbi_wire_next_choice(llmcbi_json *j, llmcbi_wire_choice *c)
 
 static int64_t llmcbi_wire_count(llmcbi_json *j)
 {
-    int64_t v = llmcbi_wire_int(j, 0);
+    int64_t v = llmcbi_wire_int(j, 0), most = INT64_MAX >> 20;
 
-    return v > 0 ? v : 0;
+    return v < 0 ? 0 : v < most ? v : most; /* so that sums are none either */
 }
 
 /* A "..._details" object of usage: one number of it. */
@@ -8358,29 +8456,49 @@ static bool llmcbi_wire_next_tool(llmcbi_json *j, llmcbi_tool_piece *p)
     return true;
 }
 
+/* Whether a decoded text is that of a JSON string. */
 static bool llmcbi_buf_is_raw(const llmcbi_buf *b, const llmcbi_raw *raw)
 {
-    return b->len == raw->len &&
-           (!raw->len || memcmp(b->ptr, raw->ptr, raw->len) == 0);
+    char plain[3 * 128 + 12];
+    llmcbi_carry c;
+    size_t n;
+
+    if (raw->plain || raw->len > 128)
+        return llmcbi_str_equal(llmcbi_buf_str(b),
+                                llmcbi_slice(raw->ptr, raw->len));
+    memset(&c, 0, sizeof c);
+    n = llmcbi_json_decode(plain, raw->ptr, raw->len, &c);
+    n = (size_t)(llmcbi_carry_flush(plain + n, &c) - plain);
+    return llmcbi_str_equal(llmcbi_buf_str(b), llmcbi_slice(plain, n));
+}
+
+/* The last call with that number, or with that id; n_tools: none. */
+static size_t llmcbi_tool_with(const llmcbi_choice *c,
+                               const llmcbi_tool_piece *p, bool by_id)
+{
+    size_t i;
+
+    if (by_id ? !p->id.len : p->index < 0) return c->n_tools;
+    for (i = c->n_tools; i-- > 0;) {
+        const llmcbi_tool_slot *s = &c->tools[i];
+        if (by_id ? llmcbi_buf_is_raw(&s->id, &p->id) : s->index == p->index)
+            return i;
+    }
+    return c->n_tools;
 }
 
 /* The call that a piece belongs to, n_tools for a new one. A number that the
  * server gives decides first, then the id. A name opens a new call when the
- * one found has a name and either another id or arguments that are whole:
+ * one found has another name, another id, or arguments that are whole:
  * servers give every call the same number, a new id with each piece, the
  * name with each piece, or none of it. */
 static size_t llmcbi_tool_find(const llmcbi_choice *c,
                                const llmcbi_tool_piece *p)
 {
-    size_t i, found = c->n_tools;
+    size_t found = llmcbi_tool_with(c, p, false);
     const llmcbi_tool_slot *s;
 
-    for (i = c->n_tools; i-- > 0 && found == c->n_tools;) {
-        s = &c->tools[i];
-        if (p->index >= 0 ? s->index == p->index
-                          : p->id.len && llmcbi_buf_is_raw(&s->id, &p->id))
-            found = i;
-    }
+    if (found == c->n_tools) found = llmcbi_tool_with(c, p, true);
     if (found == c->n_tools) {
         if (p->index >= 0 || !c->n_tools || (p->id.len && p->name.len))
             return c->n_tools;
@@ -8390,8 +8508,10 @@ static size_t llmcbi_tool_find(const llmcbi_choice *c,
     if (!p->name.len || !s->name.len) return found;
     if (p->id.len && s->id.len)
         return llmcbi_buf_is_raw(&s->id, &p->id) ? found : c->n_tools;
-    return llmcbi_whole_object(llmcbi_buf_str(&s->arguments)) ? c->n_tools
-                                                              : found;
+    return !llmcbi_buf_is_raw(&s->name, &p->name) ||
+                   llmcbi_whole_object(llmcbi_buf_str(&s->arguments))
+               ? c->n_tools
+               : found;
 }
 
 /* -- the request */
@@ -8430,6 +8550,7 @@ static llmcb_code llmcbi_message_check(const llmcb_message *m,
     }
     if (*why) return LLMCB_EINVAL;
     if (!llmcbi_utf8_valid(m->content ? m->content : "", len) ||
+        (m->parts && !llmcbi_utf8_valid(m->parts, strlen(m->parts))) ||
         (m->name && !llmcbi_utf8_valid(m->name, strlen(m->name))) ||
         (m->tool_call_id &&
          !llmcbi_utf8_valid(m->tool_call_id, strlen(m->tool_call_id))))
@@ -8517,7 +8638,8 @@ static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
                                      : ",\"stream\":false");
     if (stream && !d->no_usage && !llmcbi_has_member(x, "stream_options"))
         llmcbi_buf_text(a, b, ",\"stream_options\":{\"include_usage\":true}");
-    if (d->max_tokens > 0 && !llmcbi_has_member(x, limit)) {
+    if (d->max_tokens > 0 && !llmcbi_has_member(x, "max_tokens") &&
+        !llmcbi_has_member(x, "max_completion_tokens")) {
         llmcbi_buf_text(a, b, ",\"");
         llmcbi_buf_text(a, b, limit);
         llmcbi_buf_text(a, b, "\":");
@@ -8553,10 +8675,14 @@ static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
 /* The whole body: the messages, then the members of `params`. */
 static void llmcbi_wire_body(const llmcb_allocator *a, llmcbi_buf *b,
                              const llmcb_message *m, size_t n,
-                             llmcb_str params)
+                             llmcb_str params, const char *extra)
 {
     size_t i;
 
+    if (llmcbi_has_member(extra, "messages")) {
+        llmcbi_buf_add(a, b, params.ptr, params.len);
+        return;
+    }
     llmcbi_buf_text(a, b, "{\"messages\":[");
     for (i = 0; i < n; i++) {
         if (i) llmcbi_buf_text(a, b, ",");
@@ -9136,9 +9262,10 @@ static void llmcbi_prompt_unpause(llmcbi_prompt *p)
 
 /* -- events of a stream */
 
+/* Bytes that decoding takes at the most, whatever the carry holds. */
 static size_t llmcbi_raw_room(const llmcbi_raw *raw)
 {
-    return raw->plain ? raw->len + 1 : 3 * raw->len + 7;
+    return (raw->plain ? raw->len : 3 * raw->len) + 7;
 }
 
 static llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
@@ -9234,8 +9361,8 @@ static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_choice *c,
     }
     if (piece->arguments.len && !(piece->object && s->arguments.len)) {
         if (piece->object)
-            delta->arguments = llmcbi_record_text(at, piece->arguments.ptr,
-                                                  piece->arguments.len);
+            delta->arguments = llmcbi_record_utf8(
+                at, llmcbi_slice(piece->arguments.ptr, piece->arguments.len));
         else
             delta->arguments =
                 llmcbi_raw_decode(at, &piece->arguments, &s->carry);
@@ -9319,8 +9446,7 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
         c->finished = true;
     }
     if (w->logprobs.len) {
-        parts->logprobs = llmcbi_record_text(at, w->logprobs.ptr,
-                                             w->logprobs.len);
+        parts->logprobs = llmcbi_record_utf8(at, w->logprobs);
         if (c->logprobs.len) c->logprobs.len--; /* the bracket */
         llmcbi_buf_text(a, &c->logprobs, c->logprobs.len ? "," : "[");
         if (!llmcbi_prompt_keep(p, &c->logprobs, parts->logprobs))
@@ -9368,7 +9494,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p,
         n_tools = llmcbi_prompt_tools(p, c, w, NULL, NULL);
         size += sizeof(llmcb_parts) + n_tools * sizeof(llmcb_tool_delta) +
                 llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
-                llmcbi_raw_room(&w->finish_reason) + w->logprobs.len + 1 +
+                llmcbi_raw_room(&w->finish_reason) + 3 * w->logprobs.len + 7 +
                 3 * (w->tool_calls.len + w->function_call.len) +
                 32 * n_tools;
     }
@@ -10495,7 +10621,7 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
                                        : "ChatOpenAI";
     if (config->parent_id) memcpy(p->run.pub.parent_id, config->parent_id, 37);
     llmcbi_wire_body(&loop->alloc, &p->body, prompt->messages, prompt->n,
-                     llmcbi_buf_str(&c->params));
+                     llmcbi_buf_str(&c->params), chat->d.extra);
     p->headers = (llmcb_pair *)llmcbi_arena_get(
         &loop->alloc, &c->arena, (chat->n_headers + 1) * sizeof *p->headers);
     if (p->body.failed || !p->headers) return LLMCB_ENOMEM;

@@ -280,8 +280,7 @@ static void run_network(llmcb_loop *loop)
         if (opts.own) check_own(llmcb_op_result(ops[i]), &s[i * k], k);
         llmcb_op_free(ops[i]);
     }
-    take_seen(s, sets * k, k ? k : 1, counted);
-    if (none) bench.tokens = counted;
+    take_seen(s, sets * k, k, counted);
     free(s);
     free(h);
     free(ops);
@@ -356,8 +355,7 @@ static void run_file(llmcb_loop *loop)
     }
     /* a recording need not say how many tokens it has */
     if (k && counted != s[0].tokens) counted = s[0].tokens;
-    take_seen(s, k, k ? k : 1, counted);
-    if (none) bench.tokens = counted;
+    take_seen(s, k, k, counted);
     llmcb_chat_free(chat);
     free(pieces);
     free(s);
