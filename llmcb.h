@@ -336,7 +336,7 @@ LLMCB_API void llmcb_loop_wakeup(llmcb_loop *loop);
  *
  *     int64_t ms; size_t n;
  *     llmcb_loop_prepare(loop, &ms);
- *     n = llmcb_loop_pollfds(loop, fds, cap);
+ *     n = llmcb_loop_pollfds(loop, fds, cap); (more than cap: grow, again)
  *     poll(fds, n, (int)ms);
  *     llmcb_loop_dispatch(loop, fds, n);
  *
@@ -567,6 +567,10 @@ typedef enum llmcb_role {
     LLMCB_DEVELOPER,
     LLMCB_TOOL
 } llmcb_role;
+
+/* The role as the protocol names it, such as "user"; NULL: no such role.
+ * Static. Any thread. */
+LLMCB_API const char *llmcb_role_name(llmcb_role role);
 
 /* A call of a tool that the model wishes for. */
 typedef struct llmcb_tool_call {
@@ -898,7 +902,9 @@ typedef struct llmcb_replay_desc {
 
 /* A transport that answers the first request with the first recording, the
  * second with the second ..., and from then on with the last. Belongs to the
- * loop. NULL: no memory, no such file or not readable. */
+ * loop. If there is nothing to play, since path is no recording, every
+ * request fails with LLMCB_ESYS and a message that names it. NULL: no
+ * memory. */
 LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
                                             const llmcb_replay_desc *desc);
 
@@ -1013,8 +1019,13 @@ LLMCB_API llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i);
 LLMCB_API llmcb_usage llmcb_op_usage(const llmcb_op *op);
 
 #ifndef LLMCB_NO_STDIO
-/* Prints text, finish reason, model name and usage, for people. Control
- * characters of the text are escaped. */
+/* Prints text of a server for a terminal: control characters, but for line
+ * ends and tabs, and those that turn the direction of writing are shown as
+ * escapes. Pieces may be printed one by one, as they come. */
+LLMCB_API void llmcb_str_print(llmcb_str text, FILE *out);
+
+/* Prints text, finish reason, model name and usage, for people, each string
+ * as llmcb_str_print does. */
 LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #endif
 
@@ -5508,9 +5519,8 @@ static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
     if (llmcbi_str_begins(url, "unix:")) {
         p = url + 5;
         colon = strchr(p, ':');
-        u->unix_path = llmcbi_slice(p, colon ? (size_t)(colon - p)
-                                             : strlen(p));
-        u->target = llmcbi_str(colon && colon[1] ? colon + 1 : "/");
+        u->unix_path = llmcbi_slice(p, colon ? (size_t)(colon - p) : 0);
+        u->target = llmcbi_str(colon ? colon + 1 : NULL);
         u->host = u->authority = llmcbi_str("localhost");
         if (!u->unix_path.len || *u->target.ptr != '/')
             return "the address is not of the form unix:/path:/target";
@@ -7338,18 +7348,21 @@ typedef struct llmcbi_replay {
     llmcb_transport base;
     llmcbi_tape *tapes;
     size_t n_tapes, cap, turn;
+    char missing[96]; /* what could not be read */
     bool no_delays;
+    bool failed; /* no memory */
 } llmcbi_replay;
 
 /* A response being played. */
 typedef struct llmcbi_player {
     llmcb_exchange *x;
-    const llmcbi_tape *tape;
+    const llmcbi_replay *replay;
+    const llmcbi_tape *tape; /* NULL: there is nothing to play */
     llmcbi_ready ready;
     llmcbi_timer timer;
     llmcbi_h1 h1;
     size_t segment;
-    bool connected, no_delays;
+    bool connected;
     bool open; /* the timer must be freed */
 } llmcbi_player;
 
@@ -7413,7 +7426,7 @@ static void llmcbi_player_next(llmcbi_player *p)
     const llmcbi_tape *t = p->tape;
     int64_t ms = 0;
 
-    if (p->segment < t->n_segments && !p->no_delays)
+    if (p->segment < t->n_segments && !p->replay->no_delays)
         ms = t->segments[p->segment].delay_ms;
     if (ms > 0) llmcbi_timer_start(p->x->loop, &p->timer, ms);
     else llmcbi_make_ready(p->x->loop, &p->ready);
@@ -7426,6 +7439,11 @@ static void llmcbi_player_play(llmcbi_ready *r)
     const char *at, *end;
     llmcbi_h1_type type;
 
+    if (!t) {
+        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ESYS, 0,
+                          p->replay->missing);
+        return;
+    }
     if (!p->connected) {
         p->connected = true;
         if (t->end == LLMCB_REPLAY_REFUSE) {
@@ -7467,8 +7485,8 @@ static llmcb_code llmcbi_replay_start(llmcb_transport *tr, llmcb_exchange *x,
     llmcbi_player *p = llmcbi_player_of(x);
 
     p->x = x;
-    p->tape = &r->tapes[r->turn];
-    p->no_delays = r->no_delays;
+    p->replay = r;
+    if (r->n_tapes) p->tape = &r->tapes[r->turn];
     p->ready.fn = llmcbi_player_play;
     llmcbi_h1_init(&p->h1, request->limits);
     if (!llmcbi_timer_init(tr->loop, &p->timer, llmcbi_player_timer))
@@ -7661,6 +7679,7 @@ static bool llmcbi_tape_load(llmcbi_replay *r, const char *path,
         if (!name.failed && llmcbi_read_file(a, &text, name.ptr))
             ok = llmcbi_tape_borders(r, t, llmcbi_buf_str(&text));
     }
+    r->failed = r->failed || name.failed || text.failed || (ok && !t);
     llmcbi_buf_free(a, &name);
     llmcbi_buf_free(a, &text);
     return ok && t != NULL;
@@ -7696,11 +7715,18 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
     r->no_delays = desc->no_delays;
     for (i = 0; ok && i < desc->n_recordings; i++)
         ok = llmcbi_tape_copy(r, &desc->recordings[i]);
-    if (desc->path && !desc->n_recordings) {
-        ok = llmcbi_tape_load(r, desc->path, 1);
-        for (i = 2; ok && llmcbi_tape_load(r, desc->path, i);) i++;
+    if (desc->path && !desc->n_recordings)
+        for (i = 1; llmcbi_tape_load(r, desc->path, i);) i++;
+    if (!r->n_tapes) {
+        static const char why[] = "no recording can be read from ";
+        llmcbi_copy_clean(r->missing, sizeof r->missing, why,
+                          sizeof why - 1);
+        if (desc->path)
+            llmcbi_copy_clean(r->missing + sizeof why - 1,
+                              sizeof r->missing - sizeof why + 1, desc->path,
+                              strlen(desc->path));
     }
-    if (!ok || !r->n_tapes) {
+    if (!ok || r->failed) {
         llmcbi_replay_free(&r->base);
         return NULL;
     }
@@ -8516,7 +8542,7 @@ static size_t llmcbi_tool_find(const llmcbi_choice *c,
 
 /* -- the request */
 
-static const char *llmcbi_role_name(llmcb_role role)
+LLMCBI_DEF const char *llmcb_role_name(llmcb_role role)
 {
     switch (role) {
     case LLMCB_USER: return "user";
@@ -8538,7 +8564,7 @@ static llmcb_code llmcbi_message_check(const llmcb_message *m,
     llmcbi_json j;
 
     *why = NULL;
-    if (!llmcbi_role_name(m->role)) *why = "a message has an unknown role";
+    if (!llmcb_role_name(m->role)) *why = "a message has an unknown role";
     if (m->n_tool_calls && !m->tool_calls)
         *why = "a message has n_tool_calls but no tool_calls";
     if (m->role == LLMCB_TOOL && !m->tool_call_id)
@@ -8579,7 +8605,7 @@ static void llmcbi_wire_message(const llmcb_allocator *a, llmcbi_buf *b,
     size_t i;
 
     llmcbi_buf_text(a, b, "{\"role\":\"");
-    llmcbi_buf_text(a, b, llmcbi_role_name(m->role));
+    llmcbi_buf_text(a, b, llmcb_role_name(m->role));
     llmcbi_buf_text(a, b, "\",\"content\":");
     if (m->parts) {
         llmcbi_buf_text(a, b, m->parts);
@@ -9142,14 +9168,18 @@ static void llmcbi_prompt_fail(llmcbi_prompt *p, llmcb_code code,
     llmcbi_prompt_decide(p, &e);
 }
 
-/* A server may echo the key in its error. */
+/* A server may echo the key in its error, and the error may be cut within
+ * it. */
 static void llmcbi_hide(char *text, const char *secret)
 {
-    size_t n = strlen(secret);
+    size_t n = strlen(secret), len = strlen(text);
     char *at;
 
     if (n < 4) return;
     while ((at = strstr(text, secret)) != NULL) memset(at, '*', n);
+    for (n = n < len ? n : len; n >= 4; n--)
+        if (memcmp(text + len - n, secret, n) == 0)
+            memset(text + len - n, '*', n);
 }
 
 static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
@@ -9801,7 +9831,8 @@ static void llmcbi_prompt_redirect(llmcbi_prompt *p)
 
     llmcbi_error_set(&e, LLMCB_EREDIRECT, NULL);
     e.http_status = p->status;
-    if (p->text.len && !llmcbi_url_parse(&u, p->text.ptr)) {
+    if (p->text.len && !llmcbi_url_parse(&u, p->text.ptr) &&
+        !u.unix_path.len) {
         llmcbi_error_add(&e, ": ", 2);
         llmcbi_error_add(&e, p->text.ptr,
                          (size_t)(u.authority.ptr - p->text.ptr) +
@@ -10949,12 +10980,11 @@ LLMCBI_DEF llmcb_usage llmcb_op_usage(const llmcb_op *op)
 }
 
 #ifndef LLMCB_NO_STDIO
-/* Text of a server for a terminal: control characters and those that change
- * the direction of writing are shown as escapes. */
-static void llmcbi_print_clean(llmcb_str s, FILE *out)
+LLMCBI_DEF void llmcb_str_print(llmcb_str s, FILE *out)
 {
     size_t i;
 
+    if (!s.ptr || !out) return;
     for (i = 0; i < s.len; i++) {
         unsigned char c = (unsigned char)s.ptr[i];
         unsigned char d = i + 1 < s.len ? (unsigned char)s.ptr[i + 1] : 0;
@@ -10983,24 +11013,24 @@ LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
     for (i = 0; i < result->n_generations; i++) {
         const llmcb_generation *g = &result->generations[i];
         fputs("text: ", out);
-        llmcbi_print_clean(g->text, out);
+        llmcb_str_print(g->text, out);
         if (g->refusal.len) {
             fputs("\nrefusal: ", out);
-            llmcbi_print_clean(g->refusal, out);
+            llmcb_str_print(g->refusal, out);
         }
         for (k = 0; k < g->n_tool_calls; k++) {
             fputs("\ntool call: ", out);
-            llmcbi_print_clean(g->tool_calls[k].name, out);
+            llmcb_str_print(g->tool_calls[k].name, out);
             fputs(" ", out);
-            llmcbi_print_clean(g->tool_calls[k].arguments, out);
+            llmcb_str_print(g->tool_calls[k].arguments, out);
         }
         fputs("\nfinish reason: ", out);
-        if (g->finish_reason.len) llmcbi_print_clean(g->finish_reason, out);
+        if (g->finish_reason.len) llmcb_str_print(g->finish_reason, out);
         else fputs("none", out);
         fputs("\n", out);
     }
     fputs("model name: ", out);
-    llmcbi_print_clean(result->model_name, out);
+    llmcb_str_print(result->model_name, out);
     if (result->usage.known) {
         char in[24], answer[24], all[24];
         fprintf(out, "\nusage: %s input, %s output, %s total tokens\n",

@@ -32,6 +32,17 @@ static int hook_pthread_create(pthread_t *thread, const pthread_attr_t *attr,
     return pthread_create(thread, attr, fn, arg);
 }
 
+/* Threads must be joined, not let go: else one may still be inside the loop
+ * that is freed. */
+static int joined;
+
+static int hook_pthread_join(pthread_t thread, void **result)
+{
+    joined++;
+    return pthread_join(thread, result);
+}
+#define pthread_join(thread, result) hook_pthread_join(thread, result)
+
 /* A call without a hook stays what it is. */
 #define HOOK_pthread_create 0, hook_pthread_create
 #define SECOND_(a, b, ...) b
@@ -695,7 +706,7 @@ TEST(threads_are_made_when_needed_and_joined)
         job j;
 
         before = count_threads_down_to(before);
-        created = 0;
+        created = joined = 0;
         job_set(&j, 0, 0);
         loop = loop_with(NULL, true, rows[i].workers);
         llmcb_loop_run_once(loop, 0);
@@ -711,6 +722,7 @@ TEST(threads_are_made_when_needed_and_joined)
         CHECK_INT(created, rows[i].threads); /* once */
         llmcb_op_free(op);
         CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+        CHECK_INT(joined, rows[i].threads);
         CHECK_INT(count_threads_down_to(before), before);
     }
 }
@@ -788,14 +800,16 @@ static int mask_job(void *arg)
 TEST(workers_block_all_signals)
 {
     llmcb_loop *loop = virtual_loop();
-    sigset_t before, after, inside;
+    sigset_t original, before, after, inside;
     llmcb_op *op;
     int i;
 
     sigemptyset(&inside);
-    pthread_sigmask(SIG_BLOCK, NULL, &before);
+    sigemptyset(&before);
+    sigaddset(&before, SIGUSR2);
+    pthread_sigmask(SIG_SETMASK, &before, &original);
     op = llmcb_offload(loop, mask_job, &inside);
-    pthread_sigmask(SIG_BLOCK, NULL, &after);
+    pthread_sigmask(SIG_SETMASK, &original, &after);
     CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
     for (i = 1; i < 32; i++) {
         if (i == SIGKILL || i == SIGSTOP) continue;

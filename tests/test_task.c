@@ -295,7 +295,8 @@ static llmcb_step probe_arm(llmcb_task *t, probe *p)
     case AT_ALL: return llmcb_await_all(t, p->others, 2, 1000000);
     case AT_ANY: return llmcb_await_any(t, p->others, 2, LLMCB_FOREVER);
     case AT_BLOCKING: return llmcb_await_blocking(t, gated_job, p->g);
-    default: return llmcb_await_chunk(t, p->stream);
+    case AT_CHUNK: return llmcb_await_chunk(t, p->stream);
+    default: return llmcb_await(t, NULL); /* has ended already */
     }
 }
 
@@ -994,7 +995,8 @@ TEST(await_blocking_cancelled_while_running_and_while_queued)
 {
     counter c;
     gate begun = GATE_INIT, go = GATE_INIT, ended = GATE_INIT;
-    job running = { NULL, NULL, NULL, LLMCB_EIO }, queued = running;
+    job running = { NULL, NULL, NULL, LLMCB_EIO }, queued = running,
+        third = running;
     llmcb_loop *loop;
     once a, b;
     llmcb_op *first, *second;
@@ -1017,13 +1019,16 @@ TEST(await_blocking_cancelled_while_running_and_while_queued)
     CHECK_INT(a.result, LLMCB_ECANCELLED);
     CHECK_INT(b.result, LLMCB_ECANCELLED);
     CHECK(llmcb_op_done(first) && llmcb_op_done(second));
+    CHECK(!llmcb_loop_alive(loop));
     CHECK_INT(gate_get(&ended), 0);
     gate_set(&go, 1);
     gate_wait(&ended, 1);
+    /* one that comes behind the second finds it gone */
+    CHECK_INT(once_run(loop, arm_job, &third), LLMCB_EIO);
+    CHECK_INT(gate_get(&ended), 1);
     llmcb_op_free(first);
     llmcb_op_free(second);
     CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
-    CHECK_INT(gate_get(&ended), 1); /* the second never ran */
     CHECK_INT(c.live, 0);
 }
 
@@ -1389,7 +1394,7 @@ TEST(ending_with_an_await_armed_takes_it_back)
 {
     int at;
 
-    for (at = 0; at < AT_N; at++) {
+    for (at = 0; at <= AT_N; at++) {
         counter c;
         llmcb_loop *loop;
         gate g = GATE_INIT;
@@ -1508,9 +1513,12 @@ TEST(a_coroutine_frees_itself)
         suicide s;
         once o;
         llmcb_op *by;
+        long live;
 
         counter_init(&c);
         loop = loop_with(&c, true, 2);
+        CHECK_INT(once_run(loop, arm_op, NULL), LLMCB_ENOMEM);
+        live = c.live;
         memset(&s, 0, sizeof s);
         s.awaits = awaits;
         by = once_start(loop, &o, arm_op_of, &s); /* waits before it runs */
@@ -1522,6 +1530,7 @@ TEST(a_coroutine_frees_itself)
         if (awaits > 1) CHECK_INT(s.codes[1], LLMCB_OK);
         if (awaits > 2) CHECK_INT(s.codes[2], LLMCB_OK);
         llmcb_op_free(by);
+        CHECK_INT(c.live, live); /* freed now, not with the loop */
         CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
         CHECK_INT(c.live, 0);
     }

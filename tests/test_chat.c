@@ -1,0 +1,1328 @@
+/* A chat call but for what a server may do wrong: the four time limits, the
+ * environment, what goes over the wire, connections and their reuse, limits
+ * at N and N + 1, the life of the key. Time is virtual wherever it matters,
+ * with recordings in memory; the wire is the scripted server's. */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include <netdb.h>
+
+/* A resolver that knows a host with several addresses. */
+static int test_getaddrinfo(const char *host, const char *port,
+                            const struct addrinfo *hints,
+                            struct addrinfo **found);
+static void test_freeaddrinfo(struct addrinfo *list);
+#define getaddrinfo(h, p, i, f) test_getaddrinfo(h, p, i, f)
+#define freeaddrinfo(l) test_freeaddrinfo(l)
+#define LLMCB_IMPLEMENTATION
+#include "../llmcb.h"
+#undef getaddrinfo
+#undef freeaddrinfo
+#include "test.h"
+#include "server.h"
+
+#define FIXTURES "tests/fixtures/"
+#define KEY "sk-CANARY-4f1d9b7c2e"
+
+static const llmcb_message question = { .role = LLMCB_USER,
+                                        .content = "Tell me a joke" };
+
+#define SSE "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+#define EV(t) \
+    "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"" t "\"}}]}\n\n"
+#define FIN \
+    "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":" \
+    "\"stop\"}]}\n\n"
+#define DONE "data: [DONE]\n\n"
+#define HELLO SSE "Connection: close\r\n\r\n" EV("Hel") EV("lo") FIN DONE
+#define FAIL(status, fields) \
+    "HTTP/1.1 " status " X\r\n" fields "Content-Length: 0\r\n\r\n"
+
+/* ---- what a handler saw ---------------------------------------------------- */
+
+typedef struct seen {
+    char tokens[4096]; /* each ended by a bar, as far as they fit */
+    char params[2048];
+    size_t n_start, n_tokens, n_retry, n_end, n_error;
+    int64_t delay[4];
+    llmcb_error error, retried;
+    int64_t sleep; /* the async one sleeps so long at each token */
+} seen;
+
+static void note(seen *s, const llmcb_event *ev)
+{
+    size_t n = strlen(s->tokens);
+
+    if (ev->kind == LLMCB_CHAT_MODEL_START) {
+        s->n_start++;
+        snprintf(s->params, sizeof s->params, "%s", ev->start->params.ptr);
+    } else if (ev->kind == LLMCB_LLM_NEW_TOKEN) {
+        s->n_tokens++;
+        snprintf(s->tokens + n, sizeof s->tokens - n, "%s|",
+                 ev->token->text.ptr);
+    } else if (ev->kind == LLMCB_RETRY) {
+        if (s->n_retry < 4) s->delay[s->n_retry] = ev->retry->delay_ms;
+        s->n_retry++;
+        s->retried = *ev->retry->error;
+    } else if (ev->kind == LLMCB_LLM_END) {
+        s->n_end++;
+    } else if (ev->kind == LLMCB_LLM_ERROR) {
+        s->n_error++;
+        s->error = *ev->error;
+    }
+}
+
+static int note_sync(llmcb_handler *h, const llmcb_event *ev)
+{
+    note((seen *)h->user, ev);
+    return 0;
+}
+
+static llmcb_step note_slowly(llmcb_task *t, llmcb_handler *h,
+                              const llmcb_event *ev)
+{
+    seen *s = (seen *)h->user;
+
+    LLMCB_BEGIN(t);
+    if (ev->kind == LLMCB_LLM_NEW_TOKEN && s->sleep)
+        LLMCB_AWAIT(t, llmcb_sleep(t, s->sleep));
+    note(s, ev);
+    LLMCB_END(t);
+}
+
+typedef struct talk {
+    llmcb_loop *loop;
+    llmcb_transport *tr;
+    server *server;
+    llmcb_handler h;
+    llmcb_handler *callbacks[1];
+    llmcb_chat_desc d;
+    llmcb_chat *chat;
+    llmcb_op *op;
+    seen s;
+} talk;
+
+static void talk_init(talk *t, bool virtual_clock)
+{
+    llmcb_loop_desc ld;
+
+    memset(t, 0, sizeof *t);
+    memset(&ld, 0, sizeof ld);
+    ld.virtual_clock = virtual_clock;
+    t->loop = llmcb_loop_new(&ld);
+    if (!t->loop) abort();
+    t->h.sync.on_chat_model_start = t->h.sync.on_llm_new_token =
+        t->h.sync.on_llm_end = t->h.sync.on_llm_error = t->h.sync.on_retry =
+            note_sync;
+    t->h.flags = LLMCB_INLINE;
+    t->h.user = &t->s;
+    t->callbacks[0] = &t->h;
+    t->d.api_key = KEY;
+    t->d.model = "m";
+    t->d.base_url = "http://127.0.0.1/v1";
+    t->d.streaming = true;
+    t->d.max_retries = -1;
+    t->d.callbacks = t->callbacks;
+    t->d.n_callbacks = 1;
+}
+
+/* On recordings in memory and the virtual clock. */
+static void talk_replay(talk *t, const llmcb_recording *rec, size_t n)
+{
+    llmcb_replay_desc rd;
+
+    talk_init(t, true);
+    memset(&rd, 0, sizeof rd);
+    rd.recordings = rec;
+    rd.n_recordings = n;
+    t->tr = llmcb_replay_new(t->loop, &rd);
+    if (!t->tr) abort();
+    t->d.transport = t->tr;
+}
+
+/* On plain sockets. */
+static void talk_sock(talk *t, const server_script *scripts, size_t n)
+{
+    talk_init(t, false);
+    t->server = server_start(scripts, n);
+    t->tr = llmcb_socket_transport(t->loop);
+    if (!t->server || !t->tr) abort();
+    t->d.base_url = server_base(t->server);
+    t->d.transport = t->tr;
+}
+
+static llmcb_code talk_ask(talk *t)
+{
+    int64_t sleep = t->s.sleep;
+
+    if (!t->chat) t->chat = llmcb_chat_new(t->loop, &t->d);
+    llmcb_op_free(t->op);
+    memset(&t->s, 0, sizeof t->s);
+    t->s.sleep = sleep;
+    t->op = llmcb_chat_generate(t->chat, &question, 1, NULL);
+    return llmcb_op_wait(t->op);
+}
+
+static void talk_end(talk *t)
+{
+    llmcb_op_free(t->op);
+    llmcb_chat_free(t->chat);
+    CHECK_INT(llmcb_loop_free(t->loop), LLMCB_OK);
+    server_stop(t->server);
+}
+
+static llmcb_recording recording(const char *bytes, llmcb_replay_end end)
+{
+    llmcb_recording r;
+
+    memset(&r, 0, sizeof r);
+    r.bytes = bytes;
+    r.len = strlen(bytes);
+    r.end = end;
+    return r;
+}
+
+static server_script script(const char *bytes, server_end end)
+{
+    server_script s;
+
+    memset(&s, 0, sizeof s);
+    s.bytes = bytes;
+    s.end = end;
+    return s;
+}
+
+/* ---- time ---------------------------------------------------------------------- */
+
+/* A transport that never gets anywhere: connect_ms must be the library's. */
+typedef struct mute {
+    llmcb_transport base;
+    size_t n_started, n_cancelled, n_freed;
+} mute;
+
+static llmcb_code mute_start(llmcb_transport *tr, llmcb_exchange *x,
+                             const llmcb_request *request)
+{
+    (void)x;
+    (void)request;
+    ((mute *)(void *)tr)->n_started++;
+    return LLMCB_OK;
+}
+
+static void mute_nothing(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)tr;
+    (void)x;
+}
+
+static void mute_cancel(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)x;
+    ((mute *)(void *)tr)->n_cancelled++;
+}
+
+static void mute_free(llmcb_transport *tr)
+{
+    ((mute *)(void *)tr)->n_freed++;
+}
+
+static void mute_init(mute *m, llmcb_loop *loop)
+{
+    memset(m, 0, sizeof *m);
+    m->base.start = mute_start;
+    m->base.resume = m->base.release = mute_nothing;
+    m->base.cancel = mute_cancel;
+    m->base.free = mute_free;
+    CHECK_INT(llmcb_transport_init(loop, &m->base), LLMCB_OK);
+}
+
+TEST(time_connect)
+{
+    talk t;
+    mute m;
+    int retries;
+
+    for (retries = 0; retries < 3; retries++) {
+        talk_init(&t, true);
+        mute_init(&m, t.loop);
+        t.d.transport = &m.base;
+        t.d.connect_ms = 3000;
+        t.d.max_retries = retries ? retries : -1;
+        CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+        CHECK_INT(t.s.error.detail, LLMCB_DETAIL_CONNECT);
+        CHECK_INT(t.s.error.attempt, retries + 1);
+        CHECK_INT(t.s.n_retry, retries); /* it is retried */
+        CHECK_INT(m.n_started, retries + 1);
+        CHECK_INT(m.n_cancelled, retries + 1);
+        CHECK_INT(llmcb_loop_now(t.loop),
+                  3000 * (retries + 1) + t.s.delay[0] + t.s.delay[1]);
+        talk_end(&t);
+        CHECK_INT(m.n_freed, 1);
+    }
+}
+
+TEST(time_defaults)
+{
+    talk t;
+    mute m;
+    llmcb_recording silence = recording("", LLMCB_REPLAY_KEEP);
+    llmcb_recording stall = recording(SSE "\r\n" EV("a"), LLMCB_REPLAY_KEEP);
+
+    talk_init(&t, true);
+    mute_init(&m, t.loop);
+    t.d.transport = &m.base;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(llmcb_loop_now(t.loop), 10000);
+    talk_end(&t);
+
+    talk_replay(&t, &silence, 1);
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_FIRST_BYTE);
+    CHECK_INT(llmcb_loop_now(t.loop), 600000);
+    talk_end(&t);
+
+    talk_replay(&t, &stall, 1);
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_IDLE);
+    CHECK_INT(llmcb_loop_now(t.loop), 120000);
+    talk_end(&t);
+}
+
+TEST(time_first_byte)
+{
+    llmcb_recording rec[2];
+    talk t;
+
+    rec[0] = recording("", LLMCB_REPLAY_KEEP);
+    rec[1] = recording(HELLO, LLMCB_REPLAY_CLOSE);
+    talk_replay(&t, rec, 2);
+    t.d.first_byte_ms = 5000;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_FIRST_BYTE);
+    CHECK_INT(llmcb_loop_now(t.loop), 5000);
+    talk_end(&t);
+
+    talk_replay(&t, rec, 2); /* and it is retried */
+    t.d.first_byte_ms = 5000;
+    t.d.max_retries = 1;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_INT(t.s.n_retry, 1);
+    CHECK_INT(t.s.retried.code, LLMCB_ETIMEDOUT);
+    CHECK_INT(llmcb_loop_now(t.loop), 5000 + t.s.delay[0]);
+    CHECK_STR(t.s.tokens, "Hel|lo||");
+    talk_end(&t);
+
+    /* the head alone is no byte of an answer */
+    rec[0] = recording(SSE "\r\n", LLMCB_REPLAY_KEEP);
+    talk_replay(&t, rec, 2);
+    t.d.first_byte_ms = 5000;
+    t.d.idle_ms = 1000;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_FIRST_BYTE);
+    CHECK_INT(t.s.error.http_status, 200);
+    talk_end(&t);
+}
+
+/* Events with data count, comments and empty events do not. */
+TEST(time_idle)
+{
+    static const char *const pieces[] = { EV("a"), ": c\n\n", EV("b"),
+                                          ": c\n\n", "data:\n\n", "id: 1\n\n",
+                                          ": c\n\n" };
+    llmcb_segment segs[8];
+    char bytes[2048] = SSE "\r\n";
+    llmcb_recording rec;
+    size_t i;
+    talk t;
+
+    segs[0].offset = 0;
+    segs[0].delay_ms = 0;
+    for (i = 0; i < 7; i++) {
+        segs[i + 1].offset = strlen(bytes);
+        segs[i + 1].delay_ms = 400;
+        strcat(bytes, pieces[i]);
+    }
+    rec = recording(bytes, LLMCB_REPLAY_KEEP);
+    rec.segments = segs;
+    rec.n_segments = 8;
+    talk_replay(&t, &rec, 1);
+    t.d.idle_ms = 1000;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_IDLE);
+    CHECK_STR(t.s.tokens, "a|b|");
+    CHECK_INT(llmcb_loop_now(t.loop), 1200 + 1000); /* b came at 1200 */
+    talk_end(&t);
+}
+
+/* A cut event is no event with data, an error in one is. */
+TEST(time_idle_in_event)
+{
+    static const char half[] =
+        SSE "\r\n" EV("a") "data: {\"choices\":[{\"delta\":";
+    llmcb_segment segs[32];
+    llmcb_recording rec = recording(half, LLMCB_REPLAY_KEEP);
+    size_t i, base = strlen(SSE "\r\n" EV("a"));
+    talk t;
+
+    for (i = 0; i < 32; i++) {
+        segs[i].offset = i ? base + i - 1 : 0;
+        segs[i].delay_ms = i ? 900 : 0;
+    }
+    rec.segments = segs;
+    rec.n_segments = 30;
+    talk_replay(&t, &rec, 1);
+    t.d.idle_ms = 1000;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_IDLE);
+    CHECK_STR(t.s.tokens, "a|");
+    CHECK_INT(llmcb_loop_now(t.loop), 1000);
+    talk_end(&t);
+}
+
+TEST(time_total)
+{
+    llmcb_segment segs[21];
+    char bytes[4096] = SSE "\r\n";
+    llmcb_recording rec[2];
+    size_t i;
+    talk t;
+
+    segs[0].offset = 0;
+    segs[0].delay_ms = 0;
+    for (i = 1; i < 21; i++) {
+        segs[i].offset = strlen(bytes);
+        segs[i].delay_ms = 500;
+        strcat(bytes, EV("x"));
+    }
+    rec[0] = recording(bytes, LLMCB_REPLAY_KEEP);
+    rec[0].segments = segs;
+    rec[0].n_segments = 21;
+    talk_replay(&t, rec, 1);
+    t.d.idle_ms = 1000;
+    t.d.total_ms = 3200;
+    t.d.max_retries = 5;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_TOTAL);
+    CHECK_INT(t.s.n_tokens, 6);
+    CHECK_INT(t.s.n_retry, 0);
+    CHECK_INT(llmcb_loop_now(t.loop), 3200);
+    talk_end(&t);
+
+    /* it spans all tries and the waits between them */
+    rec[0] = recording(FAIL("500", "Retry-After: 2\r\n"), LLMCB_REPLAY_KEEP);
+    talk_replay(&t, rec, 1);
+    t.d.max_retries = 5;
+    t.d.total_ms = 5000;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_TOTAL);
+    CHECK_INT(t.s.n_retry, 3);
+    CHECK_INT(llmcb_loop_now(t.loop), 5000);
+    talk_end(&t);
+}
+
+TEST(time_for_ever)
+{
+    llmcb_segment segs[2];
+    llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+    talk t;
+    int i;
+
+    memset(segs, 0, sizeof segs);
+    for (i = 0; i < 2; i++) {
+        segs[1].offset = i ? strlen(SSE "Connection: close\r\n\r\n") + 5 : 0;
+        segs[1].delay_ms = (int64_t)1000 * 3600 * 24 * 365;
+        rec.segments = segs;
+        rec.n_segments = 2;
+        talk_replay(&t, &rec, 1);
+        t.d.connect_ms = t.d.first_byte_ms = t.d.idle_ms = t.d.total_ms =
+            LLMCB_FOREVER;
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_STR(t.s.tokens, "Hel|lo||");
+        talk_end(&t);
+    }
+}
+
+/* While a slow handler holds the transport, the clocks stand still. */
+TEST(time_paused)
+{
+    llmcb_recording rec;
+    char bytes[8192] = SSE "Connection: close\r\n\r\n";
+    size_t i;
+    talk t;
+
+    for (i = 0; i < 20; i++) strcat(bytes, EV("x"));
+    strcat(bytes, FIN DONE);
+    rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+    talk_replay(&t, &rec, 1);
+    memset(&t.h, 0, sizeof t.h);
+    t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
+        t.h.async.on_llm_end = t.h.async.on_llm_error = note_slowly;
+    t.h.user = &t.s;
+    t.s.sleep = 1000;
+    t.d.limits.window_events = 2;
+    t.d.idle_ms = 500;
+    t.d.total_ms = 1500;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_INT(t.s.n_tokens, 21);
+    CHECK_INT(llmcb_loop_now(t.loop), 21000);
+    talk_end(&t);
+}
+
+/* ... and go on when it is the server that is slow. */
+TEST(time_paused_then_stalled)
+{
+    llmcb_recording rec;
+    char bytes[8192] = SSE "\r\n";
+    size_t i;
+    talk t;
+
+    for (i = 0; i < 5; i++) strcat(bytes, EV("x"));
+    rec = recording(bytes, LLMCB_REPLAY_KEEP);
+    talk_replay(&t, &rec, 1);
+    memset(&t.h, 0, sizeof t.h);
+    t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
+        t.h.async.on_llm_end = t.h.async.on_llm_error = note_slowly;
+    t.h.user = &t.s;
+    t.s.sleep = 1000;
+    t.d.limits.window_events = 2;
+    t.d.idle_ms = 3500;
+    CHECK_INT(talk_ask(&t), LLMCB_ETIMEDOUT);
+    CHECK_INT(t.s.error.detail, LLMCB_DETAIL_IDLE);
+    CHECK_INT(t.s.n_tokens, 5);
+    CHECK(llmcb_loop_now(t.loop) > 5000);
+    talk_end(&t);
+}
+
+/* ---- the environment -------------------------------------------------------------- */
+
+static void clear_env(void)
+{
+    unsetenv("OPENAI_API_KEY");
+    unsetenv("OPENAI_BASE_URL");
+    unsetenv("OPENAI_ORG_ID");
+}
+
+TEST(environment)
+{
+    server_script s = script(HELLO, SERVER_CLOSE);
+    char v[128];
+    const server_req *r;
+    talk t;
+
+    clear_env();
+    talk_sock(&t, &s, 1);
+    setenv("OPENAI_API_KEY", "sk-from-env", 1);
+    setenv("OPENAI_BASE_URL", server_base(t.server), 1);
+    setenv("OPENAI_ORG_ID", "org-from-env", 1);
+    t.d.api_key = t.d.base_url = NULL;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    r = server_request(t.server, 0);
+    CHECK_STR(server_header(r, "Authorization", v, sizeof v),
+              "Bearer sk-from-env");
+    CHECK_STR(server_header(r, "OpenAI-Organization", v, sizeof v),
+              "org-from-env");
+    /* read when the chat is made */
+    setenv("OPENAI_API_KEY", "sk-changed", 1);
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_STR(server_header(server_request(t.server, 1), "Authorization", v,
+                            sizeof v),
+              "Bearer sk-from-env");
+    talk_end(&t);
+
+    /* what the descriptor says wins; "" is a word, too */
+    talk_sock(&t, &s, 1);
+    t.d.api_key = "";
+    t.d.organization = "";
+    setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1", 1);
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    r = server_request(t.server, 0);
+    CHECK(!server_header(r, "Authorization", v, sizeof v));
+    CHECK(!server_header(r, "OpenAI-Organization", v, sizeof v));
+    talk_end(&t);
+
+    /* what is refused in a descriptor is refused here */
+    talk_sock(&t, &s, 1);
+    setenv("OPENAI_API_KEY", "sk-secret\n", 1);
+    t.d.api_key = NULL;
+    CHECK_INT(talk_ask(&t), LLMCB_EINVAL);
+    CHECK(strstr(llmcb_chat_error(t.chat)->message, "api_key"));
+    CHECK_INT(server_connections(t.server), 0);
+    talk_end(&t);
+    clear_env();
+}
+
+TEST(no_key_for_openai)
+{
+    llmcb_loop *loop = llmcb_loop_new(NULL);
+    llmcb_chat *chat;
+
+    clear_env();
+    chat = llmcb_chat_new(loop, NULL);
+    REQUIRE(chat);
+    CHECK_INT(llmcb_chat_error(chat)->code, LLMCB_EINVAL);
+    CHECK(strstr(llmcb_chat_error(chat)->message, "OPENAI_API_KEY"));
+    llmcb_chat_free(chat);
+    llmcb_loop_free(loop);
+}
+
+/* ---- the wire ---------------------------------------------------------------------- */
+
+TEST(wire_request)
+{
+    static const llmcb_tool_call call = { { "call_1", 6 }, { "f", 1 },
+                                          { "{\"a\": \"\\u00e9\"}", 15 },
+                                          true };
+    static const llmcb_message talk_messages[] = {
+        { .role = LLMCB_SYSTEM, .content = "Be \"brief\"\n" },
+        { .role = LLMCB_USER, .content = "caf\xC3\xA9\x01", .name = "ann" },
+        { .role = LLMCB_ASSISTANT, .tool_calls = &call, .n_tool_calls = 1 },
+        { .role = LLMCB_TOOL, .content = "42", .tool_call_id = "call_1" },
+        { .role = LLMCB_USER, .content = "shown", .parts = "[1, 2]" },
+        { .role = LLMCB_DEVELOPER, .content = "abcdef", .content_len = 3 },
+    };
+    static const char want[] =
+        "{\"messages\":["
+        "{\"role\":\"system\",\"content\":\"Be \\\"brief\\\"\\n\"},"
+        "{\"role\":\"user\",\"content\":\"caf\xC3\xA9\\u0001\","
+        "\"name\":\"ann\"},"
+        "{\"role\":\"assistant\",\"content\":null,\"tool_calls\":[{\"type\":"
+        "\"function\",\"id\":\"call_1\",\"function\":{\"name\":\"f\","
+        "\"arguments\":\"{\\\"a\\\": \\\"\\\\u00e9\\\"}\"}}]},"
+        "{\"role\":\"tool\",\"content\":\"42\",\"tool_call_id\":\"call_1\"},"
+        "{\"role\":\"user\",\"content\":[1, 2]},"
+        "{\"role\":\"developer\",\"content\":\"abc\"}],"
+        "\"model\":\"m\",\"stream\":true,\"stream_options\":{"
+        "\"include_usage\":true},\"max_tokens\":7,\"n\":2,\"tools\":[{}],"
+        "\"temperature\":0.5,\"stop\":[\"x\"]}";
+    static const llmcb_pair headers[] = { { "X-Mine", "a b" } };
+    server_script s = script(HELLO, SERVER_CLOSE);
+    const server_req *r;
+    char v[128], host[64];
+    talk t;
+
+    talk_sock(&t, &s, 1);
+    t.d.organization = "org-1";
+    t.d.max_tokens = 7;
+    t.d.n = 2;
+    t.d.tools = "[{}]";
+    t.d.extra = "{\"temperature\":0.5,\"stop\":[\"x\"]}";
+    t.d.headers = headers;
+    t.d.n_headers = 1;
+    t.chat = llmcb_chat_new(t.loop, &t.d);
+    t.op = llmcb_chat_generate(t.chat, talk_messages, 6, NULL);
+    CHECK_INT(llmcb_op_wait(t.op), LLMCB_OK);
+    REQUIRE(server_requests(t.server) == 1);
+    r = server_request(t.server, 0);
+    CHECK(strncmp(r->head, "POST /v1/chat/completions HTTP/1.1\r\n", 36) ==
+          0);
+    snprintf(host, sizeof host, "127.0.0.1:%d", server_port(t.server));
+    CHECK_STR(server_header(r, "Host", v, sizeof v), host);
+    CHECK_STR(server_header(r, "Content-Type", v, sizeof v),
+              "application/json");
+    CHECK(server_header(r, "Accept", v, sizeof v) &&
+          strstr(v, "text/event-stream"));
+    CHECK_STR(server_header(r, "Authorization", v, sizeof v), "Bearer " KEY);
+    CHECK_STR(server_header(r, "OpenAI-Organization", v, sizeof v), "org-1");
+    CHECK_STR(server_header(r, "X-Mine", v, sizeof v), "a b");
+    CHECK_STR(server_header(r, "Idempotency-Key", v, sizeof v),
+              llmcb_op_run_at(t.op, 0)->id);
+    CHECK(server_header(r, "User-Agent", v, sizeof v) &&
+          strncmp(v, "llmcb/", 6) == 0);
+    CHECK(!server_header(r, "Expect", v, sizeof v));
+    CHECK(!server_header(r, "Accept-Encoding", v, sizeof v));
+    CHECK(!server_header(r, "Transfer-Encoding", v, sizeof v));
+    CHECK_STR(r->body, want);
+    talk_end(&t);
+}
+
+#ifndef LLMCB_NO_CURL
+/* libcurl sends the same, in another order. */
+TEST(wire_request_curl)
+{
+    server_script s = script(HELLO, SERVER_CLOSE);
+    const server_req *a, *b;
+    char v[128], w[128];
+    static const char *const names[] = { "Content-Type", "Accept",
+                                         "Authorization", "User-Agent",
+                                         "Content-Length", "Expect",
+                                         "Accept-Encoding", "Cookie",
+                                         "Host" };
+    size_t i;
+    talk t;
+
+    talk_sock(&t, &s, 1);
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    llmcb_chat_free(t.chat);
+    t.chat = NULL;
+    t.d.transport = llmcb_curl_transport(t.loop);
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    REQUIRE(server_requests(t.server) == 2);
+    a = server_request(t.server, 0);
+    b = server_request(t.server, 1);
+    CHECK(strncmp(a->head, b->head, strcspn(a->head, "\n")) == 0);
+    CHECK_STR(b->body, a->body);
+    for (i = 0; i < sizeof names / sizeof *names; i++) {
+        const char *x = server_header(a, names[i], v, sizeof v);
+        const char *y = server_header(b, names[i], w, sizeof w);
+        CHECK_INT(x != NULL, y != NULL);
+        if (x && y) CHECK_STR(y, x);
+    }
+    talk_end(&t);
+}
+#endif
+
+/* Where the request goes, and how it is named there. */
+TEST(wire_urls)
+{
+    static const struct {
+        const char *tail, *target;
+    } cases[] = {
+        { "", "/chat/completions" },
+        { "/", "/chat/completions" },
+        { "/v1", "/v1/chat/completions" },
+        { "/v1/", "/v1/chat/completions" },
+        { "/openai/deployments/d?api-version=2024-06-01",
+          "/openai/deployments/d/chat/completions?api-version=2024-06-01" },
+        { "/a%20b", "/a%20b/chat/completions" },
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        server_script s = script(HELLO, SERVER_CLOSE);
+        char base[200], line[200];
+        talk t;
+
+        talk_sock(&t, &s, 1);
+        snprintf(base, sizeof base, "http://127.0.0.1:%d%s",
+                 server_port(t.server), cases[i].tail);
+        t.d.base_url = base;
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        REQUIRE(server_requests(t.server) == 1);
+        snprintf(line, sizeof line, "POST %s HTTP/1.1\r\n", cases[i].target);
+        CHECK(strncmp(server_request(t.server, 0)->head, line,
+                      strlen(line)) == 0);
+        talk_end(&t);
+    }
+}
+
+/* The members of the request, as the start event shows them. */
+TEST(wire_params)
+{
+    static const struct {
+        const char *base;
+        bool streaming, no_usage;
+        int max_tokens, n;
+        const char *extra, *want;
+    } cases[] = {
+        { "https://api.openai.com/v1", true, false, 5, 0, NULL,
+          "{\"model\":\"m\",\"stream\":true,\"stream_options\":{"
+          "\"include_usage\":true},\"max_completion_tokens\":5}" },
+        { "https://API.OpenAI.com/v1", false, false, 5, 0, NULL,
+          "{\"model\":\"m\",\"stream\":false,\"max_completion_tokens\":5}" },
+        { "https://x.openai.azure.com/openai/deployments/d?api-version=1",
+          false, false, 5, 0, NULL,
+          "{\"model\":\"m\",\"stream\":false,\"max_completion_tokens\":5}" },
+        { "http://127.0.0.1:8080/v1", false, false, 5, 3, NULL,
+          "{\"model\":\"m\",\"stream\":false,\"max_tokens\":5,\"n\":3}" },
+        { "https://api.openai.com.evil.example/v1", false, false, 5, 1, NULL,
+          "{\"model\":\"m\",\"stream\":false,\"max_tokens\":5}" },
+        { "http://127.0.0.1:8080/v1", true, true, 0, 0, NULL,
+          "{\"model\":\"m\",\"stream\":true}" },
+        { "http://127.0.0.1:8080/v1", true, false, 9, 2,
+          "{\"model\":\"other\",\"stream_options\":{},\"max_tokens\":1,"
+          "\"n\":1,\"seed\":4}",
+          "{\"stream\":true,\"model\":\"other\",\"stream_options\":{},"
+          "\"max_tokens\":1,\"n\":1,\"seed\":4}" },
+        { "http://127.0.0.1:8080/v1", false, false, 0, 0, "{ }",
+          "{\"model\":\"m\",\"stream\":false}" },
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+        talk t;
+
+        talk_replay(&t, &rec, 1);
+        t.d.base_url = cases[i].base;
+        t.d.streaming = cases[i].streaming;
+        t.d.no_usage = cases[i].no_usage;
+        t.d.max_tokens = cases[i].max_tokens;
+        t.d.n = cases[i].n;
+        t.d.extra = cases[i].extra;
+        talk_ask(&t);
+        CHECK_STR(t.s.params, cases[i].want);
+        CHECK(!strstr(t.s.params, "null"));
+        talk_end(&t);
+    }
+}
+
+TEST(bad_descriptors)
+{
+    static const struct {
+        const char *model, *tools, *extra;
+        llmcb_code code;
+    } cases[] = {
+        { "m", "{}", NULL, LLMCB_EINVAL },
+        { "m", "[", NULL, LLMCB_EINVAL },
+        { "m", "[] x", NULL, LLMCB_EINVAL },
+        { "m", NULL, "[]", LLMCB_EINVAL },
+        { "m", NULL, "{\"a\":}", LLMCB_EINVAL },
+        { "m", NULL, "{\"a\":\"\xFF\"}", LLMCB_EINVAL },
+        { "\xC3", NULL, NULL, LLMCB_EUTF8 },
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+        talk t;
+
+        talk_replay(&t, &rec, 1);
+        t.d.model = cases[i].model;
+        t.d.tools = cases[i].tools;
+        t.d.extra = cases[i].extra;
+        CHECK_INT(talk_ask(&t), cases[i].code);
+        CHECK_INT(llmcb_chat_error(t.chat)->code, cases[i].code);
+        CHECK_INT(t.s.n_start, 0);
+        talk_end(&t);
+    }
+}
+
+/* ---- connections ---------------------------------------------------------------------- */
+
+#define MANY "many.test"
+
+static int dead_port; /* nobody listens there */
+static size_t n_resolved;
+
+typedef struct test_address {
+    struct addrinfo info; /* first */
+    struct sockaddr_storage addr;
+} test_address;
+
+/* ::1 and a dead port before the address that lives. */
+static int test_getaddrinfo(const char *host, const char *port,
+                            const struct addrinfo *hints,
+                            struct addrinfo **found)
+{
+    int i;
+
+    if (strcmp(host, MANY) != 0)
+        return getaddrinfo(host, port, hints, found);
+    if (hints->ai_flags & AI_NUMERICHOST) return EAI_NONAME;
+    n_resolved++;
+    *found = NULL;
+    for (i = 3; i-- > 0;) {
+        test_address *t = (test_address *)calloc(1, sizeof *t);
+        if (!t) abort();
+        t->info.ai_socktype = SOCK_STREAM;
+        t->info.ai_addr = (struct sockaddr *)&t->addr;
+        if (i == 0) {
+            struct sockaddr_in6 *a = (struct sockaddr_in6 *)&t->addr;
+            a->sin6_family = AF_INET6;
+            a->sin6_port = htons((uint16_t)atoi(port));
+            a->sin6_addr.s6_addr[15] = 1;
+            t->info.ai_addrlen = sizeof *a;
+        } else {
+            struct sockaddr_in *a = (struct sockaddr_in *)&t->addr;
+            a->sin_family = AF_INET;
+            a->sin_port = htons((uint16_t)(i == 1 ? dead_port : atoi(port)));
+            a->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+            t->info.ai_addrlen = sizeof *a;
+        }
+        t->info.ai_family = t->addr.ss_family;
+        t->info.ai_next = *found;
+        t->info.ai_canonname = (char *)(uintptr_t)MANY;
+        *found = &t->info;
+    }
+    return 0;
+}
+
+static void test_freeaddrinfo(struct addrinfo *list)
+{
+    /* of the system's, none has a name: that was not asked for */
+    if (!list->ai_canonname) {
+        freeaddrinfo(list);
+        return;
+    }
+    while (list) {
+        struct addrinfo *next = list->ai_next;
+        free(list);
+        list = next;
+    }
+}
+
+/* A port that is bound but not listened at. */
+static int bind_dead_port(void)
+{
+    struct sockaddr_in a;
+    socklen_t len = sizeof a;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (bind(fd, (struct sockaddr *)&a, sizeof a) != 0 ||
+        getsockname(fd, (struct sockaddr *)&a, &len) != 0)
+        abort();
+    dead_port = ntohs(a.sin_port);
+    return fd;
+}
+
+/* The next address is tried when one refuses. */
+TEST(address_fallback)
+{
+    server_script s = script(HELLO, SERVER_CLOSE);
+    int fd = bind_dead_port();
+    char base[64];
+    talk t;
+
+    talk_sock(&t, &s, 1);
+    snprintf(base, sizeof base, "http://" MANY ":%d/v1",
+             server_port(t.server));
+    t.d.base_url = base;
+    t.d.allow_cleartext_key = true;
+    n_resolved = 0;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_INT(n_resolved, 1);
+    CHECK_INT(t.s.n_start, 1);
+    CHECK_INT(t.s.n_retry, 0);
+    CHECK_STR(t.s.tokens, "Hel|lo||");
+    CHECK_INT(server_connections(t.server), 1);
+    talk_end(&t);
+    close(fd);
+}
+
+/* When all refuse, it is one failure. */
+TEST(address_fallback_fails)
+{
+    server_script s = script(HELLO, SERVER_CLOSE);
+    int fd = bind_dead_port();
+    char base[64];
+    talk t;
+
+    talk_sock(&t, &s, 1);
+    snprintf(base, sizeof base, "http://" MANY ":%d/v1", dead_port);
+    t.d.base_url = base;
+    t.d.allow_cleartext_key = true;
+    CHECK_INT(talk_ask(&t), LLMCB_ECONNECT);
+    CHECK_INT(t.s.error.sys_errno, ECONNREFUSED);
+    CHECK_INT(t.s.n_retry, 0);
+    talk_end(&t);
+    close(fd);
+}
+
+TEST(no_such_host)
+{
+    server_script s = script(HELLO, SERVER_CLOSE);
+    talk t;
+
+    talk_sock(&t, &s, 1);
+    t.d.base_url = "http://no-such-host.invalid/v1";
+    t.d.api_key = "";
+    CHECK_INT(talk_ask(&t), LLMCB_EDNS);
+    CHECK(!strstr(t.s.error.message, "HTTP"));
+    talk_end(&t);
+}
+
+#define KEPT SSE "Content-Length: 74\r\n\r\n" EV("kept") DONE
+
+/* Calls of one chat share a connection, those of another do not. */
+static void reuse(bool curl)
+{
+    server_script s = script(KEPT, SERVER_KEEP);
+    llmcb_chat *other;
+    size_t i;
+    talk t;
+
+    talk_sock(&t, &s, 1);
+    if (curl) t.d.transport = llmcb_curl_transport(t.loop);
+    for (i = 0; i < 3; i++) {
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_STR(t.s.tokens, "kept|");
+    }
+    CHECK_INT(server_requests(t.server), 3);
+    CHECK_INT(server_connections(t.server), 1);
+    other = t.chat;
+    t.chat = NULL;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_INT(server_connections(t.server), 2);
+    llmcb_chat_free(other);
+    talk_end(&t);
+}
+
+TEST(reuse_sock)
+{
+    reuse(false);
+}
+
+/* libcurl keeps connections for all: equal credentials are not its concern,
+ * since each request carries its own header. */
+TEST(reuse_curl)
+{
+#ifdef LLMCB_NO_CURL
+    SKIP("built without libcurl");
+#else
+    server_script s = script(KEPT, SERVER_KEEP);
+    size_t i;
+    talk t;
+
+    talk_sock(&t, &s, 1);
+    t.d.transport = llmcb_curl_transport(t.loop);
+    for (i = 0; i < 3; i++) CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_INT(server_connections(t.server), 1);
+    talk_end(&t);
+#endif
+}
+
+/* Not after "Connection: close", nor of HTTP/1.0. */
+TEST(no_reuse)
+{
+    static const char *const answers[] = {
+        SSE "Connection: close\r\nContent-Length: 74\r\n\r\n" EV("kept") DONE,
+        SSE "Connection: x, Close\r\nContent-Length: 74\r\n\r\n" EV("kept")
+            DONE,
+        "HTTP/1.0 200 OK\r\nContent-Length: 74\r\n\r\n" EV("kept") DONE
+    };
+    size_t i, k;
+
+    for (i = 0; i < 3; i++) {
+        server_script s = script(answers[i], SERVER_KEEP);
+        talk t;
+
+        talk_sock(&t, &s, 1);
+        for (k = 0; k < 2; k++) CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_INT(server_connections(t.server), 2);
+        CHECK(server_wait_closed(t.server, 0) != SERVER_OPEN);
+        talk_end(&t);
+    }
+}
+
+/* ---- the key ------------------------------------------------------------------------ */
+
+/* An allocator that gives nothing back, so that what was freed can be
+ * looked at. */
+typedef struct kept_block {
+    struct kept_block *next;
+    size_t size;
+    char bytes[1];
+} kept_block;
+
+static kept_block *kept;
+static pthread_mutex_t kept_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void *keep_resize(void *user, void *ptr, size_t old_size, size_t size)
+{
+    kept_block *b;
+
+    (void)user;
+    if (!size) return NULL;
+    b = (kept_block *)calloc(1, sizeof *b + size);
+    if (!b) return NULL;
+    b->size = size;
+    if (ptr) memcpy(b->bytes, ptr, old_size < size ? old_size : size);
+    pthread_mutex_lock(&kept_lock);
+    b->next = kept;
+    kept = b;
+    pthread_mutex_unlock(&kept_lock);
+    return b->bytes;
+}
+
+static size_t kept_count(const char *what)
+{
+    size_t n = 0, len = strlen(what), i;
+
+    for (kept_block *b = kept; b; b = b->next)
+        for (i = 0; i + len <= b->size; i++)
+            if (memcmp(b->bytes + i, what, len) == 0) n++;
+    return n;
+}
+
+TEST(key_is_wiped)
+{
+    server_script s[3];
+    llmcb_loop_desc ld;
+    llmcb_chat_desc d;
+    llmcb_loop *loop;
+    llmcb_chat *chat;
+    server *server;
+    int i;
+
+    s[0] = script(FAIL("429", "retry-after-ms: 0\r\n"), SERVER_KEEP);
+    s[1] = script("", SERVER_CLOSE); /* replayed on a new connection */
+    s[2] = script(KEPT, SERVER_KEEP);
+    server = server_start(s, 3);
+    REQUIRE(server);
+    memset(&ld, 0, sizeof ld);
+    ld.allocator.resize = keep_resize;
+    loop = llmcb_loop_new(&ld);
+    memset(&d, 0, sizeof d);
+    d.base_url = server_base(server);
+    d.api_key = KEY;
+    d.transport = llmcb_socket_transport(loop);
+    chat = llmcb_chat_new(loop, &d);
+    CHECK_INT(kept_count(KEY), 1);
+    for (i = 0; i < 2; i++) {
+        llmcb_op *op = llmcb_chat_generate(chat, &question, 1, NULL);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        llmcb_op_free(op);
+        CHECK_INT(kept_count(KEY), 1); /* no copy of the requests' */
+    }
+    CHECK_INT(server_requests(server), 4);
+    { /* the last user of the key is a call that outlives the chat */
+        llmcb_op *op = llmcb_chat_generate(chat, &question, 1, NULL);
+        llmcb_chat_free(chat);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        llmcb_op_free(op);
+    }
+    CHECK_INT(kept_count(KEY), 0);
+    CHECK_INT(kept_count("CANARY"), 0);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    server_stop(server);
+    while (kept) {
+        kept_block *next = kept->next;
+        free(kept);
+        kept = next;
+    }
+}
+
+/* A call that is cut off while its request waits leaves no key either. */
+TEST(key_is_wiped_on_cancel)
+{
+    server_script s = script("", SERVER_STALL);
+    llmcb_loop_desc ld;
+    llmcb_chat_desc d;
+    llmcb_loop *loop;
+    llmcb_chat *chat;
+    llmcb_op *op;
+    server *server = server_start(&s, 1);
+    int turns;
+
+    REQUIRE(server);
+    memset(&ld, 0, sizeof ld);
+    ld.allocator.resize = keep_resize;
+    for (turns = 0; turns < 8; turns++) {
+        int i;
+        loop = llmcb_loop_new(&ld);
+        memset(&d, 0, sizeof d);
+        d.base_url = server_base(server);
+        d.api_key = KEY;
+        d.transport = llmcb_socket_transport(loop);
+        chat = llmcb_chat_new(loop, &d);
+        op = llmcb_chat_generate(chat, &question, 1, NULL);
+        for (i = 0; i < turns; i++) llmcb_loop_run_once(loop, 0);
+        llmcb_op_cancel(op);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_ECANCELLED);
+        llmcb_op_free(op);
+        llmcb_chat_free(chat);
+        CHECK_INT(kept_count(KEY), 0);
+        llmcb_loop_free(loop);
+    }
+    server_stop(server);
+    while (kept) {
+        kept_block *next = kept->next;
+        free(kept);
+        kept = next;
+    }
+}
+
+/* ---- limits ---------------------------------------------------------------------------- */
+
+typedef struct limit_row {
+    const char *name;
+    size_t at; /* offset in llmcb_limits */
+    size_t n;  /* what the answer needs */
+    const char *bytes;
+    bool json;     /* asked for and answered without streaming */
+} limit_row;
+
+#define TOOL(members) \
+    "data: {\"choices\":[{\"index\":0,\"delta\":{\"tool_calls\":[{" members \
+    "}]}}]}\n\n"
+#define WHOLE(text)                                                     \
+    "{\"choices\":[{\"index\":0,\"message\":{\"content\":\"" text       \
+    "\"},\"finish_reason\":\"stop\"}]}"
+#define LIMIT(member, count)                                       \
+    .name = #member, .at = offsetof(llmcb_limits, member), .n = count, \
+    .bytes
+#define CLOSES "Connection: close\r\n\r\n"
+
+static const limit_row limit_rows[] = {
+    /* "X-Line: 0123456789" and CRLF */
+    { LIMIT(header_line, 43) = SSE "X-Line: 012345678901234567890123456789012"
+                                  "\r\n" CLOSES EV("a") DONE },
+    /* the lines 17 + 33 + 19 + 2 */
+    { LIMIT(header_block, 71) = SSE CLOSES EV("a") DONE },
+    { LIMIT(header_fields, 4) =
+      SSE "A: 1\r\nB: 2\r\n" CLOSES EV("a") DONE },
+    /* the longest line: data: {"choices":[{...}]} */
+    { LIMIT(event, 58) = SSE CLOSES EV("kept") DONE },
+    { LIMIT(text, 10) = SSE CLOSES EV("01234") EV("56789") DONE },
+    { LIMIT(text, 10) =
+      SSE CLOSES EV("01234")
+          "data: {\"choices\":[{\"delta\":{\"refusal\":\"56789\"}}]}\n\n" DONE },
+    { LIMIT(text, 10) = SSE CLOSES WHOLE("0123456789"), .json = true },
+    { LIMIT(arguments, 9) =
+      SSE CLOSES TOOL("\"index\":0,\"id\":\"i\",\"function\":{\"name\":\"f\","
+                      "\"arguments\":\"{\\\"a\\\"\"}")
+          TOOL("\"index\":0,\"function\":{\"arguments\":\": 12}\"}") FIN DONE },
+    { LIMIT(tool_calls, 2) =
+      SSE CLOSES TOOL("\"index\":0,\"id\":\"i\",\"function\":{\"name\":\"f\"}")
+          TOOL("\"index\":1,\"id\":\"j\",\"function\":{\"name\":\"g\"}") FIN
+              DONE },
+    { LIMIT(choices, 3) =
+      SSE CLOSES "data: {\"choices\":[{\"index\":2,\"delta\":{\"content\":"
+                 "\"x\"}}]}\n\n" DONE },
+    { LIMIT(body, 74) = SSE "Content-Length: 74\r\n" CLOSES EV("kept") DONE },
+    { LIMIT(body, 74) = SSE CLOSES EV("kept") DONE },
+    { LIMIT(body, 74) =
+      SSE "Transfer-Encoding: chunked\r\n" CLOSES "3c\r\n" EV("kept")
+          "\r\ne\r\n" DONE "\r\n0\r\n\r\n" },
+    { LIMIT(body, 83) = SSE CLOSES WHOLE("0123456789"), .json = true },
+};
+
+static void limit_at(const limit_row *f, size_t value, llmcb_code want,
+                     int transport)
+{
+    llmcb_recording rec = recording(f->bytes, LLMCB_REPLAY_CLOSE);
+    server_script s = script(f->bytes, SERVER_CLOSE);
+    char name[64];
+    talk t;
+
+    if (transport == 0) talk_replay(&t, &rec, 1);
+    else talk_sock(&t, &s, 1);
+    if (transport == 2) t.d.transport = llmcb_curl_transport(t.loop);
+    t.d.streaming = !f->json;
+    memcpy((char *)&t.d.limits + f->at, &value, sizeof value);
+    CHECK_STR(llmcb_code_name(talk_ask(&t)), llmcb_code_name(want));
+    snprintf(name, sizeof name, "limits.%s", f->name);
+    if (want != LLMCB_OK) CHECK(strstr(t.s.error.message, name));
+    talk_end(&t);
+}
+
+TEST(limits)
+{
+    size_t i;
+    int transport, n_transports = 3;
+
+#ifdef LLMCB_NO_CURL
+    n_transports = 2;
+#endif
+    for (i = 0; i < sizeof limit_rows / sizeof *limit_rows; i++)
+        for (transport = 0; transport < n_transports; transport++) {
+            const limit_row *f = &limit_rows[i];
+            int before = test_failures_here;
+            limit_at(f, f->n, LLMCB_OK, transport);
+            limit_at(f, f->n - 1, LLMCB_ELIMIT, transport);
+            if (before != test_failures_here)
+                TEST_FAIL("row %lu, limits.%s, on transport %d",
+                          (unsigned long)i, f->name, transport);
+        }
+}
+
+/* The body of an error answer is kept up to the limit, not refused. */
+TEST(limit_error_body)
+{
+    static const char body[] =
+        "{\"error\":{\"type\":\"t\",\"code\":\"c\",\"message\":\"it broke\"}}";
+    char bytes[256];
+    size_t len = strlen(body), n;
+
+    snprintf(bytes, sizeof bytes,
+             "HTTP/1.1 400 X\r\nContent-Length: %lu\r\n\r\n%s",
+             (unsigned long)len, body);
+    for (n = len - 3; n <= len + 1; n++) {
+        llmcb_recording rec = recording(bytes, LLMCB_REPLAY_KEEP);
+        talk t;
+
+        talk_replay(&t, &rec, 1);
+        t.d.limits.error_body = n;
+        CHECK_INT(talk_ask(&t), LLMCB_EHTTP);
+        CHECK_INT(t.s.error.http_status, 400);
+        /* one byte less than all makes no JSON value; what was whole before
+         * may be said all the same */
+        if (n >= len) {
+            CHECK_STR(t.s.error.type, "t");
+            CHECK_STR(t.s.error.provider_code, "c");
+            CHECK(strstr(t.s.error.message, "it broke"));
+        }
+        talk_end(&t);
+    }
+}
+
+/* A raised limit never makes a failure of a success, "no limit" included. */
+TEST(limits_raised)
+{
+    llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+    talk t;
+    size_t i;
+
+    for (i = 0; i < 2; i++) {
+        size_t v = i ? SIZE_MAX : SIZE_MAX / 2;
+        talk_replay(&t, &rec, 1);
+        t.d.limits.header_line = t.d.limits.header_block =
+            t.d.limits.header_fields = t.d.limits.event = t.d.limits.text =
+                t.d.limits.arguments = t.d.limits.tool_calls =
+                    t.d.limits.choices = t.d.limits.error_body =
+                        t.d.limits.body = t.d.limits.window_events =
+                            t.d.limits.window_bytes = v;
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_STR(t.s.tokens, "Hel|lo||");
+        talk_end(&t);
+    }
+}
+
+/* ---- streaming or not -------------------------------------------------------------------- */
+
+static void play_file(talk *t, const char *path, bool streaming)
+{
+    llmcb_replay_desc rd;
+
+    talk_init(t, true);
+    memset(&rd, 0, sizeof rd);
+    rd.path = path;
+    t->tr = llmcb_replay_new(t->loop, &rd);
+    if (!t->tr) abort();
+    t->d.transport = t->tr;
+    t->d.streaming = streaming;
+    CHECK_INT(talk_ask(t), LLMCB_OK);
+}
+
+TEST(streamed_or_not)
+{
+    const llmcb_result *a, *b;
+    talk one, two;
+
+    play_file(&one, FIXTURES "joke.usage.http", true);
+    play_file(&two, FIXTURES "joke.json.http", false);
+    a = llmcb_op_result(one.op);
+    b = llmcb_op_result(two.op);
+    CHECK(a->complete && b->complete);
+    REQUIRE(a->n_generations == 1 && b->n_generations == 1);
+    CHECK_STR(a->generations[0].text.ptr, b->generations[0].text.ptr);
+    CHECK_INT(a->generations[0].text.len, b->generations[0].text.len);
+    CHECK_STR(a->generations[0].finish_reason.ptr,
+              b->generations[0].finish_reason.ptr);
+    CHECK_STR(a->generations[0].refusal.ptr, b->generations[0].refusal.ptr);
+    CHECK_INT(a->generations[0].n_tool_calls,
+              b->generations[0].n_tool_calls);
+    CHECK_STR(a->model_name.ptr, b->model_name.ptr);
+    CHECK_STR(a->id.ptr, b->id.ptr);
+    CHECK_STR(a->system_fingerprint.ptr, b->system_fingerprint.ptr);
+    CHECK(a->usage.known && b->usage.known);
+    CHECK_INT(a->usage.input_tokens, b->usage.input_tokens);
+    CHECK_INT(a->usage.output_tokens, b->usage.output_tokens);
+    CHECK_INT(a->usage.total_tokens, b->usage.total_tokens);
+    CHECK_INT(a->usage.cached_tokens, b->usage.cached_tokens);
+    CHECK_INT(a->usage.reasoning_tokens, b->usage.reasoning_tokens);
+    CHECK_INT(one.s.n_tokens, 17);
+    CHECK_INT(two.s.n_tokens, 0);
+    CHECK_INT(one.s.n_end, 1);
+    CHECK_INT(two.s.n_end, 1);
+    talk_end(&one);
+    talk_end(&two);
+}
+
+int main(int argc, char **argv)
+{
+    return test_main(argc, argv);
+}
