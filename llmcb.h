@@ -3283,6 +3283,7 @@ struct llmcb_op {
     void (*waited)(llmcb_op *op);
     llmcb_op *prev, *next;
     llmcbi_waiter *waiters;
+    llmcbi_task *reader;      /* awaits a chunk */
     const llmcb_error *error; /* of a done op */
     bool done;
     bool detached; /* the program has freed it */
@@ -3314,6 +3315,7 @@ static void llmcbi_op_destroy(llmcb_op *op)
 }
 
 static void llmcbi_task_told(llmcbi_waiter *w);
+static void llmcbi_task_wake(llmcbi_task *t, llmcb_code result);
 
 /* The end of op, with an error that it then owns. May destroy op. */
 static void llmcbi_op_finish(llmcb_op *op, const llmcb_error *error)
@@ -3321,6 +3323,7 @@ static void llmcbi_op_finish(llmcb_op *op, const llmcb_error *error)
     op->error = error;
     op->done = true;
     op->loop->n_alive--;
+    if (op->reader) llmcbi_task_wake(op->reader, LLMCB_OK);
     while (op->waiters) llmcbi_task_told(op->waiters);
     if (op->detached) llmcbi_op_destroy(op);
 }
@@ -3377,6 +3380,7 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
         llmcbi_op_destroy(op);
         return;
     }
+    if (op->reader) llmcbi_task_wake(op->reader, LLMCB_ECANCELLED);
     while (op->waiters) llmcbi_task_told(op->waiters);
     LLMCBI_FLAG_SET(&op->cancel_wanted, 1);
     LLMCBI_FLAG_SET(&loop->cancels, 1);
@@ -3416,6 +3420,7 @@ struct llmcbi_task {
     llmcbi_waiter *many; /* of llmcb_await_all and llmcb_await_any */
     size_t n_many, n_left;
     llmcbi_watch watch;
+    size_t size;     /* of a handler's task, with its frame */
     llmcb_op *owned; /* freed when the await ends */
     llmcbi_task **slot; /* where it waits for a chunk */
     void *owner;     /* for step and finish */
@@ -4132,6 +4137,8 @@ struct llmcbi_run {
     uint64_t pull;     /* events that the pull interface has passed */
     const char *pull_pos;
     uint64_t slowest;  /* as of the last pump: no cursor is behind it */
+    uint64_t visible;  /* events that others than inline handlers may have */
+    uint64_t pull_end; /* of a cancelled run */
     uint64_t mark;     /* cursors are to tell when they reach it */
     const llmcb_handler *raised_by; /* the first LLMCB_RAISE failure */
     int raised_result;
@@ -4582,13 +4589,13 @@ static void llmcbi_publish(llmcb_loop *loop)
         llmcbi_run *run = c->run;
         c->unpublished = false;
         if (!c->on_pool) continue; /* it has come back meanwhile */
-        c->told_limit = run->head;
+        c->told_limit = run->visible;
         c->told_mark = run->mark;
         c->mark = run->mark;
         c->finish_seq = run->finish_seq;
         c->limit = c->mute || (run->skipping && !run->finish_seq)
                        ? 0
-                       : run->head;
+                       : run->visible;
         if (c->busy || c->failed) continue;
         if (c->done < c->limit) {
             c->busy = true;
@@ -4691,15 +4698,16 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
     c->run->loop->unpublished = c;
 }
 
-/* One event, if there is one and the handler is free. false: it has to
+/* One event of those up to `limit`, if the handler is free. false: it has to
  * wait, for news or for itself. */
-static bool llmcbi_cursor_advance(llmcbi_cursor *c)
+static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
 {
     llmcbi_run *run = c->run;
     const char *next;
     llmcbi_lane lane;
 
     if (c->on_pool || c->running || c->done >= run->head) return false;
+    if (c->done >= limit && !run->skipping) return false;
     next = c->pos;
     if (run->skipping && c->done + 1 != run->finish_seq) {
         uint64_t to = run->finish_seq ? run->finish_seq - 1 : run->head;
@@ -4709,6 +4717,7 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c)
         return true;
     }
     llmcbi_cursor_load(c, &next, c->done, run->finish_seq);
+    if (c->passing && c->done == 0) c->mute = true; /* it saw no start */
     if (c->mute || (c->passing && c->done + 1 != run->finish_seq))
         lane = LLMCBI_LANE_NONE;
     else
@@ -4779,7 +4788,9 @@ static void llmcbi_run_recycle(llmcbi_run *run)
 /* What the loop must be woken for. */
 static void llmcbi_run_set_mark(llmcbi_run *run)
 {
-    if (run->state != LLMCBI_RUN_OPEN || (run->starved && run->lockstep))
+    if (run->lockstep)
+        run->mark = run->visible;
+    else if (run->state != LLMCBI_RUN_OPEN)
         run->mark = run->head;
     else if (run->starved)
         run->mark = run->head > run->window_events / 2
@@ -4840,6 +4851,37 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
                            first + run->handler_ms - now);
 }
 
+/* How far handlers may go while some are in lock step: one event beyond the
+ * slowest of those. */
+static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
+{
+    uint64_t limit = run->head;
+    size_t i;
+
+    if (!run->lockstep) return limit;
+    for (i = 0; i < run->n_cursors; i++) {
+        const llmcbi_cursor *c = &run->cursors[i];
+        if (c->handler->flags & LLMCB_AWAIT_EACH && !c->mute &&
+            c->known + 1 < limit)
+            limit = c->known + 1;
+    }
+    return limit;
+}
+
+/* Events that the inline handlers are done with, up to a limit. */
+static uint64_t llmcbi_run_inlined(const llmcbi_run *run, uint64_t limit)
+{
+    size_t i;
+
+    for (i = 0; i < run->n_cursors; i++) {
+        const llmcbi_cursor *c = &run->cursors[i];
+        if (c->handler->flags & LLMCB_INLINE && !c->running &&
+            c->done < limit)
+            limit = c->done;
+    }
+    return limit;
+}
+
 /* Gives every handler what it can take, then tells the owner if something
  * that it waits for has come. */
 static void llmcbi_run_pump(llmcbi_ready *r)
@@ -4848,14 +4890,18 @@ static void llmcbi_run_pump(llmcbi_ready *r)
     size_t i;
     bool moved = true;
 
-    while (moved) { /* inline handlers, event by event */
+    while (moved) {
+        uint64_t limit = llmcbi_run_lockstep(run);
         moved = false;
-        for (i = 0; i < run->n_cursors; i++)
+        for (i = 0; i < run->n_cursors; i++) /* inline, event by event */
             if (run->cursors[i].handler->flags & LLMCB_INLINE)
-                moved |= llmcbi_cursor_advance(&run->cursors[i]);
+                moved |= llmcbi_cursor_advance(&run->cursors[i], limit);
+        if (moved) continue;
+        run->visible = llmcbi_run_inlined(run, limit);
+        for (i = 0; i < run->n_cursors; i++)
+            while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
+                moved = true;
     }
-    for (i = 0; i < run->n_cursors; i++)
-        while (llmcbi_cursor_advance(&run->cursors[i])) continue;
     run->slowest = llmcbi_run_slowest(run);
     llmcbi_run_recycle(run);
     run->told(run);
@@ -4863,7 +4909,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
         if (c->on_pool &&
-            (c->told_limit != run->head || c->told_mark != run->mark))
+            (c->told_limit != run->visible || c->told_mark != run->mark))
             llmcbi_cursor_unpublish(c);
     }
     llmcbi_run_watch_patience(run);
@@ -4960,11 +5006,6 @@ static void llmcbi_strand_put(llmcb_loop *loop, llmcbi_strand *s)
     llmcbi_free(&loop->alloc, s, sizeof *s);
 }
 
-static size_t llmcbi_cursor_task_size(const llmcb_handler *h)
-{
-    return LLMCBI_ALIGN(sizeof(llmcbi_task)) + h->frame_size;
-}
-
 static void llmcbi_cursor_free(llmcb_loop *loop, llmcbi_cursor *c)
 {
     if (c->strand) llmcbi_strand_put(loop, c->strand);
@@ -4972,8 +5013,7 @@ static void llmcbi_cursor_free(llmcb_loop *loop, llmcbi_cursor *c)
         llmcbi_unready(&c->task->ready);
         if (c->task->loop) llmcbi_task_disarm(c->task);
         llmcbi_timer_free(loop, &c->task->timer);
-        llmcbi_free(&loop->alloc, c->task,
-                    llmcbi_cursor_task_size(c->handler));
+        llmcbi_free(&loop->alloc, c->task, c->task->size);
     }
 }
 
@@ -5009,12 +5049,13 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
     c->pos = (const char *)&run->anchor;
     c->ev.run = &run->pub;
     if (llmcbi_any_async(h)) {
+        size_t size = LLMCBI_ALIGN(sizeof(llmcbi_task)) + h->frame_size;
         llmcbi_task *t;
         if (h->frame_size > SIZE_MAX / 4) return LLMCB_EINVAL;
-        t = (llmcbi_task *)llmcbi_alloc(&loop->alloc,
-                                        llmcbi_cursor_task_size(h));
+        t = (llmcbi_task *)llmcbi_alloc(&loop->alloc, size);
         if (!t) return LLMCB_ENOMEM;
         c->task = t;
+        t->size = size;
         t->step = llmcbi_cursor_task_step;
         t->finish = llmcbi_cursor_task_finish;
         t->home = home;
@@ -5081,6 +5122,7 @@ static void llmcbi_run_skip(llmcbi_run *run)
         if (c->running) llmcbi_task_cancel(c->task);
         if (c->on_pool) llmcbi_cursor_unpublish(c);
     }
+    run->pull_end = run->slowest;
     llmcbi_make_ready(run->loop, &run->ready);
 }
 
@@ -8924,6 +8966,18 @@ static void llmcbi_chat_check_json(llmcb_chat *chat, const char *text,
         llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
 }
 
+static bool llmcbi_labels_ok(const char *const *tags, size_t n_tags,
+                             const llmcb_pair *metadata, size_t n_metadata)
+{
+    size_t i;
+
+    for (i = 0; i < n_tags; i++)
+        if (!tags[i]) return false;
+    for (i = 0; i < n_metadata; i++)
+        if (!metadata[i].key || !metadata[i].value) return false;
+    return true;
+}
+
 /* Copies of the lists that serve the chat's own runs. */
 static void llmcbi_chat_copy_lists(llmcb_chat *chat)
 {
@@ -8978,6 +9032,10 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
         (d->n_metadata && !d->metadata) || (d->n_headers && !d->headers)) {
         d->n_callbacks = d->n_tags = d->n_metadata = d->n_headers = 0;
         llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a list is NULL");
+    }
+    if (!llmcbi_labels_ok(d->tags, d->n_tags, d->metadata, d->n_metadata)) {
+        d->n_tags = d->n_metadata = 0;
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a tag or metadata is NULL");
     }
     base = llmcbi_env(d->base_url, "OPENAI_BASE_URL",
                       "https://api.openai.com/v1");
@@ -9136,7 +9194,6 @@ struct llmcbi_call {
     size_t max_open;
     llmcb_handler **handlers;
     size_t n_handlers;
-    llmcbi_task *reader; /* awaits a chunk */
     const llmcb_error *late; /* a failure that changed no event */
     size_t told; /* prompts whose error has been told, in order */
     bool stream; /* the request asks for one */
@@ -10215,14 +10272,14 @@ static void llmcbi_prompt_handler_trouble(llmcbi_prompt *p)
     p->run.abandoned = false;
 }
 
+/* Chunks follow the handlers. */
 static bool llmcbi_call_chunk_ready(const llmcbi_call *c)
 {
     const llmcbi_run *run = &c->prompts[0].run;
+    uint64_t end = run->skipping ? run->pull_end : run->slowest;
 
-    return run->has_pull &&
-           run->pull + (c->shown ? 1 : 0) <
-               (run->finish_seq ? run->finish_seq - 1 : run->slowest) &&
-           run->pull + (c->shown ? 1 : 0) < run->slowest;
+    if (run->finish_seq && end >= run->finish_seq) end = run->finish_seq - 1;
+    return run->has_pull && run->pull + (c->shown ? 1 : 0) < end;
 }
 
 /* From the pump: what it has brought about. */
@@ -10231,8 +10288,8 @@ static void llmcbi_prompt_told(llmcbi_run *run)
     llmcbi_prompt *p = llmcbi_prompt_of(run);
     llmcbi_call *c = p->call;
 
-    if (c->reader && llmcbi_call_chunk_ready(c))
-        llmcbi_task_wake(c->reader, LLMCB_OK);
+    if (c->op.reader && llmcbi_call_chunk_ready(c))
+        llmcbi_task_wake(c->op.reader, LLMCB_OK);
     if (run->raised_by || run->abandoned) llmcbi_prompt_handler_trouble(p);
     if (run->starved && !p->over) {
         uint64_t from = run->slowest;
@@ -10341,6 +10398,11 @@ static const llmcb_error *llmcbi_call_error(llmcbi_call *c)
 
     for (i = 0; i < c->n && !e; i++)
         if (c->prompts[i].outcome->code != LLMCB_OK) e = c->prompts[i].outcome;
+    if (e && c->late && !e->handler_result) {
+        llmcb_error both = *e;
+        both.handler_result = c->late->handler_result;
+        return llmcbi_error_keep(a, &both);
+    }
     if (!e) e = c->late;
     if (e) return llmcbi_error_keep(a, e);
     if (!c->cancelled) return llmcbi_error_const(LLMCB_OK);
@@ -10372,7 +10434,6 @@ static void llmcbi_call_step(llmcbi_ready *r)
     }
     if (!llmcbi_call_all(c, LLMCBI_RUN_DRAINED) || !llmcbi_call_finish(c))
         return;
-    if (c->reader) llmcbi_task_wake(c->reader, LLMCB_OK);
     llmcbi_op_finish(&c->op, llmcbi_call_error(c));
 }
 
@@ -10705,6 +10766,12 @@ static llmcb_code llmcbi_call_check(const llmcb_chat *chat,
         *why = "parent_id is not a UUID";
     else if (!prompts || !n)
         *why = "there is no prompt";
+    else if (!llmcbi_labels_ok(config->tags, config->n_tags, config->metadata,
+                               config->n_metadata) ||
+             !llmcbi_labels_ok(config->local_tags, config->n_local_tags,
+                               config->local_metadata,
+                               config->n_local_metadata))
+        *why = "a tag or metadata is NULL";
     if (*why) return LLMCB_EINVAL;
     for (i = 0; i < config->n_callbacks + config->n_local_callbacks; i++) {
         const llmcb_handler *h =
@@ -10905,12 +10972,11 @@ LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *pub, llmcb_op *op)
     if (!t) return LLMCB_WAIT;
     code = llmcbi_awaitable(t, op);
     if (code == LLMCB_OK && !c) code = LLMCB_EINVAL;
-    if (code == LLMCB_OK && c->reader) code = LLMCB_EBUSY;
-    if (code != LLMCB_OK || op->done || !c->prompts[0].run.has_pull ||
-        llmcbi_call_chunk_ready(c))
+    if (code == LLMCB_OK && c->op.reader) code = LLMCB_EBUSY;
+    if (code != LLMCB_OK || op->done || llmcbi_call_chunk_ready(c))
         return llmcbi_await_over(t, code);
-    c->reader = t;
-    t->slot = &c->reader;
+    c->op.reader = t;
+    t->slot = &c->op.reader;
     return LLMCB_WAIT;
 }
 
