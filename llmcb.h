@@ -6470,6 +6470,7 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
     size_t size = sizeof(llmcbi_dns) + u->host.len;
     llmcbi_dns *d = (llmcbi_dns *)llmcbi_alloc(&loop->alloc, size);
     char digits[24];
+    const char *port = llmcbi_decimal(digits, u->port);
     llmcb_code code;
 
     if (!d) {
@@ -6478,8 +6479,7 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
     }
     d->size = size;
     memcpy(d->host, u->host.ptr, u->host.len);
-    llmcbi_copy_clean(d->port, sizeof d->port,
-                      llmcbi_decimal(digits, u->port), 5);
+    llmcbi_copy_clean(d->port, sizeof d->port, port, strlen(port));
     if (llmcbi_dns_look_up(d->host, d->port, AI_NUMERICHOST, &c->addresses) ==
         0) {
         llmcbi_free(&loop->alloc, d, size);

@@ -344,7 +344,7 @@ run trace_bad1 2 $trace
 run trace_bad2 2 $trace --idle-ms x hi
 run trace_bad3 2 $trace --method stream one two
 run trace_bad4 2 $trace --bogus hi
-run trace_bad5 2 $trace --replay $out/none hi
+run trace_bad5 1 $trace --replay $out/none hi
 run trace_bad6 2 $trace --model
 
 # The same over a socket, from the test server.

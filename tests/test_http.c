@@ -642,8 +642,6 @@ TEST(addresses_are_taken_apart)
         { "http://0.0.0.0/", "0.0.0.0", "0.0.0.0", "/", 80, false, false },
         { "unix:/run/s:/v1/x", "localhost", "localhost", "/v1/x", 0, false,
           true },
-        { "unix:/run/s", "localhost", "localhost", "/", 0, false, true },
-        { "unix:/run/s:", "localhost", "localhost", "/", 0, false, true },
         { "unix:s:/a:b?c", "localhost", "localhost", "/a:b?c", 0, false,
           true },
     };
