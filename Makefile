@@ -29,7 +29,7 @@ endif
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 # Programs that ThreadSanitizer cannot run or that have no threads.
-NO_TSAN :=
+NO_TSAN := test_base test_json test_sse test_http test_wire
 export NO_TSAN
 TSANS := $(filter-out $(NO_TSAN),$(TESTS))
 # The sanitizers; tests/run.sh empties one that the compiler lacks.

@@ -84,7 +84,9 @@
  *      loop's thread, beside the sync ones of other runs if a handler has
  *      both. A handler shared by two loops must be thread-safe.
  *   6. Exactly one finish for every run that started: also on cancel,
- *      timeout, a raising handler, no memory, or the loop being freed.
+ *      timeout, a raising handler, no memory, or the loop being freed. Only
+ *      a handler that never returns keeps it from the others, if there is
+ *      no handler_ms and llmcb_loop_free gives up on it.
  *   7. No allocation a token in steady state.
  *
  * RULES
@@ -433,7 +435,7 @@ typedef llmcb_step (*llmcb_task_fn)(llmcb_task *t);
 /* Starts a coroutine in the loop's next turn, with frame_size zeroed bytes
  * at t->frame and `self` at t->self. Its code is what its step returns. A
  * cancel ends its present await with LLMCB_ECANCELLED; it may clean up and
- * await more. NULL: no memory. */
+ * await more. NULL: no memory, or not on the loop's thread. */
 LLMCB_API llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
                                      size_t frame_size, void *self);
 
@@ -444,7 +446,7 @@ LLMCB_API llmcb_loop *llmcb_task_loop(const llmcb_task *t);
  * LLMCB_ECANCELLED when the coroutine is cancelled. A bad argument ends it
  * with LLMCB_EINVAL in the next turn, a NULL op with LLMCB_ENOMEM. */
 
-/* Until ms milliseconds have passed. */
+/* Until ms milliseconds have passed; LLMCB_FOREVER: until a cancel. */
 LLMCB_API llmcb_step llmcb_sleep(llmcb_task *t, int64_t ms);
 
 /* Until fd is ready for events (LLMCB_READ, LLMCB_WRITE) or timeout_ms have
@@ -452,8 +454,8 @@ LLMCB_API llmcb_step llmcb_sleep(llmcb_task *t, int64_t ms);
 LLMCB_API llmcb_step llmcb_await_fd(llmcb_task *t, int fd, int events,
                                     int64_t timeout_ms);
 
-/* Until op is done; its code. From a handler of that same op:
- * LLMCB_ESTATE. */
+/* Until op is done; its code. LLMCB_ESTATE from op itself, or from a handler
+ * of it. */
 LLMCB_API llmcb_step llmcb_await(llmcb_task *t, llmcb_op *op);
 
 /* Until all n are done: LLMCB_OK, or the first code in the array that is
@@ -2862,7 +2864,7 @@ static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w, int fd,
     ok = llmcbi_poller_set(loop, w, before);
     if (!ok) w->events = before;
     if (!w->events) llmcbi_watch_remove(loop, w);
-    return ok ? LLMCB_OK : LLMCB_ESYS;
+    return ok ? LLMCB_OK : LLMCBI_EPOLL ? LLMCB_ESYS : LLMCB_ENOMEM;
 }
 
 static void llmcbi_run_fired(llmcb_loop *loop)
@@ -2912,7 +2914,6 @@ LLMCBI_DEF llmcb_code llmcb_loop_post(llmcb_loop *loop, void (*fn)(void *arg),
                                       void *arg)
 {
     llmcbi_post *p;
-
     bool closed;
 
     if (!loop) return LLMCB_ENOMEM;
@@ -3424,7 +3425,7 @@ struct llmcbi_task {
     llmcb_op *owned; /* freed when the await ends */
     llmcbi_task **slot; /* where it waits for a chunk */
     void *owner;     /* for step and finish */
-    const void *home; /* the chat op that a handler's task belongs to */
+    const void *home; /* the op that it is, or whose handler it is */
     bool armed;      /* suspended, or about to be */
     bool any;        /* one of `many` is enough */
     bool timing_out; /* the timer is a limit, not the thing awaited */
@@ -3599,7 +3600,8 @@ LLMCBI_DEF llmcb_step llmcb_sleep(llmcb_task *pub, int64_t ms)
 {
     llmcbi_task *t = llmcbi_await(pub);
 
-    if (t) llmcbi_timer_start(t->loop, &t->timer, ms);
+    if (t && ms != LLMCB_FOREVER)
+        llmcbi_timer_start(t->loop, &t->timer, ms);
     return LLMCB_WAIT;
 }
 
@@ -3759,7 +3761,8 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
     llmcbi_task_op *o;
     size_t head = LLMCBI_ALIGN(sizeof *o);
 
-    if (!loop || !fn || loop->freeing || frame_size > SIZE_MAX / 2)
+    if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing ||
+        frame_size > SIZE_MAX / 2)
         return NULL;
     o = (llmcbi_task_op *)llmcbi_alloc(&loop->alloc, head + frame_size);
     if (!o) return NULL;
@@ -3767,6 +3770,7 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
     o->fn = fn;
     o->task.step = llmcbi_task_op_step;
     o->task.finish = llmcbi_task_op_finish;
+    o->task.home = &o->op;
     o->task.pub.self = self;
     o->task.pub.frame = (char *)o + head;
     if (!llmcbi_task_init(loop, &o->task)) {
@@ -4033,7 +4037,7 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
     llmcbi_offload_op *o;
     llmcb_code code;
 
-    if (!loop || !fn || loop->freeing) return NULL;
+    if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing) return NULL;
     o = (llmcbi_offload_op *)llmcbi_alloc(&loop->alloc, sizeof *o);
     if (!o) return NULL;
     llmcbi_op_init(loop, &o->op, llmcbi_offload_cancel,

@@ -214,6 +214,22 @@ TEST(a_buffer_grows_and_a_failure_sticks)
     }
 }
 
+TEST(a_buffer_has_room_for_the_nul_behind_a_full_block)
+{
+    for (size_t n = 60; n < 260; n++) {
+        heap h;
+        llmcb_allocator a = heap_allocator(&h, 0, false);
+        llmcbi_buf b;
+        char s[260];
+        memset(&b, 0, sizeof b);
+        memset(s, 'x', sizeof s);
+        llmcbi_buf_add(&a, &b, s, n);
+        CHECK(b.len == n && b.cap > n && strlen(b.ptr) == n);
+        llmcbi_buf_free(&a, &b);
+        check_heap(&h);
+    }
+}
+
 TEST(a_buffer_refuses_absurd_sizes)
 {
     static const size_t sizes[] = { SIZE_MAX, SIZE_MAX - 1, SIZE_MAX / 2,
@@ -335,8 +351,8 @@ TEST(a_cleaned_copy_has_no_control_characters)
 TEST(a_cleaned_copy_is_utf8_whatever_came)
 {
     static const char *const rows[] = {
-        "\x9Bz", "a\xFFz", "\xC2", "\xC2z", "\xE2\x82", "\xED\xA0\x80", "\xC0\x8A",
-        "\xF0\x9F\x98",
+        "\x9Bz",   "a\xFFz",       "\xC2",     "\xC2z",
+        "\xE2\x82", "\xED\xA0\x80", "\xC0\x8A", "\xF0\x9F\x98",
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char out[16];

@@ -53,7 +53,7 @@ static int hook_pthread_join(pthread_t thread, void **result)
 #include "../llmcb.h"
 #include "test.h"
 
-/* ---- helpers ----------------------------------------------------------------- */
+/* ---- helpers ------------------------------------------------------------ */
 
 /* Counts, checks the sizes it is told, and makes one or all calls fail. */
 typedef struct counter {
@@ -334,7 +334,7 @@ static void slow_set(llmcb_handler *h, slow *s, gate *begun, gate *go)
     h->sync.on_llm_end = h->sync.on_llm_error = slow_finish;
 }
 
-/* ---- results --------------------------------------------------------------------- */
+/* ---- results ------------------------------------------------------------ */
 
 TEST(offload_results)
 {
@@ -459,7 +459,7 @@ TEST(jobs_use_all_threads_but_one)
     }
 }
 
-/* ---- cancel -------------------------------------------------------------------------- */
+/* ---- cancel ------------------------------------------------------------- */
 
 /* Of five in the queue some are taken out, then one more is put in: the rest
  * runs in order. Two threads: one job at a time. */
@@ -607,7 +607,7 @@ TEST(cancel_from_another_thread)
     CHECK_INT(c.live, 0);
 }
 
-/* ---- jobs and handlers beside each other -------------------------------------------------- */
+/* ---- jobs and handlers beside each other -------------------------------- */
 
 /* As many slow functions as there are threads and more; a whole call with a
  * sync handler goes by meanwhile. */
@@ -687,7 +687,7 @@ TEST(slow_handlers_do_not_starve_jobs)
     }
 }
 
-/* ---- threads -------------------------------------------------------------------------------- */
+/* ---- threads ------------------------------------------------------------ */
 
 TEST(threads_are_made_when_needed_and_joined)
 {
@@ -865,7 +865,7 @@ TEST(workers_have_the_stack_that_was_asked_for)
     }
 }
 
-/* ---- the end ------------------------------------------------------------------------------------ */
+/* ---- the end ------------------------------------------------------------ */
 
 /* Freed in the middle of it: what runs is waited for, what is queued never
  * runs, and nothing is left. */
@@ -986,7 +986,7 @@ TEST(free_gives_up_a_function_that_does_not_return)
     }
 }
 
-/* ---- faults ---------------------------------------------------------------------------------------- */
+/* ---- faults ------------------------------------------------------------- */
 
 TEST(every_allocation_fails_once_or_from_then_on)
 {

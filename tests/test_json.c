@@ -524,6 +524,9 @@ static const struct {
     { "\\ud83d\\u0041", D(FFFD "A") },
     { "\\ud83d\\ud83d\\ude00", D(FFFD "\xF0\x9F\x98\x80") },
     { "\\ud83d\\ud83d", D(FFFD FFFD) },
+    { "\\ud83d\\udbff\\udfff", D(FFFD "\xF4\x8F\xBF\xBF") },
+    { "\\ud83d\\ue000\\ud83d\\uffff", D(FFFD "\xEE\x80\x80" FFFD
+                                         "\xEF\xBF\xBF") },
     { "\\ude00", D(FFFD) },
     { "\\ude00\\ud83d", D(FFFD FFFD) },
     { "\\ude00\\ude00x", D(FFFD FFFD "x") },

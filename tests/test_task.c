@@ -10,7 +10,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
-/* ---- helpers ----------------------------------------------------------------- */
+/* ---- helpers ------------------------------------------------------------ */
 
 /* Counts, checks the sizes it is told, and makes one or all calls fail. */
 typedef struct counter {
@@ -208,13 +208,15 @@ static int gated_job(void *arg)
     "data: {\"id\":\"c\",\"model\":\"m\",\"choices\":[{\"index\":0,"      \
     "\"delta\":{\"content\":\"" text "\"},\"finish_reason\":null}]}\n\n"
 
+#define LAST                                                            \
+    "data: {\"id\":\"c\",\"model\":\"m\",\"choices\":[{\"index\":0,"      \
+    "\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n"
+
 static llmcb_chat *stream_chat(llmcb_loop *loop, int64_t delay)
 {
     static const char *const parts[] = {
         "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n",
-        CHUNK("one"), CHUNK("two"), CHUNK("three"),
-        "data: {\"id\":\"c\",\"model\":\"m\",\"choices\":[{\"index\":0,"
-        "\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n"
+        CHUNK("one"), CHUNK("two"), CHUNK("three"), LAST
     };
     char bytes[2048] = "";
     llmcb_segment segments[5];
@@ -255,7 +257,7 @@ static llmcb_op *stream_start(llmcb_chat *chat)
     return llmcb_chat_stream(chat, &m, 1, NULL);
 }
 
-/* ---- cancel, at every await and in every way ------------------------------------- */
+/* ---- cancel, at every await and in every way ---------------------------- */
 
 enum { AT_SLEEP, AT_FD, AT_OP, AT_ALL, AT_ANY, AT_BLOCKING, AT_CHUNK, AT_N };
 enum {
@@ -472,7 +474,7 @@ TEST(cancel_before_the_first_step_of_one_that_never_awaits)
     llmcb_loop_free(loop);
 }
 
-/* ---- await_fd ---------------------------------------------------------------------- */
+/* ---- await_fd ----------------------------------------------------------- */
 
 typedef struct fd_row {
     int fd, events;
@@ -641,7 +643,7 @@ TEST(await_fd_of_a_file)
     llmcb_loop_free(loop);
 }
 
-/* ---- await one operation ----------------------------------------------------------- */
+/* ---- await one operation ------------------------------------------------ */
 
 static llmcb_step arm_op(llmcb_task *t, void *arg)
 {
@@ -754,7 +756,7 @@ TEST(await_one_operation_from_many)
     llmcb_loop_free(loop);
 }
 
-/* ---- await several -------------------------------------------------------------------- */
+/* ---- await several ------------------------------------------------------ */
 
 typedef struct many {
     bool any;
@@ -947,7 +949,7 @@ TEST(await_several_that_are_freed)
     }
 }
 
-/* ---- await a blocking function ----------------------------------------------------------- */
+/* ---- await a blocking function ------------------------------------------ */
 
 typedef struct job {
     gate *begun, *go, *ended;
@@ -1032,7 +1034,7 @@ TEST(await_blocking_cancelled_while_running_and_while_queued)
     CHECK_INT(c.live, 0);
 }
 
-/* ---- await a chunk -------------------------------------------------------------------------- */
+/* ---- await a chunk ------------------------------------------------------ */
 
 typedef struct chunk_reader {
     llmcb_op *stream;
@@ -1183,7 +1185,7 @@ TEST(await_chunk_of_a_stream_that_ends_early)
     }
 }
 
-/* ---- step functions ----------------------------------------------------------------------------- */
+/* ---- step functions ----------------------------------------------------- */
 
 enum { FRAME_MAX = 5000 };
 
@@ -1476,7 +1478,7 @@ TEST(two_awaits_in_one_step)
     llmcb_loop_free(loop);
 }
 
-/* ---- the life of operations ------------------------------------------------------------------------ */
+/* ---- the life of operations --------------------------------------------- */
 
 typedef struct suicide {
     llmcb_op *op;

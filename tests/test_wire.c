@@ -287,6 +287,46 @@ TEST(text_comes_from_wherever_servers_put_it)
     ROWS(rows);
 }
 
+/* Events that differ in their text alone are read in a shorter way: these
+ * look like it. */
+TEST(an_event_like_the_one_before_is_read_no_differently)
+{
+    static const row rows[] = {
+        { TEXT("a") TEXT("b") TEXT("") TEXT("c\\n") TEXT("\\'") TEXT("d"),
+          "OK abc\n'd" },
+        { TEXT("a") DELTA("'content':'b','refusal':'x'") TEXT("c"),
+          "OK abc refusal=x" },
+        { TEXT("a") DELTA("'content':'b','content':'c'") TEXT("d"),
+          "OK acd" },
+        { TEXT("a") DELTA("'content':'b'},'delta':{'refusal':'x'"),
+          "OK ab refusal=x" },
+        { TEXT("a") TEXT("b\\"), "EJSON a" },
+        { TEXT("a") TEXT("b\\x"), "EJSON a" },
+        { TEXT("a") TEXT("b\t"), "EJSON a" },
+        { TEXT("a") TEXT("b'"), "EJSON a" },
+        { TEXT("a") TEXT("b','x"), "EJSON a" },
+        { TEXT("a") DELTA("'content':'b'},'error':{'x':'y'") TEXT("c"),
+          "OK abc" },
+        { TEXT("a") "{'choices':[{'index':0,'delta':{'content':'b'}}],"
+                    "'usage':{'prompt_tokens':1}}\n" TEXT("c"),
+          "OK abc usage=1+0=1,0,0" },
+        { TEXT("a") "{'choices':[{'index':1,'delta':{'content':'b'}}]}\n"
+              "{'choices':[{'index':1,'delta':{'content':'c'}}]}\n" TEXT("d"),
+          "OK ad | bc" },
+        { TEXT("\\ud83d") TEXT("\\ude00") TEXT("b"),
+          "OK \xF0\x9F\x98\x80"
+          "b" },
+        { DELTA("'content':null") DELTA("'content':null") TEXT("a"), "OK a" },
+        { "{'x':'data','choices':[{'index':0,'delta':{'content':'a'}}],"
+          "'y':'z'}\n"
+          "{'x':'data','choices':[{'index':0,'delta':{'content':'b'}}],"
+          "'y':'w'}\n",
+          "OK ab" },
+    };
+
+    ROWS(rows);
+}
+
 #define FFFD "\xEF\xBF\xBD"
 
 TEST(characters_split_over_events_are_put_together)
@@ -354,6 +394,8 @@ TEST(usage_is_taken_as_it_comes)
     static const row rows[] = {
         { USAGE("{'prompt_tokens':1,'completion_tokens':2,'total_tokens':3}"),
           "OK a usage=1+2=3,0,0" },
+        { USAGE("{'prompt_tokens':1,'completion_tokens':2,'total_tokens':9}"),
+          "OK a usage=1+2=9,0,0" },
         { USAGE("null"), "OK a" },
         { USAGE("5"), "OK a" },
         { USAGE("[1]"), "OK a" },

@@ -317,7 +317,7 @@ static void run_file(llmcb_loop *loop)
     seen *s = (seen *)calloc(k + 1, sizeof *s);
     llmcb_handler *h = (llmcb_handler *)calloc(k + 1, sizeof *h);
     llmcb_handler *list[64];
-    llmcb_recording rec = { .end = LLMCB_REPLAY_KEEP };
+    llmcb_recording rec = { .end = LLMCB_REPLAY_CLOSE };
     llmcb_replay_desc replay = { .recordings = &rec, .n_recordings = 1,
                                  .no_delays = true };
     llmcb_chat_desc desc = { .base_url = "http://127.0.0.1/v1",

@@ -56,6 +56,7 @@ static void (*volatile handler)(const char *text) = count;
 
 static void add(char **p, size_t *len, size_t *cap, const char *s, size_t n)
 {
+    if (!n) return;
     if (*len + n > *cap) {
         *cap = 2 * (*len + n);
         *p = (char *)counting_realloc(*p, *cap);
@@ -241,5 +242,9 @@ int main(int argc, char **argv)
         }
         finished += take_finished();
     }
+    curl_multi_cleanup(multi);
+    curl_slist_free_all(headers);
+    curl_global_cleanup();
+    free(streams);
     return bench_end("curl_cjson");
 }

@@ -119,13 +119,13 @@ function table(    i, k, n, who, names, c) {
             "waits/k", "allocs", "peak KiB", "B/stream"
         for (k = 1; k <= n; k++) {
             who = names[k]
-            printf "  %-12s %8.0f %7s %9s %7s %9.0f %8.1f %8.1f %8.4f %8d %8s\n",
-                who, m(c, who, "cpu"),
+            printf "  %-12s %8.0f %7s %9s %7s %9.0f ", who, m(c, who, "cpu"),
                 text(ratio(c, who, "recv", "cpu"), 2),
                 text(m(c, who, "steady"), 0),
                 text(ratio(c, who, "recv", "steady"), 2),
-                m(c, who, "wall"), m(c, who, "reads"), m(c, who, "waits"),
-                m(c, who, "allocs"), m(c, who, "rss"),
+                m(c, who, "wall")
+            printf "%8.1f %8.1f %8.4f %8d %8s\n", m(c, who, "reads"),
+                m(c, who, "waits"), m(c, who, "allocs"), m(c, who, "rss"),
                 memory_a_stream(c, who)
         }
         print ""
