@@ -41,16 +41,6 @@ static void forget_last(void)
     free((void *)history[--n_history].content);
 }
 
-/* An answer must not be able to steer the terminal. */
-static void print_text(llmcb_str s)
-{
-    for (size_t i = 0; i < s.len; i++) {
-        int c = (unsigned char)s.ptr[i];
-        putchar((c < ' ' && c != '\n' && c != '\t') || c == 127 ? '?' : c);
-    }
-    fflush(stdout);
-}
-
 static void answer(llmcb_chat *chat)
 {
     llmcb_op *op = llmcb_chat_stream(chat, history, n_history, NULL);
@@ -58,8 +48,10 @@ static void answer(llmcb_chat *chat)
     const llmcb_chunk *chunk;
 
     answering = op;
-    while (llmcb_op_next(op, &chunk))
-        print_text(chunk->text);
+    while (llmcb_op_next(op, &chunk)) {
+        llmcb_str_print(chunk->text, stdout); /* it cannot steer the terminal */
+        fflush(stdout);
+    }
     answering = NULL;
     putchar('\n');
     if (llmcb_op_code(op) != LLMCB_OK)

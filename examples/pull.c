@@ -21,11 +21,6 @@ int main(int argc, char **argv)
     if (replay) {
         llmcb_replay_desc recording = { .path = argv[2] };
         desc.transport = llmcb_replay_new(loop, &recording);
-        if (!desc.transport) {
-            fprintf(stderr, "cannot read %s\n", argv[2]);
-            llmcb_loop_free(loop);
-            return 1;
-        }
     }
     llmcb_chat *chat = llmcb_chat_new(loop, &desc);
 
@@ -33,7 +28,7 @@ int main(int argc, char **argv)
     llmcb_op *op = llmcb_chat_stream(chat, &message, 1, NULL);
     const llmcb_chunk *chunk;
     while (llmcb_op_next(op, &chunk)) {
-        fwrite(chunk->text.ptr, 1, chunk->text.len, stdout);
+        llmcb_str_print(chunk->text, stdout);
         fflush(stdout);
     }
     putchar('\n');

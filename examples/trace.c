@@ -92,8 +92,6 @@ static void put_row(const llmcb_result *r)
 
 static void put_start(const llmcb_run *run, const llmcb_start *start)
 {
-    static const char *const roles[] = { "user", "assistant", "system",
-                                         "developer", "tool" };
     json(",'name':%s,'tags':[", run->name);
     for (size_t i = 0; i < run->n_tags; i++)
         json("%r%s", i ? "," : "", run->tags[i]);
@@ -106,7 +104,7 @@ static void put_start(const llmcb_run *run, const llmcb_start *start)
         llmcb_str content = { start->messages[i].content,
                               start->messages[i].content_len };
         json("%r{'role':%s,'content':%T}", i ? "," : "",
-             roles[start->messages[i].role], content);
+             llmcb_role_name(start->messages[i].role), content);
     }
     json("]");
 }

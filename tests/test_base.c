@@ -84,6 +84,9 @@ TEST(every_code_has_its_name_and_a_text)
         CHECK_INT(e->code, rows[i].code);
         CHECK_STR(e->message, llmcb_code_text(rows[i].code));
         CHECK_INT(e->retry_after_ms, -1);
+        CHECK(!e->detail && !e->http_status && !e->sys_errno && !e->attempt &&
+              !*e->type && !*e->provider_code && !*e->request_id &&
+              !e->handler_result);
         for (int k = 0; k < i; k++)
             CHECK(strcmp(e->message, llmcb_code_text(rows[k].code)) != 0);
     }
@@ -403,6 +406,8 @@ TEST(an_error_is_kept_or_becomes_the_constant)
                   fail ? llmcb_code_text(LLMCB_ETLS) : "special");
         llmcbi_error_drop(&a, kept);
         llmcbi_error_drop(&a, NULL);
+        llmcbi_error_set(&e, LLMCB_OK, NULL); /* needs no memory */
+        CHECK(llmcbi_error_keep(&a, &e) == llmcbi_error_const(LLMCB_OK));
         check_heap(&h);
     }
 }
@@ -541,13 +546,14 @@ static size_t decode(const unsigned char *s, size_t n, char *out)
 
 static bool same_as_reference(const unsigned char *s, size_t n)
 {
-    char want[64], got[64];
+    char want[64], got[64], more[8];
     bool valid;
     size_t len = reference_decode(s, n, want, &valid);
 
+    memset(more, 0x80, sizeof more); /* what would go on behind the end */
+    memcpy(more, s, n);
     return decode(s, n, got) == len && memcmp(got, want, len) == 0 &&
-           llmcbi_utf8_valid((const char *)s, n) == valid &&
-           llmcbi_utf8_valid(got, len);
+           llmcbi_utf8_valid(more, n) == valid && llmcbi_utf8_valid(got, len);
 }
 
 static void check_utf8(const unsigned char *s, size_t n)

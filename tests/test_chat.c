@@ -468,6 +468,41 @@ TEST(time_paused)
     talk_end(&t);
 }
 
+/* ... and what was lost then is not counted later, when the server is waited
+ * for again. */
+TEST(time_paused_then_waited)
+{
+    static const char head[] =
+        SSE "Connection: close\r\n\r\n" EV("a") EV("b") EV("c") EV("d");
+    static const char rest[] = EV("e") FIN DONE;
+    llmcb_segment segs[3];
+    char bytes[1024];
+    llmcb_recording rec;
+    talk t;
+
+    snprintf(bytes, sizeof bytes, "%s: c\n\n%s", head, rest);
+    memset(segs, 0, sizeof segs);
+    segs[1].offset = strlen(head); /* the clocks have gone on by then */
+    segs[1].delay_ms = 100;
+    segs[2].offset = strlen(head) + 5;
+    segs[2].delay_ms = 400;
+    rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+    rec.segments = segs;
+    rec.n_segments = 3;
+    talk_replay(&t, &rec, 1);
+    memset(&t.h, 0, sizeof t.h);
+    t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
+        t.h.async.on_llm_end = t.h.async.on_llm_error = note_slowly;
+    t.h.user = &t.s;
+    t.s.sleep = 1000;
+    t.d.limits.window_events = 2;
+    t.d.idle_ms = 500;
+    t.d.total_ms = 1500;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_STR(t.s.tokens, "a|b|c|d|e||");
+    talk_end(&t);
+}
+
 /* ... and go on when it is the server that is slow. */
 TEST(time_paused_then_stalled)
 {
@@ -1118,6 +1153,59 @@ TEST(key_is_wiped_on_cancel)
         llmcb_loop_free(loop);
     }
     server_stop(server);
+    while (kept) {
+        kept_block *next = kept->next;
+        free(kept);
+        kept = next;
+    }
+}
+
+/* Nor does one whose connection does not come about: the listener's queue is
+ * full, and nobody takes anything from it. */
+TEST(key_is_wiped_while_connecting)
+{
+    struct sockaddr_in a;
+    socklen_t len = sizeof a;
+    llmcb_loop_desc ld;
+    llmcb_chat_desc d;
+    llmcb_loop *loop;
+    llmcb_chat *chat;
+    llmcb_op *op;
+    char base[64];
+    int fd = socket(AF_INET, SOCK_STREAM, 0), others[8], i;
+
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(bind(fd, (struct sockaddr *)&a, sizeof a) == 0);
+    REQUIRE(getsockname(fd, (struct sockaddr *)&a, &len) == 0);
+    REQUIRE(listen(fd, 0) == 0);
+    for (i = 0; i < 8; i++) {
+        others[i] = socket(AF_INET, SOCK_STREAM, 0);
+        fcntl(others[i], F_SETFL, O_NONBLOCK);
+        connect(others[i], (struct sockaddr *)&a, sizeof a);
+    }
+    snprintf(base, sizeof base, "http://127.0.0.1:%d/v1", ntohs(a.sin_port));
+    memset(&ld, 0, sizeof ld);
+    ld.allocator.resize = keep_resize;
+    loop = llmcb_loop_new(&ld);
+    memset(&d, 0, sizeof d);
+    d.base_url = base;
+    d.api_key = KEY;
+    d.transport = llmcb_socket_transport(loop);
+    chat = llmcb_chat_new(loop, &d);
+    op = llmcb_chat_generate(chat, &question, 1, NULL);
+    for (i = 0; i < 5; i++) llmcb_loop_run_once(loop, 0);
+    CHECK(kept_count(KEY) > 0); /* the chat's, and one that is to be sent */
+    llmcb_op_cancel(op);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_ECANCELLED);
+    llmcb_op_free(op);
+    CHECK_INT(kept_count(KEY), 1);
+    llmcb_chat_free(chat);
+    CHECK_INT(kept_count(KEY), 0);
+    llmcb_loop_free(loop);
+    for (i = 0; i < 8; i++) close(others[i]);
+    close(fd);
     while (kept) {
         kept_block *next = kept->next;
         free(kept);

@@ -830,7 +830,10 @@ static const row rows[] = {
       .tokens = "" },
     { 25, "html_as_sse", .body = "<html>log in</html>", .frame = LENGTH,
       .code = LLMCB_ECTYPE, .tokens = "" },
-    { 25, "html_and_rst", .head = OK "Content-Type: text/html\r\n",
+    { 25, "html_without_tags", .head = OK "Content-Type: text/html\r\n",
+      .body = "please log in", .frame = LENGTH, .code = LLMCB_ECTYPE,
+      .tokens = "" },
+    { 25, "html_with_nothing", .head = OK "Content-Type: text/html\r\n",
       .body = "", .frame = LENGTH, .code = LLMCB_ECTYPE, .tokens = "" },
     { 26, "json_error", .head = OK "Content-Type: application/json\r\n",
       .body = "{\"error\":" ERR_OBJECT "}", .frame = LENGTH,
@@ -991,6 +994,9 @@ static const row rows[] = {
     { 56, "chunk_size_16f", .body = CHUNKED "ffffffffffffffff\r\n" ALL,
       .end = SERVER_CLOSE, .code = LLMCB_EPROTO, .tokens = "" },
     { 56, "chunk_size_17f", .body = CHUNKED "fffffffffffffffff\r\n" ALL,
+      .end = SERVER_CLOSE, .code = LLMCB_EPROTO, .tokens = "" },
+    { 56, "chunk_size_wraps", /* 2^64 + 5 */
+      .body = CHUNKED "10000000000000005\r\n: a\n\n\r\n0\r\n\r\n",
       .end = SERVER_CLOSE, .code = LLMCB_EPROTO, .tokens = "" },
     { 56, "chunk_size_0x", .body = CHUNKED "0x5\r\n" ALL,
       .end = SERVER_CLOSE, .code = LLMCB_EPROTO, .curl = CURL_NO,
@@ -1696,8 +1702,10 @@ static void reused(int transport, server_end end)
     CHECK_INT(t.s.n_retry, 0);
     CHECK_INT(server_requests(t.r.server), 3);
     CHECK_INT(server_connections(t.r.server), 2);
-    CHECK_INT(server_request(t.r.server, 1)->conn, 0);
-    CHECK_INT(server_request(t.r.server, 2)->conn, 1);
+    if (server_requests(t.r.server) == 3) {
+        CHECK_INT(server_request(t.r.server, 1)->conn, 0);
+        CHECK_INT(server_request(t.r.server, 2)->conn, 1);
+    }
     talk_end(&t);
 }
 

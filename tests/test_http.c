@@ -550,6 +550,12 @@ TEST(chunk_framing_has_its_limits)
         put("\r\n", 1);
         check_end(&usual, more ? "ELIMIT" : "end ORDERLY");
     }
+    for (int i = 0; i < 2; i++) { /* each extension for itself */
+        put(i ? "\r\na\r\n1;" : CHUNKED "1;", 1);
+        put("x", 200);
+    }
+    put("\r\nb\r\n0\r\n\r\n", 1);
+    check_end(&usual, "<ab> end ORDERLY");
     put(CHUNKED "1;", 1);
     put("x", 1000000);
     check_end(&usual, "ELIMIT");
@@ -722,6 +728,7 @@ TEST(retry_after_is_seconds_or_a_date)
         { " 5", -1 },
         { "5 ", -1 },
         { "5s", -1 },
+        { ".5", -1 },
         { "NaN", -1 },
         { "inf", -1 },
         { "1e3", -1 },

@@ -628,6 +628,25 @@ TEST(a_whole_string_is_appended_and_compared)
     }
 }
 
+/* Each byte of it becomes three. */
+TEST(the_longest_text_has_room)
+{
+    for (size_t n = 0; n < 200; n++) {
+        llmcb_allocator a = plain_allocator();
+        char s[200];
+        llmcbi_json j;
+        llmcbi_buf b;
+        memset(s, 0xFF, sizeof s);
+        memset(&j, 0, sizeof j);
+        memset(&b, 0, sizeof b);
+        j.str = guarded(s, n, true);
+        j.len = n;
+        llmcbi_json_text(&a, &b, &j);
+        CHECK(b.len == 3 * n && b.cap > b.len);
+        llmcbi_buf_free(&a, &b);
+    }
+}
+
 TEST(keys_are_known_in_any_spelling)
 {
     static const struct {

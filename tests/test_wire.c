@@ -26,11 +26,12 @@ static char *quoted(const char *s)
 
 /* What a call came to, in one line:
  *
- *     CODE text/refusal/reasoning finish {index id name arguments} usage
+ *     CODE text refusal reasoning finish logprobs {id name arguments} usage
+ *     model id fingerprint
  *
  * with "valid" or "bad" behind the arguments. Unset parts are left out. */
 typedef struct answer {
-    char line[2000];
+    char line[4000];
     llmcb_error error;
     /* of the first choice, joined from the events */
     llmcbi_buf text, arguments[4];
@@ -72,11 +73,16 @@ static int on_token(llmcb_handler *h, const llmcb_event *ev)
     return 0;
 }
 
-static char *say(char *p, const char *before, llmcb_str s, const char *after)
+/* As much of s as a line can do with. */
+static char *show(char *p, const char *before, llmcb_str s)
 {
-    return p + (s.len ? sprintf(p, "%s%.*s%s", before,
-                                (int)(s.len < 300 ? s.len : 300), s.ptr, after)
-                      : 0);
+    return p + sprintf(p, "%s%.*s", before, (int)(s.len < 300 ? s.len : 300),
+                       s.ptr);
+}
+
+static char *show_set(char *p, const char *before, llmcb_str s)
+{
+    return s.len ? show(p, before, s) : p;
 }
 
 /* The result as a line, and whether it is what the events said. */
@@ -88,18 +94,23 @@ static void describe(answer *a, const llmcb_result *r, bool streaming)
     for (size_t i = 0; i < r->n_generations; i++) {
         const llmcb_generation *g = &r->generations[i];
         p += sprintf(p, "%s", i ? " |" : "");
-        p = say(p, " ", g->text, "");
-        p = say(p, " refusal=", g->refusal, "");
-        p = say(p, " reasoning=", g->reasoning, "");
-        p = say(p, " finish=", g->finish_reason, "");
-        p = say(p, " logprobs=", g->logprobs, "");
+        p = show_set(p, " ", g->text);
+        p = show_set(p, " refusal=", g->refusal);
+        p = show_set(p, " reasoning=", g->reasoning);
+        p = show_set(p, " finish=", g->finish_reason);
+        p = show_set(p, " logprobs=", g->logprobs);
         check_text(a, g->text);
         check_text(a, g->logprobs);
         for (size_t k = 0; k < g->n_tool_calls; k++) {
             const llmcb_tool_call *c = &g->tool_calls[k];
-            p += sprintf(p, " {%.*s %.*s %.*s %s}", (int)c->id.len, c->id.ptr,
-                         (int)c->name.len, c->name.ptr, (int)c->arguments.len,
-                         c->arguments.ptr, c->valid ? "valid" : "bad");
+            if (p - a->line < 2000) {
+                p = show(p, " {", c->id);
+                p = show(p, " ", c->name);
+                p = show(p, " ", c->arguments);
+                p += sprintf(p, c->valid ? " valid}" : " bad}");
+            }
+            check_text(a, c->id);
+            check_text(a, c->name);
             check_text(a, c->arguments);
             if (i || k >= 4 || !streaming) continue;
             CHECK(c->arguments.len == a->arguments[k].len &&
@@ -119,6 +130,12 @@ static void describe(answer *a, const llmcb_result *r, bool streaming)
                      (long long)r->usage.total_tokens,
                      (long long)r->usage.cached_tokens,
                      (long long)r->usage.reasoning_tokens);
+    p = show_set(p, " model=", r->model_name);
+    p = show_set(p, " id=", r->id);
+    show_set(p, " fingerprint=", r->system_fingerprint);
+    check_text(a, r->model_name);
+    check_text(a, r->id);
+    check_text(a, r->system_fingerprint);
 }
 
 /* Plays a response, whole or one byte at a time. */
@@ -263,7 +280,7 @@ TEST(text_comes_from_wherever_servers_put_it)
           "OK whole" },
         { "{'model':'m','delta':{'content':'x'},'content':'y','choices':"
           "[{'text':'z','delta':{'x':{'content':'q'},'content':'a'}}]}\n",
-          "OK a" },
+          "OK a model=m" },
         /* the last of equal keys counts */
         { DELTA("'content':'x','content':'a'"), "OK a" },
         { DELTA("'content':'x','content':null") TEXT("a"), "OK a" },
@@ -430,6 +447,19 @@ TEST(usage_is_taken_as_it_comes)
     ROWS(rows);
 }
 
+TEST(the_first_names_of_an_answer_stay)
+{
+    static const row rows[] = {
+        { "{'id':'i','model':'m','system_fingerprint':'f'}\n" TEXT("a"),
+          "OK a model=m id=i fingerprint=f" },
+        { "{'id':'','model':null,'system_fingerprint':5}\n" TEXT("a")
+          "{'id':'i\\u00e9','model':'m\\/n'}\n{'id':'j','model':'o'}\n",
+          "OK a model=m/n id=i\xC3\xA9" },
+    };
+
+    ROWS(rows);
+}
+
 TEST(errors_in_a_stream_are_told)
 {
     static const row rows[] = {
@@ -583,6 +613,14 @@ TEST(tool_calls_are_put_together)
               TOOLS("{'index':0,'id':'a','function':{'name':'f'}}")
                   TOOLS("{'index':1,'function':{'arguments':'{}'}}"),
           "OK {b g {} valid} {a f  valid}" },
+        { TOOLS("{'index':1,'id':'b','function':{'name':'g','arguments':"
+                "'{}'}}") TOOLS("{'index':0,'function':{'arguments':'{}'}}"),
+          "OK {b g {} valid} {  {} bad}" },
+        /* the number decides, though all ids are the same */
+        { TOOLS("{'index':0,'id':'a','function':{'name':'f','arguments':"
+                "'{}'}},{'index':1,'id':'a','function':{'name':'g',"
+                "'arguments':'{}'}}"),
+          "OK {a f {} valid} {a g {} valid}" },
         /* the number only at first, or only later: then the id decides */
         { TOOLS("{'index':0,'id':'a','function':{'name':'f','arguments':"
                 "'{'}}")
@@ -620,6 +658,15 @@ TEST(tool_calls_are_put_together)
         { TOOLS("{'index':0,'function':{'name':'f','arguments':'{'}}")
               TOOLS("{'index':0,'function':{'name':'f','arguments':'}'}}"),
           "OK { f {} valid}" },
+        { TOOLS("{'index':0,'id':'a','function':{'name':'f','arguments':"
+                "'{'}}")
+              TOOLS("{'index':0,'id':null,'function':{'name':'f',"
+                    "'arguments':'}'}}"),
+          "OK {a f {} valid}" },
+        { TOOLS("{'index':0,'function':{'name':'f','arguments':'{'}}")
+              TOOLS("{'index':0,'id':'a','function':{'name':'f',"
+                    "'arguments':'}'}}"),
+          "OK {a f {} valid}" },
         { TOOLS("{'id':'a','function':{'name':'f','arguments':'{'}}")
               TOOLS("{'id':'a','function':{'name':'f','arguments':'}'}}"),
           "OK {a f {} valid}" },
@@ -705,6 +752,37 @@ TEST(json_that_is_passed_on_is_utf8)
     }
 }
 
+/* Bytes that grow threefold, in ids that must be compared and JSON that is
+ * passed on, of all lengths around those of buffers. */
+TEST(text_that_grows_has_room_everywhere)
+{
+    static const char *const forms[] = {
+        TOOLS("{'id':'%1$s','function':{'name':'f','arguments':'{'}}")
+            TOOLS("{'id':'%1$s','function':{'name':'f','arguments':'}'}}"),
+        TOOLS("{'id':'%1$s','function':{'name':'%1$s','arguments':'%1$s'}}"),
+        TOOLS("{'function':{'name':'f','arguments':{'%1$s':'%1$s'}}}"),
+        DELTA("'function_call':{'name':'%1$s','arguments':{'x':'%1$s'}}"),
+        "{'choices':[{'delta':{},'logprobs':{'x':'%1$s'}}]}\n",
+        DELTA("'refusal':'%1$s','reasoning':'%1$s','content':'%1$s'"),
+        "{'choices':[{'delta':{},'finish_reason':'%1$s'}],'id':'%1$s'}\n",
+    };
+
+    for (size_t f = 0; f < sizeof forms / sizeof *forms; f++)
+        for (size_t n = 1; n < 400; n += n < 120 || n > 136 ? 7 : 1) {
+            char bad[401], *s = malloc(5000), *bytes;
+            answer a;
+            memset(bad, 0xFF, n);
+            bad[n] = '\0';
+            sprintf(s, forms[f], bad);
+            bytes = stream_of(s);
+            a = ask(bytes, strlen(bytes), LLMCB_REPLAY_CLOSE, true, false);
+            CHECK(a.error.code == LLMCB_OK && !a.dirty);
+            if (f == 0 && n <= 128) CHECK(strstr(a.line, "f {} valid}"));
+            free(bytes);
+            free(s);
+        }
+}
+
 TEST(there_may_be_128_tool_calls)
 {
     for (int n = 128; n < 130; n++) {
@@ -737,7 +815,7 @@ TEST(a_whole_answer_is_read_like_a_stream)
           "'{}'}}]},'finish_reason':'tool_calls'}],'usage':"
           "{'prompt_tokens':1,'completion_tokens':2}}",
           "OK Hi finish=tool_calls {a f {'x':1} valid} {b g {} valid} "
-          "usage=1+2=3,0,0" },
+          "usage=1+2=3,0,0 model=m id=i" },
         { "{'choices':[{'index':1,'message':{'content':'b'}},"
           "{'index':0,'message':{'content':'a'}}]}",
           "OK a | b" },
@@ -818,6 +896,7 @@ static llmcb_code catch_start(llmcb_transport *tr, llmcb_exchange *x,
 {
     (void)tr;
     (void)x;
+    CHECK_INT(request->body_len, strlen(request->body));
     free(sent);
     sent = malloc(request->body_len + 1);
     memcpy(sent, request->body, request->body_len);
