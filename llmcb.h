@@ -2121,9 +2121,8 @@ static void llmcbi_json_text(const llmcb_allocator *a, llmcbi_buf *b,
     llmcbi_carry c;
 
     memset(&c, 0, sizeof c);
-    if (j->len > SIZE_MAX / 8 ||
-        !llmcbi_buf_reserve(a, b, 3 * j->len + 12))
-        return;
+    if (j->len > SIZE_MAX / 8) b->failed = true;
+    if (!llmcbi_buf_reserve(a, b, 3 * j->len + 12)) return;
     b->len += llmcbi_json_decode(b->ptr + b->len, j->str, j->len, &c);
     b->len = (size_t)(llmcbi_carry_flush(b->ptr + b->len, &c) - b->ptr);
     b->ptr[b->len] = '\0';
@@ -2136,16 +2135,24 @@ static void llmcbi_json_clean(char *out, size_t cap, const llmcbi_json *j)
     size_t n, len = j->len < 256 ? j->len : 256;
     llmcbi_carry c;
 
-    /* not in the middle of an escape: its digits would be read beyond */
-    if (len < j->len) {
-        const char *b;
-        while (len > 250 && (b = (const char *)memchr(j->str + len - 6, '\\',
-                                                      6)) != NULL)
-            len = (size_t)(b - j->str);
-    }
     memset(&c, 0, sizeof c);
     n = llmcbi_json_decode(plain, j->str, len, &c);
     llmcbi_copy_clean(out, cap, plain, n);
+}
+
+/* The letter that stands for a character behind a backslash, or 0. */
+static char llmcbi_json_letter(unsigned char c)
+{
+    switch (c) {
+    case '"': return '"';
+    case '\\': return '\\';
+    case '\n': return 'n';
+    case '\r': return 'r';
+    case '\t': return 't';
+    case '\b': return 'b';
+    case '\f': return 'f';
+    default: return 0;
+    }
 }
 
 /* A JSON string with its quotes. Bytes must be UTF-8. */
@@ -2159,22 +2166,17 @@ static void llmcbi_json_quote(const llmcb_allocator *a, llmcbi_buf *b,
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
         char esc[6] = { '\\', 'u', '0', '0', 0, 0 };
-        const char *two;
+        char letter;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
         llmcbi_buf_add(a, b, s + plain, i - plain);
         plain = i + 1;
-        two = c ? (const char *)memchr("\"\\\n\r\t\b\f", c, 7) : NULL;
-        if (two) {
-            esc[1] = "\"\\nrtbf"[two - (const char *)memchr(
-                                           "\"\\\n\r\t\b\f", '"', 7)];
-            llmcbi_buf_add(a, b, esc, 2);
-        } else {
-            esc[4] = hex[c >> 4];
-            esc[5] = hex[c & 15];
-            llmcbi_buf_add(a, b, esc, 6);
-        }
+        letter = llmcbi_json_letter(c);
+        if (letter) esc[1] = letter;
+        esc[4] = hex[c >> 4];
+        esc[5] = hex[c & 15];
+        llmcbi_buf_add(a, b, esc, letter ? 2 : 6);
     }
-    llmcbi_buf_add(a, b, s + plain, len - plain);
+    if (len) llmcbi_buf_add(a, b, s + plain, len - plain);
     llmcbi_buf_add(a, b, "\"", 1);
 }
 
@@ -3288,6 +3290,7 @@ struct llmcb_op {
     const llmcb_error *error; /* of a done op */
     bool done;
     bool detached; /* the program has freed it */
+    bool waiting;  /* the loop runs on its behalf: not to be destroyed */
     llmcbi_flag cancel_wanted;
 };
 
@@ -3326,7 +3329,7 @@ static void llmcbi_op_finish(llmcb_op *op, const llmcb_error *error)
     op->loop->n_alive--;
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_OK);
     while (op->waiters) llmcbi_task_told(op->waiters);
-    if (op->detached) llmcbi_op_destroy(op);
+    if (op->detached && !op->waiting) llmcbi_op_destroy(op);
 }
 
 LLMCBI_DEF bool llmcb_op_done(const llmcb_op *op)
@@ -3378,7 +3381,7 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
     loop = op->loop;
     op->detached = true;
     if (op->done) {
-        llmcbi_op_destroy(op);
+        if (!op->waiting) llmcbi_op_destroy(op);
         return;
     }
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_ECANCELLED);
@@ -3386,6 +3389,15 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
     LLMCBI_FLAG_SET(&op->cancel_wanted, 1);
     LLMCBI_FLAG_SET(&loop->cancels, 1);
     if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
+}
+
+/* The end of op->waiting. Whether op is still there. */
+static bool llmcbi_op_waited(llmcb_op *op)
+{
+    op->waiting = false;
+    if (!op->detached || !op->done) return true;
+    llmcbi_op_destroy(op);
+    return false;
 }
 
 LLMCBI_DEF llmcb_code llmcb_loop_run_until(llmcb_loop *loop, llmcb_op *op)
@@ -3400,8 +3412,11 @@ LLMCBI_DEF llmcb_code llmcb_loop_run_until(llmcb_loop *loop, llmcb_op *op)
     if (loop->turning) return LLMCB_ESTATE;
     if (op->waited) op->waited(op);
     loop->stopping = false;
+    op->waiting = true; /* a callback may free it */
     while (!op->done && !loop->stopping) llmcbi_turn(loop, -1);
-    return llmcb_op_code(op);
+    code = llmcb_op_code(op);
+    llmcbi_op_waited(op);
+    return code;
 }
 
 LLMCBI_DEF llmcb_code llmcb_op_wait(llmcb_op *op)
@@ -5655,7 +5670,7 @@ typedef struct llmcbi_h1 {
     int status;
     int digits;
     uint8_t state;
-    bool begun; /* some byte has come */
+    bool begun; /* some byte has come, but for interim responses */
     bool interim, chunked, has_length;
     bool close; /* the connection cannot be used again */
     bool close_said;
@@ -5831,6 +5846,7 @@ static llmcbi_h1_type llmcbi_h1_head_end(llmcbi_h1 *h)
             return llmcbi_h1_fail(h, LLMCB_ELIMIT,
                                   "too many interim responses");
         h->state = LLMCBI_H1_AT_STATUS;
+        h->begun = false;
         return LLMCBI_H1_MORE;
     }
     if (h->chunked && h->has_length)
@@ -8297,9 +8313,11 @@ static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
         bool is_code = llmcbi_json_is(&j, "code");
         llmcbi_json_type value = llmcbi_json_raw(&j);
         llmcbi_json inner;
-        if (is_error && value == LLMCBI_JSON_OBJECT) {
-            llmcbi_wire_error(e, j.str, j.len);
-            return;
+        if (is_error && value == LLMCBI_JSON_OBJECT) { /* that alone counts */
+            llmcbi_json_init(&j, j.str, j.len);
+            type = llmcbi_json_next(&j);
+            *message = '\0';
+            continue;
         }
         llmcbi_json_init(&inner, j.str, j.len);
         value = llmcbi_json_next(&inner);
@@ -8570,7 +8588,8 @@ static size_t llmcbi_tool_find(const llmcbi_choice *c,
     size_t found = llmcbi_tool_with(c, p, false);
     const llmcbi_tool_slot *s;
 
-    if (found == c->n_tools) found = llmcbi_tool_with(c, p, true);
+    if (found == c->n_tools && (p->index < 0 || !p->name.len))
+        found = llmcbi_tool_with(c, p, true);
     if (found == c->n_tools) {
         if (p->index >= 0 || !c->n_tools || (p->id.len && p->name.len))
             return c->n_tools;
@@ -10921,28 +10940,29 @@ static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
     return op && op->destroy == llmcbi_call_destroy ? p.out : NULL;
 }
 
+/* Passes the record that the pull interface stands at. */
+static void llmcbi_call_pass(llmcbi_call *c)
+{
+    llmcbi_run *run = &c->prompts[0].run;
+
+    run->pull_pos += llmcbi_record_at(&run->pull_pos)->size;
+    run->pull++;
+    c->shown = false;
+    if (run->starved) llmcbi_make_ready(run->loop, &run->ready);
+}
+
 /* The next token record, in the program's hands until the next call. */
 static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
 {
     llmcbi_run *run = &c->prompts[0].run;
-    const llmcbi_record *rec;
 
     if (!run->has_pull) return NULL;
-    if (c->shown) {
-        rec = llmcbi_record_at(&run->pull_pos);
-        run->pull_pos += rec->size;
-        run->pull++;
-        c->shown = false;
-        if (run->starved) llmcbi_make_ready(run->loop, &run->ready);
-    }
+    if (c->shown) llmcbi_call_pass(c);
     while (llmcbi_call_chunk_ready(c)) {
-        rec = llmcbi_record_at(&run->pull_pos);
-        if (rec->kind == LLMCB_LLM_NEW_TOKEN) {
-            c->shown = true;
-            return (const llmcb_chunk *)(const void *)(rec + 1);
-        }
-        run->pull_pos += rec->size;
-        run->pull++;
+        const llmcbi_record *rec = llmcbi_record_at(&run->pull_pos);
+        c->shown = rec->kind == LLMCB_LLM_NEW_TOKEN;
+        if (c->shown) return (const llmcb_chunk *)(const void *)(rec + 1);
+        llmcbi_call_pass(c);
     }
     return NULL;
 }
@@ -10961,7 +10981,9 @@ LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
             llmcb_op_wait(op);
             return false;
         }
+        op->waiting = true; /* a callback may free it */
         llmcbi_turn(op->loop, -1);
+        if (!llmcbi_op_waited(op)) return false;
     }
     if (chunk) *chunk = got;
     return got != NULL;

@@ -1451,7 +1451,9 @@ static void run_row(const row *f, int transport, const bytes *b, bool trickle)
     op = llmcb_chat_generate(chat, &question, 1, &config);
     if (scripts[0].n_segments) {
         for (i = 0; tokens[i]; i++) n_want += tokens[i] == '|';
-        while (s[0].n_tokens < n_want && !llmcb_op_done(op))
+        /* what is known before the reset must be known without it */
+        while ((want != LLMCB_EIO || s[0].n_tokens < n_want) &&
+               !llmcb_op_done(op))
             llmcb_loop_run_once(r.loop, LLMCB_FOREVER);
         server_go(r.server);
     }

@@ -1660,6 +1660,50 @@ TEST(freed_in_every_event)
             }
 }
 
+/* A callback may free the very op that the program waits for, by whatever
+ * function: it is in use, and so is destroyed later. */
+TEST(freed_while_the_program_waits_for_it)
+{
+    enum { EVENTS = 7 };
+    unsigned at;
+    int how;
+
+    for (how = 0; how < 3; how++)
+        for (at = 1; at <= EVENTS; at++) {
+            scene s;
+            rec *x = rec_new("X", at % 2 ? INLINE : ASYNC);
+            const llmcb_chunk *chunk;
+            llmcb_op *op;
+            llmcb_code code = LLMCB_ECANCELLED;
+            own_end o;
+
+            scene_init(&s);
+            scene_tape(&s, RETRY_HEAD, "", 0, LLMCB_REPLAY_KEEP);
+            scene_tape(&s, OK_HEAD, "a|b|c" DONE, 3, LLMCB_REPLAY_KEEP);
+            scene_add(&s, x);
+            x->act = act_end;
+            x->user = &o;
+            o.s = &s;
+            o.at = at;
+            o.how = at % 3 ? FREE_OP : CANCEL_AND_FREE_OP;
+            scene_open(&s);
+            op = o.op = how ? scene_stream(&s) : scene_call(&s);
+            if (how == 0)
+                code = llmcb_op_wait(op);
+            else if (how == 1)
+                code = llmcb_loop_run_until(s.loop, op);
+            else
+                while (o.op && llmcb_op_next(o.op, &chunk)) continue;
+            CHECK(!o.op);
+            CHECK(code == LLMCB_ECANCELLED ||
+                  (at == EVENTS && code == LLMCB_OK));
+            turn_to_end(&s);
+            CHECK_REC(x);
+            scene_close(&s);
+            free(x);
+        }
+}
+
 /* What the error event says of who ended it. */
 static int act_keep_error(rec *r, const llmcb_event *ev)
 {
@@ -3473,6 +3517,37 @@ TEST(pull_holds_the_window_and_wait_discards)
     }
 }
 
+/* Events that are no chunks take room, too: it is given back as the consumer
+ * passes them. */
+TEST(pull_passes_what_is_no_chunk)
+{
+    unsigned w;
+
+    for (w = 1; w <= 3; w++) {
+        scene s;
+        const llmcb_chunk *chunk;
+        llmcb_op *op;
+        llmcb_run *run;
+        char all[64] = "";
+
+        scene_init(&s);
+        scene_tape(&s, RETRY_HEAD, "", 0, LLMCB_REPLAY_KEEP);
+        scene_tape(&s, OK_HEAD, "a|b" DONE, 10, LLMCB_REPLAY_KEEP);
+        s.cd.limits.window_events = w;
+        scene_open(&s);
+        op = scene_stream(&s);
+        run = llmcb_op_run_at(op, 0);
+        turn_to_request(&s, 1);
+        while (llmcb_run_text(run, str("t")) == LLMCB_OK) continue;
+        while (llmcb_op_next(op, &chunk))
+            strcat(strcat(all, chunk->text.ptr), ",");
+        CHECK_STR(all, "a,b,,");
+        CHECK_INT(llmcb_op_code(op), LLMCB_OK);
+        llmcb_op_free(op);
+        scene_close(&s);
+    }
+}
+
 /* What was in the log when the op ended can still be read. */
 TEST(pull_reads_on_when_the_op_is_done)
 {
@@ -3777,8 +3852,9 @@ TEST(pull_without_handlers)
 /* ======== everything at once ============================================== */
 
 /* Calls of all kinds with handlers of all kinds that speak, fail, cancel and
- * free, in an order that only the seed decides: whatever happens, no
- * guarantee is broken, nothing hangs and nothing is left. */
+ * free, without memory or time, in an order that only the seed decides:
+ * whatever happens, no guarantee is broken, nothing hangs and nothing is
+ * left. */
 typedef struct chaos {
     scene s;
     uint32_t seed, state;
@@ -3835,7 +3911,8 @@ static int act_chaos(rec *r, const llmcb_event *ev)
     default:
         break;
     }
-    CHECK(code == LLMCB_OK || code == LLMCB_EBUSY || code == LLMCB_ESTATE);
+    CHECK(code == LLMCB_OK || code == LLMCB_EBUSY || code == LLMCB_ESTATE ||
+          (code == LLMCB_ENOMEM && c->s.heap.fail_at));
     return 0;
 }
 
@@ -3906,16 +3983,22 @@ static void chaos_run(uint32_t seed)
     c->s.cd.limits.window_events = chaos_below(c, 2) ? 0
                                                      : 1 + chaos_below(c, 8);
     if (!chaos_below(c, 4)) c->s.cd.limits.window_bytes = 1500;
+    if (!chaos_below(c, 4)) c->s.cd.handler_ms = 5;
+    if (!chaos_below(c, 4)) c->s.cd.total_ms = 1 + chaos_below(c, 60);
     chaos_handlers(c);
     chaos_tapes(c);
-    scene_open(&c->s);
     c->n_ops = 1 + chaos_below(c, 4);
     config.max_concurrency = chaos_below(c, 3);
+    if (!chaos_below(c, 4)) {
+        c->s.heap.fail_at = 20 + chaos_below(c, 400);
+        c->s.heap.for_ever = chaos_below(c, 2);
+    }
+    if (!scene_open(&c->s)) c->n_ops = 0;
     for (i = 0; i < c->n_ops; i++)
         c->ops[i] = chaos_below(c, 3)
                         ? call_batch(&c->s, 1 + chaos_below(c, 3), &config)
                         : scene_stream(&c->s);
-    for (steps = chaos_below(c, 60); steps; steps--) {
+    for (steps = c->n_ops ? chaos_below(c, 60) : 0; steps; steps--) {
         i = chaos_below(c, (uint32_t)c->n_ops);
         switch (chaos_below(c, 24)) {
         case 0:
@@ -3949,6 +4032,8 @@ static void chaos_run(uint32_t seed)
     scene_close(&c->s);
     for (i = 0; i < c->n_recs; i++) {
         rec *r = c->r[i];
+        if (c->s.cd.handler_ms && r->finishes < r->starts)
+            r->finishes = r->starts; /* it may have been given up */
         CHECK_REC(r);
         if (!(r->h.flags & LLMCB_PARALLEL) && r->h.sync.on_llm_end &&
             r->h.sync.on_llm_new_token)
@@ -3959,11 +4044,14 @@ static void chaos_run(uint32_t seed)
     if (test_failures_here) printf("  seed %u\n", (unsigned)seed);
 }
 
+/* TEST_SEED=n plays one seed, TEST_SEEDS=n as many as that. */
 TEST(everything_at_once)
 {
-    const char *one = getenv("TEST_SEED");
+    const char *one = getenv("TEST_SEED"), *many = getenv("TEST_SEEDS");
     uint32_t seed = one ? (uint32_t)strtoul(one, NULL, 10) : 1;
-    uint32_t last = one ? seed : 400;
+    uint32_t last = one    ? seed
+                    : many ? (uint32_t)strtoul(many, NULL, 10)
+                           : 400;
 
     for (; seed <= last && !test_failures_here; seed++) chaos_run(seed);
 }
