@@ -1800,6 +1800,12 @@ static uint32_t llmcbi_hex4(const char *s)
     return v;
 }
 
+#if defined(__BYTE_ORDER__) && defined(__ORDER_LITTLE_ENDIAN__)
+#define LLMCBI_LITTLE_ENDIAN (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
+#else
+#define LLMCBI_LITTLE_ENDIAN 0
+#endif
+
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
 {
@@ -1817,8 +1823,13 @@ static bool llmcbi_json_string(llmcbi_json *j)
             memcpy(&w, p, 8);
             q = w ^ ones * '"';
             b = w ^ ones * '\\';
-            if (((w - ones * 0x20) | (q - ones) | (b - ones) | w) & tops)
+            q = ((w - ones * 0x20) | (q - ones) | (b - ones) | w) & tops;
+            if (q) {
+#if LLMCBI_LITTLE_ENDIAN
+                for (; !(q & 0x80); q >>= 8) p++; /* to the first of them */
+#endif
                 break;
+            }
             p += 8;
         }
         if (p == end) return false;
@@ -2086,18 +2097,23 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
 }
 
 /* Whether the last key or string is `text`. */
-static bool llmcbi_json_is(const llmcbi_json *j, const char *text)
+static bool llmcbi_json_is_text(const llmcbi_json *j, llmcb_str text)
 {
     char plain[3 * 40 + 6];
     llmcbi_carry c;
     size_t n;
 
-    if (!j->escaped) return llmcbi_str_is(llmcbi_slice(j->str, j->len), text);
+    if (!j->escaped)
+        return j->len == text.len && memcmp(j->str, text.ptr, text.len) == 0;
     if (j->len > 40) return false;
     memset(&c, 0, sizeof c);
     n = llmcbi_json_decode(plain, j->str, j->len, &c);
-    return !c.n && !c.high && llmcbi_str_is(llmcbi_slice(plain, n), text);
+    return !c.n && !c.high && llmcbi_str_equal(llmcbi_slice(plain, n), text);
 }
+
+/* The same with a literal, whose length the compiler knows. */
+#define llmcbi_json_is(j, literal) \
+    llmcbi_json_is_text(j, llmcbi_slice(literal, sizeof(literal) - 1))
 
 /* The last number, if it is a whole one that fits. */
 static bool llmcbi_json_int(const llmcbi_json *j, int64_t *out)
@@ -2876,8 +2892,9 @@ static void llmcbi_run_fired(llmcb_loop *loop)
     for (i = 0; i < loop->n_fired; i++) {
         llmcbi_fired f = loop->fired[i];
         loop->fired[i].watch = NULL;
-        if (f.watch && (f.events &= f.watch->events) != 0)
-            f.watch->fn(f.watch, f.events);
+        if (!f.watch || (f.events &= f.watch->events) == 0) continue;
+        f.watch->fn(f.watch, f.events);
+        llmcbi_run_ready(loop); /* what was read is in the cache still */
     }
     loop->n_fired = 0;
 }
@@ -5964,6 +5981,30 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
     return line.len ? llmcbi_h1_header(h, line) : llmcbi_h1_head_end(h);
 }
 
+/* From the end of one chunk to the data of the next, in one go; false: not
+ * all of it is there, or it is unusual. */
+static bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
+                                 const char *end)
+{
+    const char *q = *p;
+    uint64_t size = 0;
+    int digit;
+
+    if (end - q < 12 || q[0] != '\r' || q[1] != '\n') return false;
+    for (q += 2; q < *p + 10 && (digit = llmcbi_hex(*q)) >= 0; q++)
+        size = size << 4 | (uint64_t)digit;
+    if (q == *p + 2 || q[0] != '\r' || q[1] != '\n' || !size ||
+        size > h->max_body - h->body ||
+        h->framing + 12 > LLMCBI_H1_FREE_FRAMING)
+        return false;
+    q += 2;
+    h->framing += (uint64_t)(q - *p);
+    h->left = size;
+    h->state = LLMCBI_H1_AT_CHUNK;
+    *p = q;
+    return true;
+}
+
 /* The next thing in the input. After LLMCBI_H1_END, *p shows what is behind
  * the response. Slices are valid until the next call. */
 static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
@@ -5994,6 +6035,9 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
                                : LLMCBI_H1_AT_END;
             break;
         default:
+            if (h->state == LLMCBI_H1_AT_CHUNK_CR &&
+                llmcbi_h1_next_chunk(h, p, end))
+                continue;
             type = llmcbi_h1_frame(h, *(*p)++);
             break;
         }
@@ -6203,6 +6247,7 @@ struct llmcbi_conn {
 struct llmcbi_sock {
     llmcb_transport base;
     llmcbi_conn *conns;
+    llmcbi_conn *idle[LLMCBI_MAX_IDLE];
     size_t n_idle;
 };
 
@@ -6224,7 +6269,11 @@ static void llmcbi_conn_free(llmcbi_conn *c)
 {
     llmcb_loop *loop = c->sock->base.loop;
 
-    if (c->state == LLMCBI_CONN_IDLE) c->sock->n_idle--;
+    if (c->state == LLMCBI_CONN_IDLE) {
+        size_t i = 0;
+        while (c->sock->idle[i] != c) i++;
+        c->sock->idle[i] = c->sock->idle[--c->sock->n_idle];
+    }
     llmcbi_conn_disconnect(c);
     if (c->dns) c->dns->owner = NULL;
     if (c->addresses) freeaddrinfo(c->addresses);
@@ -6362,9 +6411,15 @@ static int llmcbi_connect(const struct sockaddr *addr, socklen_t len)
 {
     int one = 1, saved, fd;
 
+#if defined(SOCK_NONBLOCK) && defined(SOCK_CLOEXEC)
+    fd = LLMCBI_SYS(socket)(addr->sa_family,
+                            SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0) return -1;
+#else
     fd = LLMCBI_SYS(socket)(addr->sa_family, SOCK_STREAM, 0);
     if (fd < 0) return -1;
     if (!llmcbi_cloexec_nonblock(fd)) goto fail;
+#endif
 #ifdef SO_NOSIGPIPE
     setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
 #endif
@@ -6374,7 +6429,9 @@ static int llmcbi_connect(const struct sockaddr *addr, socklen_t len)
     if (LLMCBI_SYS(connect)(fd, addr, len) == 0 || errno == EINPROGRESS ||
         errno == EINTR)
         return fd;
+#if !defined(SOCK_NONBLOCK) || !defined(SOCK_CLOEXEC)
 fail:
+#endif
     saved = errno;
     LLMCBI_SYS(close)(fd);
     errno = saved;
@@ -6523,14 +6580,13 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
 static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
 {
     int64_t now = c->sock->base.loop->now;
-    llmcbi_conn *i, *next;
+    size_t at;
 
-    for (i = c->sock->conns; i; i = next) {
+    for (at = c->sock->n_idle; at-- > 0;) {
+        llmcbi_conn *i = c->sock->idle[at];
         char byte;
         ssize_t n;
-        next = i->next;
-        if (i->state != LLMCBI_CONN_IDLE || i->identity != c->identity ||
-            strcmp(i->key, c->key) != 0)
+        if (i->identity != c->identity || strcmp(i->key, c->key) != 0)
             continue;
         n = LLMCBI_SYS(recv)(i->fd, &byte, 1, MSG_PEEK);
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) &&
@@ -6606,7 +6662,7 @@ static void llmcbi_conn_keep(llmcbi_conn *c)
     }
     llmcbi_h1_free(&c->sock->base.loop->alloc, &c->h1);
     c->state = LLMCBI_CONN_IDLE;
-    c->sock->n_idle++;
+    c->sock->idle[c->sock->n_idle++] = c;
     llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, 0);
     llmcbi_timer_start(c->sock->base.loop, &c->timer, LLMCBI_IDLE_MS);
 }
@@ -8208,7 +8264,7 @@ static int64_t llmcbi_wire_detail(llmcbi_json *j, const char *name)
         return 0;
     }
     while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, name)) v = llmcbi_wire_count(j);
+        if (llmcbi_json_is_text(j, llmcbi_str(name))) v = llmcbi_wire_count(j);
         else llmcbi_json_skip(j, llmcbi_json_next(j));
     }
     return v;
@@ -8706,7 +8762,7 @@ static bool llmcbi_has_member(const char *object, const char *name)
     llmcbi_json_init(&j, object, strlen(object));
     if (llmcbi_json_next(&j) != LLMCBI_JSON_OBJECT) return false;
     while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(&j, name)) return true;
+        if (llmcbi_json_is_text(&j, llmcbi_str(name))) return true;
         llmcbi_json_skip(&j, llmcbi_json_next(&j));
     }
     return false;
@@ -9729,30 +9785,55 @@ static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
                                   "valid JSON");
 }
 
-/* Most events of a stream differ from the one before in nothing but their
- * text. If head and tail are equal, byte for byte, and what is between is one
- * JSON string, then the whole event has been read before. */
-static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str data)
+/* Text of choice 0 and nothing else. */
+static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
 {
-    const char *pattern = p->pattern.ptr;
+    llmcbi_choice *c = &p->answer.choices[0];
+    char *at = llmcbi_run_reserve(&p->run, sizeof(llmcb_chunk) +
+                                               llmcbi_raw_room(raw));
+    char *begin = at;
+    llmcb_chunk *chunk = (llmcb_chunk *)(void *)at;
+
+    if (!at) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return;
+    }
+    at += sizeof *chunk;
+    chunk->choice = 0;
+    chunk->parts = &p->call->no_parts;
+    chunk->text = llmcbi_raw_decode(&at, raw, &c->text_carry);
+    if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return;
+    if (p->call->stream)
+        llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
+}
+
+/* Most events of a stream differ from the one before in nothing but their
+ * text. If what stands before and behind it is equal, byte for byte, and
+ * between is one JSON string, then the whole event has been read before. */
+static bool llmcbi_prompt_same_again(llmcbi_prompt *p, const char **at,
+                                     const char *end)
+{
     size_t head = p->pattern_head, tail = p->pattern_tail;
-    llmcbi_wire_choice w;
+    const llmcbi_sse *s = &p->sse;
+    llmcbi_raw raw;
     llmcbi_json j;
 
-    if (!p->pattern.len || data.len < head + tail ||
-        memcmp(data.ptr, pattern, head) != 0 ||
-        memcmp(data.ptr + data.len - tail, pattern + p->pattern.len - tail,
-               tail) != 0)
+    if (!p->pattern.len || (size_t)(end - *at) < head + tail || s->bom < 3 ||
+        s->line.len || s->skip_lf || s->in_data || s->here.ptr ||
+        s->is_error || memcmp(*at, p->pattern.ptr, head) != 0)
         return false;
-    j.p = data.ptr + head;
-    j.end = data.ptr + data.len;
-    if (!llmcbi_json_string(&j) || j.len != data.len - head - tail)
+    j.p = *at + head;
+    j.end = end;
+    if (!llmcbi_json_string(&j) || (size_t)(end - j.p) + 1 < tail ||
+        head + j.len + tail - 2 > s->limit ||
+        memcmp(j.p - 1, p->pattern.ptr + p->pattern.len - tail, tail) != 0)
         return false;
-    memset(&w, 0, sizeof w);
-    w.text.ptr = j.str;
-    w.text.len = j.len;
-    w.text.plain = !j.escaped && !j.high;
-    llmcbi_prompt_choice(p, &w, NULL);
+    *at = j.p - 1 + tail;
+    raw.ptr = j.str;
+    raw.len = j.len;
+    raw.plain = !j.escaped && !j.high;
+    p->last_data = p->call->op.loop->now;
+    llmcbi_prompt_text(p, &raw);
     return true;
 }
 
@@ -9766,11 +9847,15 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
         !c->text.ptr || c->refusal.len || c->reasoning.len ||
         c->finish_reason.len || c->tool_calls.len || c->function_call.len ||
-        c->logprobs.len || data.len > 1024)
+        c->logprobs.len || data.len > 1024 ||
+        memchr(data.ptr, '\n', data.len))
         return;
-    p->pattern_head = (size_t)(c->text.ptr - data.ptr);
-    p->pattern_tail = data.len - p->pattern_head - c->text.len;
+    p->pattern_head = 6 + (size_t)(c->text.ptr - data.ptr);
+    p->pattern_tail = data.len + 8 - p->pattern_head - c->text.len;
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pattern, "data: ", 6);
     llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pattern, data.ptr, data.len);
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pattern, "\n\n", 2);
+    if (p->pattern.failed) p->pattern.len = 0;
     p->pattern.failed = false; /* it would only have saved time */
 }
 
@@ -9781,8 +9866,6 @@ static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data,
     bool too_deep = false;
 
     p->last_data = p->call->op.loop->now;
-    if (!is_error && llmcbi_prompt_same_again(p, data)) return;
-
     if (data.len == 6 && memcmp(data.ptr, "[DONE]", 6) == 0) {
         p->sentinel = true;
         if (p->got_chunk || p->answer.n)
@@ -9839,6 +9922,7 @@ static size_t llmcbi_prompt_stream(llmcbi_prompt *p, const char *bytes,
             llmcbi_prompt_event_again(p);
             continue;
         }
+        if (llmcbi_prompt_same_again(p, &at, end)) continue;
         status = llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end,
                                  &data);
         if (status == LLMCBI_SSE_MORE) break;

@@ -270,7 +270,8 @@ static void call_start(call *c, llmcb_loop *loop, llmcb_transport *tr,
     d.api_key = KEY;
     d.transport = tr;
     d.streaming = method == GENERATE_STREAMING;
-    d.n = n;
+    if (n < 0) d.max_retries = -1; /* a call that is to fail at once */
+    else d.n = n;
     d.callbacks = c->callbacks;
     d.n_callbacks = 1;
     c->chat = llmcb_chat_new(loop, &d);
@@ -907,6 +908,77 @@ TEST(record_and_replay)
         }
         if (before != test_failures_here)
             TEST_FAIL("in %s", fixtures[i].name);
+    }
+}
+
+/* How a faulty answer ended is part of its recording. */
+TEST(record_endings)
+{
+#define HEAD "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+#define EVENT                                                       \
+    "3c\r\ndata: {\"choices\":[{\"index\":0,\"delta\":{\"content\":" \
+    "\"kept\"}}]}\n\n\r\n"
+    static const struct {
+        const char *bytes;
+        server_end end;
+        llmcb_code code;
+    } cases[] = {
+        { HEAD EVENT, SERVER_CLOSE, LLMCB_ETRUNCATED },
+        { HEAD EVENT "0\r\n\r\n", SERVER_KEEP, LLMCB_ETRUNCATED },
+        { "HTTP/1.1 200 OK\r\nContent-Le", SERVER_CLOSE, LLMCB_ETRUNCATED },
+        { "", SERVER_CLOSE, LLMCB_EIO },
+        { HEAD "zz\r\n", SERVER_CLOSE, LLMCB_EPROTO },
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char dir[] = "build/tmp-XXXXXX", path[64];
+        int before = test_failures_here;
+        llmcb_loop *loop = llmcb_loop_new(NULL);
+        server_script script;
+        llmcb_replay_desc rd;
+        llmcb_code code;
+        server *s;
+        text want = { NULL, 0, 0 };
+        call c;
+
+        memset(&script, 0, sizeof script);
+        script.bytes = cases[i].bytes;
+        script.end = cases[i].end;
+        s = server_start(&script, 1);
+        mkdir("build", 0777);
+        if (!s || !mkdtemp(dir)) abort();
+        snprintf(path, sizeof path, "%s/x.http", dir);
+        call_start(&c, loop,
+                   llmcb_record_new(loop, llmcb_socket_transport(loop), path),
+                   server_base(s), GENERATE_STREAMING, -1);
+        code = call_wait(&c);
+        CHECK_STR(llmcb_code_name(code), llmcb_code_name(cases[i].code));
+        add(&want, of(&c.d.chunks), c.d.chunks.len);
+        call_end(&c);
+        CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+        server_stop(s);
+
+        loop = virtual_loop();
+        memset(&rd, 0, sizeof rd);
+        rd.path = path;
+        call_start(&c, loop, llmcb_replay_new(loop, &rd), NULL,
+                   GENERATE_STREAMING, -1);
+        code = call_wait(&c);
+        if (i < 2) /* what was no HTTP cannot be recorded as it was */
+            CHECK_STR(llmcb_code_name(code), llmcb_code_name(cases[i].code));
+        else
+            CHECK(code != LLMCB_OK && code != LLMCB_ETIMEDOUT);
+        same(&c.d.chunks, &want, "the tokens");
+        call_end(&c);
+        CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+        free(want.p);
+        remove(path);
+        snprintf(path, sizeof path, "%s/x.segments.json", dir);
+        remove(path);
+        CHECK_INT(rmdir(dir), 0);
+        if (before != test_failures_here)
+            TEST_FAIL("in case %lu", (unsigned long)i);
     }
 }
 
