@@ -54,11 +54,11 @@ build/examples/%: examples/%.c llmcb.h
 
 # The programs of make test, in both forms.
 programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
-build/tests/%: tests/%.c llmcb.h tests/test.h tests/server.h
+build/tests/%: tests/%.c llmcb.h tests/test.h tests/server.h tests/scene.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) $(ASAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
 		$(extra) $(CURL)
-build/tsan/%: tests/%.c llmcb.h tests/test.h tests/server.h
+build/tsan/%: tests/%.c llmcb.h tests/test.h tests/server.h tests/scene.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) $(TSAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
 		$(extra) $(CURL)

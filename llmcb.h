@@ -119,8 +119,8 @@
  *   LLMCB_NO_CURL      no libcurl: plain sockets only, https is an error
  *   LLMCB_NO_SOCKETS   no plain-socket transport
  *   LLMCB_NO_EPOLL     poll(2) on Linux too
- *   LLMCB_NO_STDIO     no llmcb_result_print, no files in [REPLAY]; define
- *                      it wherever included
+ *   LLMCB_NO_STDIO     no llmcb_result_print and llmcb_str_print, no files
+ *                      in [REPLAY]; define it wherever included
  *   LLMCB_ALLOW_INSECURE_TLS   makes llmcb_chat_desc.insecure_tls work
  *   LLMCB_MALLOC LLMCB_REALLOC LLMCB_FREE   all three or none
  *
@@ -10424,15 +10424,25 @@ static bool llmcbi_call_all(const llmcbi_call *c, llmcbi_run_state least)
 /* A barrier: all start events are done, then the requests go out. */
 static void llmcbi_call_open(llmcbi_call *c)
 {
+    const llmcb_error *raised = NULL;
     size_t i;
 
-    for (i = 0; i < c->n; i++)
-        if (c->prompts[i].run.state == LLMCBI_RUN_STARTING &&
-            !llmcbi_run_settled(&c->prompts[i].run))
+    for (i = 0; i < c->n; i++) {
+        const llmcbi_prompt *p = &c->prompts[i];
+        if (p->run.state == LLMCBI_RUN_STARTING &&
+            !llmcbi_run_settled(&p->run))
             return;
+        if (p->outcome && p->outcome->code == LLMCB_EHANDLER && !p->attempt)
+            raised = p->outcome;
+    }
     for (i = 0; i < c->n; i++) {
         llmcbi_run *run = &c->prompts[i].run;
         if (run->state != LLMCBI_RUN_STARTING) continue;
+        if (raised) { /* in a start: nothing is sent */
+            llmcb_error e = *raised;
+            llmcbi_prompt_decide(&c->prompts[i], &e);
+            continue;
+        }
         llmcbi_run_set_state(run, LLMCBI_RUN_OPEN);
         run->start = NULL;
     }

@@ -475,20 +475,22 @@ TEST(time_paused_then_waited)
     static const char head[] =
         SSE "Connection: close\r\n\r\n" EV("a") EV("b") EV("c") EV("d");
     static const char rest[] = EV("e") FIN DONE;
-    llmcb_segment segs[3];
+    llmcb_segment segs[4];
     char bytes[1024];
     llmcb_recording rec;
     talk t;
+    size_t i;
 
-    snprintf(bytes, sizeof bytes, "%s: c\n\n%s", head, rest);
+    /* the first two delays pass while it is paused, the third does not */
+    snprintf(bytes, sizeof bytes, "%s: c\n\n: c\n\n%s", head, rest);
     memset(segs, 0, sizeof segs);
-    segs[1].offset = strlen(head); /* the clocks have gone on by then */
-    segs[1].delay_ms = 100;
-    segs[2].offset = strlen(head) + 5;
-    segs[2].delay_ms = 400;
+    for (i = 1; i < 4; i++) {
+        segs[i].offset = strlen(head) + 5 * (i - 1);
+        segs[i].delay_ms = 400;
+    }
     rec = recording(bytes, LLMCB_REPLAY_CLOSE);
     rec.segments = segs;
-    rec.n_segments = 3;
+    rec.n_segments = 4;
     talk_replay(&t, &rec, 1);
     memset(&t.h, 0, sizeof t.h);
     t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
