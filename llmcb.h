@@ -127,11 +127,11 @@
  *   With -std=c99 or -std=c11 on glibc the implementation needs POSIX:
  *   include this file first, or compile with -D_POSIX_C_SOURCE=200809L.
  */
-#if defined(LLMCB_IMPLEMENTATION) && defined(__STRICT_ANSI__) && \
-    !defined(_POSIX_C_SOURCE) && !defined(_XOPEN_SOURCE) && \
-    !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE) && \
-    !defined(__APPLE__) && !defined(__FreeBSD__) && \
-    !defined(__NetBSD__) && !defined(__OpenBSD__)
+#if defined(LLMCB_IMPLEMENTATION) && defined(__STRICT_ANSI__) &&            \
+    !defined(_POSIX_C_SOURCE) && !defined(_XOPEN_SOURCE) &&                 \
+    !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE) &&                   \
+    !defined(__APPLE__) && !defined(__FreeBSD__) && !defined(__NetBSD__) && \
+    !defined(__OpenBSD__)
 #define _POSIX_C_SOURCE 200809L
 #endif
 
@@ -169,15 +169,15 @@ extern "C" {
 /* What every call returns. The numbers are stable. */
 typedef enum llmcb_code {
     LLMCB_OK = 0,
-    LLMCB_ENOMEM = -1,     /* out of memory */
-    LLMCB_EINVAL = -2,     /* a bad argument, refused before anything ran */
-    LLMCB_ESTATE = -3,     /* the call is not legal here or now */
-    LLMCB_ECANCELLED = -4, /* cancelled by the program; see detail */
-    LLMCB_ETIMEDOUT = -5,  /* a time limit; see detail */
-    LLMCB_EDNS = -6,       /* the host's name could not be resolved */
-    LLMCB_ECONNECT = -7,   /* no connection to the server */
-    LLMCB_ETLS = -8,       /* TLS: handshake or certificate */
-    LLMCB_EIO = -9,        /* the connection broke */
+    LLMCB_ENOMEM = -1,      /* out of memory */
+    LLMCB_EINVAL = -2,      /* a bad argument, refused before anything ran */
+    LLMCB_ESTATE = -3,      /* the call is not legal here or now */
+    LLMCB_ECANCELLED = -4,  /* cancelled by the program; see detail */
+    LLMCB_ETIMEDOUT = -5,   /* a time limit; see detail */
+    LLMCB_EDNS = -6,        /* the host's name could not be resolved */
+    LLMCB_ECONNECT = -7,    /* no connection to the server */
+    LLMCB_ETLS = -8,        /* TLS: handshake or certificate */
+    LLMCB_EIO = -9,         /* the connection broke */
     LLMCB_ETRUNCATED = -10, /* the answer ended before it was whole */
     LLMCB_EHTTP = -11,      /* an HTTP status that is no success */
     LLMCB_EAPI = -12,       /* the server reported an error in its answer */
@@ -344,8 +344,7 @@ LLMCB_API void llmcb_loop_wakeup(llmcb_loop *loop);
  *
  * prepare sets *timeout_ms to how long the host may wait: 0 whenever
  * anything is ready or changed, -1 for no limit. */
-LLMCB_API llmcb_code llmcb_loop_prepare(llmcb_loop *loop,
-                                        int64_t *timeout_ms);
+LLMCB_API llmcb_code llmcb_loop_prepare(llmcb_loop *loop, int64_t *timeout_ms);
 
 /* Writes at most cap entries and returns how many there are. With epoll it
  * is one. */
@@ -361,8 +360,7 @@ LLMCB_API llmcb_code llmcb_loop_dispatch(llmcb_loop *loop,
  * NULL ends it) and reports events with the two calls below. */
 LLMCB_API llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
                                          const llmcb_host *host);
-LLMCB_API llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd,
-                                         int events);
+LLMCB_API llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd, int events);
 LLMCB_API llmcb_code llmcb_loop_timer_event(llmcb_loop *loop);
 
 /* ==== [TASK] operations and coroutines ================================= */
@@ -416,6 +414,7 @@ typedef llmcb_step (*llmcb_task_fn)(llmcb_task *t);
  * code in t->result. One await a line, and none inside a switch of yours: a
  * lost resume point ends the task with LLMCB_ESTATE. A step function can do
  * without the macros: it switches on t->at, which it sets itself. */
+/* clang-format off */
 #define LLMCB_BEGIN(t)  \
     switch ((t)->at) {  \
     case 0:
@@ -431,6 +430,7 @@ typedef llmcb_step (*llmcb_task_fn)(llmcb_task *t);
         return LLMCB_ESTATE;     \
     }                            \
     return LLMCB_DONE
+/* clang-format on */
 
 /* Starts a coroutine in the loop's next turn, with frame_size zeroed bytes
  * at t->frame and `self` at t->self. Its code is what its step returns. A
@@ -586,10 +586,10 @@ typedef struct llmcb_tool_call {
 /* One message of a conversation. */
 typedef struct llmcb_message {
     llmcb_role role;
-    const char *content;  /* UTF-8; NULL: none */
-    size_t content_len;   /* bytes; 0: up to the NUL */
-    const char *name;     /* optional */
-    const char *tool_call_id; /* of a LLMCB_TOOL message */
+    const char *content;               /* UTF-8; NULL: none */
+    size_t content_len;                /* bytes; 0: up to the NUL */
+    const char *name;                  /* optional */
+    const char *tool_call_id;          /* of a LLMCB_TOOL message */
     const llmcb_tool_call *tool_calls; /* of a LLMCB_ASSISTANT message */
     size_t n_tool_calls;
     const char *parts; /* JSON array sent as the content, for images and the
@@ -646,8 +646,8 @@ typedef struct llmcb_generation {
 
 /* The answer to one conversation, or what there was of it. */
 typedef struct llmcb_result {
-    bool complete; /* false: partial, beside an error */
-    bool sentinel; /* the stream's [DONE] was seen */
+    bool complete;                       /* false: partial, beside an error */
+    bool sentinel;                       /* the stream's [DONE] was seen */
     const llmcb_generation *generations; /* one a choice */
     size_t n_generations;
     llmcb_str model_name; /* the model that served it */
@@ -660,10 +660,10 @@ typedef struct llmcb_result {
 typedef struct llmcb_start {
     const llmcb_message *messages; /* with content_len set */
     size_t n_messages;
-    llmcb_str prompt;     /* "Human: ..." lines, for on_llm_start */
-    const char *model;    /* the model asked for */
-    size_t batch_size;    /* prompts of the same call */
-    llmcb_str params;     /* JSON text: what is sent but the messages */
+    llmcb_str prompt;  /* "Human: ..." lines, for on_llm_start */
+    const char *model; /* the model asked for */
+    size_t batch_size; /* prompts of the same call */
+    llmcb_str params;  /* JSON text: what is sent but the messages */
 } llmcb_start;
 
 typedef struct llmcb_retry {
@@ -702,25 +702,25 @@ typedef int (*llmcb_sync_fn)(llmcb_handler *h, const llmcb_event *ev);
 typedef llmcb_step (*llmcb_async_fn)(llmcb_task *t, llmcb_handler *h,
                                      const llmcb_event *ev);
 
-#define LLMCBI_EVENTS(type)         \
-    type on_llm_start;              \
-    type on_chat_model_start;       \
-    type on_llm_new_token;          \
-    type on_llm_end;                \
-    type on_llm_error;              \
-    type on_chain_start;            \
-    type on_chain_end;              \
-    type on_chain_error;            \
-    type on_agent_action;           \
-    type on_agent_finish;           \
-    type on_tool_start;             \
-    type on_tool_end;               \
-    type on_tool_error;             \
-    type on_retriever_start;        \
-    type on_retriever_end;          \
-    type on_retriever_error;        \
-    type on_text;                   \
-    type on_retry;                  \
+#define LLMCBI_EVENTS(type)   \
+    type on_llm_start;        \
+    type on_chat_model_start; \
+    type on_llm_new_token;    \
+    type on_llm_end;          \
+    type on_llm_error;        \
+    type on_chain_start;      \
+    type on_chain_end;        \
+    type on_chain_error;      \
+    type on_agent_action;     \
+    type on_agent_finish;     \
+    type on_tool_start;       \
+    type on_tool_end;         \
+    type on_tool_error;       \
+    type on_retriever_start;  \
+    type on_retriever_end;    \
+    type on_retriever_error;  \
+    type on_text;             \
+    type on_retry;            \
     type on_custom_event;
 
 typedef struct llmcb_sync_table {
@@ -733,7 +733,8 @@ typedef struct llmcb_async_table {
 #undef LLMCBI_EVENTS
 
 /* llmcb_handler.flags */
-#define LLMCB_INLINE 1u     /* sync functions run on the loop's thread, before
+#define LLMCB_INLINE \
+    1u                      /* sync functions run on the loop's thread, before
                                the other handlers, and must not block */
 #define LLMCB_AWAIT_EACH 2u /* the run's next event waits for this handler */
 #define LLMCB_PARALLEL 4u   /* may be entered for several runs at once */
@@ -783,14 +784,14 @@ typedef struct llmcb_limits {
 /* What a transport is to send. Valid until the exchange is over. */
 typedef struct llmcb_request {
     const char *method;
-    const char *url;      /* http://, https:// or unix:/path:/target */
+    const char *url; /* http://, https:// or unix:/path:/target */
     const llmcb_pair *headers;
     size_t n_headers;
     const char *body;
     size_t body_len;
-    int64_t connect_ms;   /* for dividing it among addresses */
-    uint64_t identity;    /* connections are shared by equal ones only */
-    const char *ca_file;  /* NULL: the system's */
+    int64_t connect_ms;         /* for dividing it among addresses */
+    uint64_t identity;          /* connections are shared by equal ones only */
+    const char *ca_file;        /* NULL: the system's */
     const llmcb_limits *limits; /* header_*, body; none is 0 */
     bool http2;
     bool insecure_tls;
@@ -914,9 +915,8 @@ LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
  * path, NAME-2.http, ... with NAME.segments.json beside it, mode 0600, in a
  * form that llmcb_replay_new plays. Of the request nothing is written, of the
  * response no cookies. Belongs to the loop. NULL: no memory. */
-LLMCB_API llmcb_transport *llmcb_record_new(llmcb_loop *loop,
-                                            llmcb_transport *inner,
-                                            const char *path);
+LLMCB_API llmcb_transport *
+llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path);
 
 /* ==== [CHAT] chat calls ================================================ */
 
@@ -949,9 +949,9 @@ typedef struct llmcb_chat_desc {
     llmcb_transport *transport; /* default: libcurl, or sockets without it */
     const char *ca_file;        /* PEM; default: the system's */
     bool http2;
-    bool allow_cleartext_key;   /* send the key over http:// to other hosts
+    bool allow_cleartext_key; /* send the key over http:// to other hosts
                                    than this machine */
-    bool insecure_tls;          /* needs LLMCB_ALLOW_INSECURE_TLS */
+    bool insecure_tls;        /* needs LLMCB_ALLOW_INSECURE_TLS */
     /* Serve this chat's own runs, behind those of a call. */
     llmcb_handler *const *callbacks;
     size_t n_callbacks;
@@ -978,8 +978,8 @@ LLMCB_API void llmcb_chat_free(llmcb_chat *chat);
  * answer comes whole; with `streaming` its tokens are told to handlers as
  * they come. config may be NULL. NULL: no memory. */
 LLMCB_API llmcb_op *llmcb_chat_generate(llmcb_chat *chat,
-                                        const llmcb_message *messages,
-                                        size_t n, const llmcb_config *config);
+                                        const llmcb_message *messages, size_t n,
+                                        const llmcb_config *config);
 
 /* The same, always streaming, for reading with llmcb_op_next. */
 LLMCB_API llmcb_op *llmcb_chat_stream(llmcb_chat *chat,
@@ -1012,8 +1012,7 @@ LLMCB_API const llmcb_result *llmcb_op_result(const llmcb_op *op);
 
 /* The same for prompt i of a batch, with its own error and run. */
 LLMCB_API size_t llmcb_op_n_prompts(const llmcb_op *op);
-LLMCB_API const llmcb_result *llmcb_op_result_at(const llmcb_op *op,
-                                                 size_t i);
+LLMCB_API const llmcb_result *llmcb_op_result_at(const llmcb_op *op, size_t i);
 LLMCB_API const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i);
 LLMCB_API llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i);
 
@@ -1089,7 +1088,7 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 
 /* The struct that a member belongs to. */
 #define LLMCBI_OWNER(type, member, ptr) \
-    ((type *)(void *)((char *)(ptr) - offsetof(type, member)))
+    ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
 
 /* Every system call goes through this name, so that a test can define it
  * and make any of them fail. */
@@ -1116,40 +1115,38 @@ LLMCBI_DEF const char *llmcb_version(void)
     return LLMCB_VERSION;
 }
 
-#define LLMCBI_CODES(X)                                               \
-    X(LLMCB_OK, "no error")                                           \
-    X(LLMCB_ENOMEM, "out of memory")                                  \
-    X(LLMCB_EINVAL, "invalid argument")                               \
-    X(LLMCB_ESTATE, "not legal in this state")                        \
-    X(LLMCB_ECANCELLED, "cancelled")                                  \
-    X(LLMCB_ETIMEDOUT, "timed out")                                   \
-    X(LLMCB_EDNS, "the host name could not be resolved")              \
-    X(LLMCB_ECONNECT, "could not connect to the server")              \
-    X(LLMCB_ETLS, "TLS handshake or certificate failure")             \
-    X(LLMCB_EIO, "the connection broke")                              \
-    X(LLMCB_ETRUNCATED, "the answer ended before it was complete")    \
-    X(LLMCB_EHTTP, "the server answered with an error status")        \
-    X(LLMCB_EAPI, "the server reported an error")                     \
-    X(LLMCB_EPROTO, "the server broke the protocol")                  \
-    X(LLMCB_ECTYPE, "the answer has an unexpected type or encoding")  \
+#define LLMCBI_CODES(X)                                                \
+    X(LLMCB_OK, "no error")                                            \
+    X(LLMCB_ENOMEM, "out of memory")                                   \
+    X(LLMCB_EINVAL, "invalid argument")                                \
+    X(LLMCB_ESTATE, "not legal in this state")                         \
+    X(LLMCB_ECANCELLED, "cancelled")                                   \
+    X(LLMCB_ETIMEDOUT, "timed out")                                    \
+    X(LLMCB_EDNS, "the host name could not be resolved")               \
+    X(LLMCB_ECONNECT, "could not connect to the server")               \
+    X(LLMCB_ETLS, "TLS handshake or certificate failure")              \
+    X(LLMCB_EIO, "the connection broke")                               \
+    X(LLMCB_ETRUNCATED, "the answer ended before it was complete")     \
+    X(LLMCB_EHTTP, "the server answered with an error status")         \
+    X(LLMCB_EAPI, "the server reported an error")                      \
+    X(LLMCB_EPROTO, "the server broke the protocol")                   \
+    X(LLMCB_ECTYPE, "the answer has an unexpected type or encoding")   \
     X(LLMCB_EREDIRECT, "the server redirected, which is not followed") \
-    X(LLMCB_EJSON, "the answer is not valid JSON")                    \
-    X(LLMCB_EUTF8, "text is not valid UTF-8")                         \
-    X(LLMCB_ELIMIT, "a limit was exceeded")                           \
-    X(LLMCB_EHANDLER, "a handler failed")                             \
-    X(LLMCB_EBUSY, "busy")                                            \
-    X(LLMCB_ESYS, "a system call failed")                             \
+    X(LLMCB_EJSON, "the answer is not valid JSON")                     \
+    X(LLMCB_EUTF8, "text is not valid UTF-8")                          \
+    X(LLMCB_ELIMIT, "a limit was exceeded")                            \
+    X(LLMCB_EHANDLER, "a handler failed")                              \
+    X(LLMCB_EBUSY, "busy")                                             \
+    X(LLMCB_ESYS, "a system call failed")                              \
     X(LLMCB_EFORK, "the loop belongs to the parent process")
 
 LLMCBI_DEF const char *llmcb_code_name(llmcb_code code)
 {
 #define LLMCBI_CASE(name, text) \
-    case name:                  \
-        return #name;
+    case name: return #name;
     switch (code) {
         LLMCBI_CODES(LLMCBI_CASE)
-    default:
-        return "LLMCB_UNKNOWN";
+    default: return "LLMCB_UNKNOWN";
     }
 #undef LLMCBI_CASE
 }
@@ -1157,12 +1154,10 @@ LLMCBI_DEF const char *llmcb_code_name(llmcb_code code)
 LLMCBI_DEF const char *llmcb_code_text(llmcb_code code)
 {
 #define LLMCBI_CASE(name, text) \
-    case name:                  \
-        return text;
+    case name: return text;
     switch (code) {
         LLMCBI_CODES(LLMCBI_CASE)
-    default:
-        return "unknown error";
+    default: return "unknown error";
     }
 #undef LLMCBI_CASE
 }
@@ -1266,7 +1261,8 @@ static void llmcbi_wipe(void *ptr, size_t size)
 {
     volatile unsigned char *p = (volatile unsigned char *)ptr;
 
-    while (size--) *p++ = 0;
+    while (size--)
+        *p++ = 0;
 }
 
 /* Bytes of the UTF-8 sequence that `first` opens; 0: none does. */
@@ -1315,8 +1311,7 @@ static bool llmcbi_utf8_valid(const char *s, size_t len)
 /* Copies as much as fits, with a NUL, as valid UTF-8 of the same length:
  * what a terminal or a log might act on becomes blanks, what is no UTF-8
  * question marks. */
-static void llmcbi_copy_clean(char *out, size_t cap, const char *s,
-                              size_t len)
+static void llmcbi_copy_clean(char *out, size_t cap, const char *s, size_t len)
 {
     while (len) {
         size_t n = llmcbi_utf8_at(s, len);
@@ -1364,7 +1359,8 @@ static bool llmcbi_buf_reserve(const llmcb_allocator *a, llmcbi_buf *b,
         b->failed = true;
         return false;
     }
-    while (cap - b->len <= more) cap *= 2;
+    while (cap - b->len <= more)
+        cap *= 2;
     p = (char *)llmcbi_resize(a, b->ptr, b->cap, cap);
     if (!p) {
         b->failed = true;
@@ -1397,7 +1393,8 @@ static const char *llmcbi_decimal(char *out, int64_t v)
     uint64_t u = v < 0 ? 0 - (uint64_t)v : (uint64_t)v;
 
     *p = '\0';
-    do *--p = (char)('0' + u % 10);
+    do
+        *--p = (char)('0' + u % 10);
     while ((u /= 10) != 0);
     if (v < 0) *--p = '-';
     return p;
@@ -1497,8 +1494,7 @@ static void llmcbi_error_set(llmcb_error *e, llmcb_code code,
     e->code = code;
     e->retry_after_ms = -1;
     if (!message || !*message) message = llmcb_code_text(code);
-    llmcbi_copy_clean(e->message, sizeof e->message, message,
-                      strlen(message));
+    llmcbi_copy_clean(e->message, sizeof e->message, message, strlen(message));
 }
 
 /* Appends to the message, as far as it fits. */
@@ -1592,7 +1588,8 @@ static void llmcbi_random_seed(llmcbi_random *r)
     ssize_t n = -1;
 
     if (fd >= 0) {
-        do n = LLMCBI_SYS(read)(fd, r->s, sizeof r->s);
+        do
+            n = LLMCBI_SYS(read)(fd, r->s, sizeof r->s);
         while (n < 0 && errno == EINTR);
         LLMCBI_SYS(close)(fd);
     }
@@ -1657,9 +1654,9 @@ static bool llmcbi_uuid_valid(const char *s)
 
 /* What has come of a character while the rest is still to come. */
 typedef struct llmcbi_carry {
-    uint8_t n;        /* bytes of an incomplete UTF-8 sequence */
+    uint8_t n; /* bytes of an incomplete UTF-8 sequence */
     uint8_t bytes[3];
-    uint16_t high;    /* a high surrogate, or 0 */
+    uint16_t high; /* a high surrogate, or 0 */
 } llmcbi_carry;
 
 static char *llmcbi_put_replacement(char *out)
@@ -1726,7 +1723,6 @@ static char *llmcbi_put_byte(char *out, llmcbi_carry *c, unsigned char b)
     }
     return out;
 }
-
 
 /* ==== [JSON] pull reader over bytes in place, writer =================== */
 
@@ -1796,7 +1792,8 @@ static uint32_t llmcbi_hex4(const char *s)
     uint32_t v = 0;
     int i;
 
-    for (i = 0; i < 4; i++) v = v << 4 | (uint32_t)llmcbi_hex(s[i]);
+    for (i = 0; i < 4; i++)
+        v = v << 4 | (uint32_t)llmcbi_hex(s[i]);
     return v;
 }
 
@@ -1826,7 +1823,8 @@ static bool llmcbi_json_string(llmcbi_json *j)
             q = ((w - ones * 0x20) | (q - ones) | (b - ones) | w) & tops;
             if (q) {
 #if LLMCBI_LITTLE_ENDIAN
-                for (; !(q & 0x80); q >>= 8) p++; /* to the first of them */
+                for (; !(q & 0x80); q >>= 8)
+                    p++; /* to the first of them */
 #endif
                 break;
             }
@@ -1857,7 +1855,8 @@ static bool llmcbi_json_string(llmcbi_json *j)
 
 static const char *llmcbi_digits(const char *p, const char *end)
 {
-    while (p < end && *p >= '0' && *p <= '9') p++;
+    while (p < end && *p >= '0' && *p <= '9')
+        p++;
     return p;
 }
 
@@ -1936,12 +1935,8 @@ static llmcbi_json_type llmcbi_json_value(llmcbi_json *j)
     bool ok;
 
     switch (*j->p) {
-    case '{':
-        j->p++;
-        return llmcbi_json_open(j, true);
-    case '[':
-        j->p++;
-        return llmcbi_json_open(j, false);
+    case '{': j->p++; return llmcbi_json_open(j, true);
+    case '[': j->p++; return llmcbi_json_open(j, false);
     case '"':
         j->p++;
         type = LLMCBI_JSON_STRING;
@@ -1995,8 +1990,7 @@ static llmcbi_json_type llmcbi_json_next(llmcbi_json *j)
             return llmcbi_json_close(j, false);
         }
         return llmcbi_json_value(j);
-    case LLMCBI_EXPECT_VALUE:
-        return llmcbi_json_value(j);
+    case LLMCBI_EXPECT_VALUE: return llmcbi_json_value(j);
     case LLMCBI_EXPECT_KEY_OR_END:
         if (*j->p == '}') {
             j->p++;
@@ -2012,8 +2006,7 @@ static llmcbi_json_type llmcbi_json_next(llmcbi_json *j)
         if (j->p == j->end) return llmcbi_json_fail(j);
         return object ? llmcbi_json_key(j) : llmcbi_json_value(j);
     }
-    default: /* something behind the document */
-        return llmcbi_json_fail(j);
+    default: /* something behind the document */ return llmcbi_json_fail(j);
     }
 }
 
@@ -2081,8 +2074,7 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
         default: cp = b; break;
         }
         if (c->high && cp >= 0xDC00 && cp < 0xE000) {
-            cp = 0x10000 + ((uint32_t)(c->high - 0xD800) << 10) +
-                 (cp - 0xDC00);
+            cp = 0x10000 + ((uint32_t)(c->high - 0xD800) << 10) + (cp - 0xDC00);
             c->high = 0;
         }
         o = llmcbi_carry_flush(o, c);
@@ -2205,12 +2197,12 @@ typedef struct llmcbi_sse {
     llmcbi_buf line; /* a line that began in earlier input */
     llmcbi_buf data; /* data lines so far, joined by LF */
     size_t limit;
-    llmcb_str here;  /* the only data line so far, in the present input */
-    uint8_t bom;     /* bytes of a byte order mark seen; 3: no longer */
-    bool skip_lf;    /* the last line ended in CR */
-    bool in_data;    /* `data` holds the lines so far */
-    bool is_error;   /* "event: error" */
-    bool told;       /* an event was handed out; is_error was its */
+    llmcb_str here; /* the only data line so far, in the present input */
+    uint8_t bom;    /* bytes of a byte order mark seen; 3: no longer */
+    bool skip_lf;   /* the last line ended in CR */
+    bool in_data;   /* `data` holds the lines so far */
+    bool is_error;  /* "event: error" */
+    bool told;      /* an event was handed out; is_error was its */
 } llmcbi_sse;
 
 typedef enum llmcbi_sse_status {
@@ -2402,8 +2394,8 @@ typedef struct llmcbi_fired {
 } llmcbi_fired;
 
 #define LLMCBI_SCRATCH ((size_t)64 * 1024) /* of one read */
-#define LLMCBI_MAX_FIRED 128 /* descriptors served in one turn */
-#define LLMCBI_ROUNDS 8      /* of the ready list in one turn */
+#define LLMCBI_MAX_FIRED 128               /* descriptors served in one turn */
+#define LLMCBI_ROUNDS 8                    /* of the ready list in one turn */
 
 /* What later sections keep in the loop.
  * upward: llmcbi_pool */
@@ -2450,17 +2442,17 @@ struct llmcb_loop {
     size_t n_alive;      /* operations that are not done */
     llmcb_transport *transports, *default_transport;
     uint64_t last_identity;
-    void *scratch; /* shared read buffer of the socket transport */
+    void *scratch;              /* shared read buffer of the socket transport */
     llmcbi_cursor *unpublished; /* whose news the pool must be told */
     llmcbi_block *spare;        /* blocks of logs, for use again */
     size_t n_spare;
 
     /* Shared with other threads, under the mutex. */
     pthread_mutex_t mutex;
-    bool sleeping;      /* the loop waits, or its host does */
-    bool closed;        /* no more posts */
+    bool sleeping; /* the loop waits, or its host does */
+    bool closed;   /* no more posts */
     llmcbi_post *posts, **last_post;
-    llmcbi_pool *pool;  /* set once, by the loop */
+    llmcbi_pool *pool;       /* set once, by the loop */
     llmcbi_cursor *progress; /* cursors that workers have moved */
     bool progress_due;       /* one of them has reached its mark */
 };
@@ -2693,8 +2685,8 @@ static bool llmcbi_poller_open(llmcb_loop *loop)
 {
     loop->epoll_fd = LLMCBI_SYS(epoll_create1)(EPOLL_CLOEXEC);
     return loop->epoll_fd >= 0 &&
-           llmcbi_poller_ctl(loop, EPOLL_CTL_ADD, loop->wake_fd[0],
-                             LLMCB_READ, NULL);
+           llmcbi_poller_ctl(loop, EPOLL_CTL_ADD, loop->wake_fd[0], LLMCB_READ,
+                             NULL);
 }
 
 static void llmcbi_poller_close(llmcb_loop *loop)
@@ -2763,8 +2755,7 @@ static bool llmcbi_poller_set(llmcb_loop *loop, llmcbi_watch *w, int before)
     return true;
 }
 
-static void llmcbi_poller_fire(llmcb_loop *loop, llmcbi_watch *w,
-                               short revents)
+static void llmcbi_poller_fire(llmcb_loop *loop, llmcbi_watch *w, short revents)
 {
     llmcbi_fired *f = &loop->fired[loop->n_fired];
 
@@ -2792,9 +2783,8 @@ static size_t llmcbi_poller_fill(llmcb_loop *loop, struct pollfd *fds,
         if (i) {
             llmcbi_watch *w = loop->watches[(loop->poll_start + i - 1) % n];
             fds[i].fd = w->fd;
-            fds[i].events =
-                (short)((w->events & LLMCB_READ ? POLLIN : 0) |
-                        (w->events & LLMCB_WRITE ? POLLOUT : 0));
+            fds[i].events = (short)((w->events & LLMCB_READ ? POLLIN : 0) |
+                                    (w->events & LLMCB_WRITE ? POLLOUT : 0));
         }
     }
     return n + 1;
@@ -2907,7 +2897,8 @@ LLMCBI_DEF void llmcb_loop_wakeup(llmcb_loop *loop)
     ssize_t n;
 
     if (!loop) return;
-    do n = LLMCBI_SYS(write)(loop->wake_fd[1], "", 1);
+    do
+        n = LLMCBI_SYS(write)(loop->wake_fd[1], "", 1);
     while (n < 0 && errno == EINTR);
     errno = saved; /* full: it is awake already */
 }
@@ -2925,7 +2916,8 @@ static void llmcbi_drain_wakeups(llmcb_loop *loop)
     char junk[256];
     ssize_t n;
 
-    do n = LLMCBI_SYS(read)(loop->wake_fd[0], junk, sizeof junk);
+    do
+        n = LLMCBI_SYS(read)(loop->wake_fd[0], junk, sizeof junk);
     while (n == (ssize_t)sizeof junk || (n < 0 && errno == EINTR));
 }
 
@@ -3082,7 +3074,8 @@ LLMCBI_DEF llmcb_code llmcb_loop_run(llmcb_loop *loop)
 
     if (code != LLMCB_OK) return code;
     loop->stopping = false;
-    while (loop->n_alive && !loop->stopping) llmcbi_turn(loop, -1);
+    while (loop->n_alive && !loop->stopping)
+        llmcbi_turn(loop, -1);
     return LLMCB_OK;
 }
 
@@ -3113,8 +3106,7 @@ LLMCBI_DEF llmcb_code llmcb_clock_advance(llmcb_loop *loop, int64_t ms)
     return LLMCB_OK;
 }
 
-LLMCBI_DEF llmcb_code llmcb_loop_prepare(llmcb_loop *loop,
-                                         int64_t *timeout_ms)
+LLMCBI_DEF llmcb_code llmcb_loop_prepare(llmcb_loop *loop, int64_t *timeout_ms)
 {
     llmcb_code code = llmcbi_may_turn(loop);
 
@@ -3194,8 +3186,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
     return LLMCB_OK;
 }
 
-LLMCBI_DEF llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd,
-                                          int events)
+LLMCBI_DEF llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd, int events)
 {
     llmcb_code code = llmcbi_may_turn(loop);
     bool woken;
@@ -3268,8 +3259,7 @@ LLMCBI_DEF llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc)
     llmcbi_random_seed(&loop->random);
     if (LLMCBI_SYS(pipe)(loop->wake_fd) != 0) goto no_pipe;
     if (!llmcbi_cloexec_nonblock(loop->wake_fd[0]) ||
-        !llmcbi_cloexec_nonblock(loop->wake_fd[1]) ||
-        !llmcbi_poller_open(loop))
+        !llmcbi_cloexec_nonblock(loop->wake_fd[1]) || !llmcbi_poller_open(loop))
         goto no_poller;
     if (pthread_mutex_init(&loop->mutex, NULL) != 0) goto no_poller;
     return loop;
@@ -3329,8 +3319,10 @@ static void llmcbi_op_destroy(llmcb_op *op)
     llmcb_loop *loop = op->loop;
 
     if (op->next) op->next->prev = op->prev;
-    if (op->prev) op->prev->next = op->next;
-    else loop->ops = op->next;
+    if (op->prev)
+        op->prev->next = op->next;
+    else
+        loop->ops = op->next;
     llmcbi_error_drop(&loop->alloc, op->error);
     op->destroy(op);
 }
@@ -3345,7 +3337,8 @@ static void llmcbi_op_finish(llmcb_op *op, const llmcb_error *error)
     op->done = true;
     op->loop->n_alive--;
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_OK);
-    while (op->waiters) llmcbi_task_told(op->waiters);
+    while (op->waiters)
+        llmcbi_task_told(op->waiters);
     if (op->detached && !op->waiting) llmcbi_op_destroy(op);
 }
 
@@ -3386,7 +3379,7 @@ static void llmcbi_take_cancels(llmcb_loop *loop)
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
         if (!op->done)
             op->cancel(op, op->detached ? LLMCB_DETAIL_CONSUMER
-                                             : LLMCB_DETAIL_CALLER);
+                                        : LLMCB_DETAIL_CALLER);
     }
 }
 
@@ -3402,7 +3395,8 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
         return;
     }
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_ECANCELLED);
-    while (op->waiters) llmcbi_task_told(op->waiters);
+    while (op->waiters)
+        llmcbi_task_told(op->waiters);
     LLMCBI_FLAG_SET(&op->cancel_wanted, 1);
     LLMCBI_FLAG_SET(&loop->cancels, 1);
     if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
@@ -3430,7 +3424,8 @@ LLMCBI_DEF llmcb_code llmcb_loop_run_until(llmcb_loop *loop, llmcb_op *op)
     if (op->waited) op->waited(op);
     loop->stopping = false;
     op->waiting = true; /* a callback may free it */
-    while (!op->done && !loop->stopping) llmcbi_turn(loop, -1);
+    while (!op->done && !loop->stopping)
+        llmcbi_turn(loop, -1);
     code = llmcb_op_code(op);
     llmcbi_op_waited(op);
     return code;
@@ -3445,7 +3440,7 @@ LLMCBI_DEF llmcb_code llmcb_op_wait(llmcb_op *op)
 struct llmcbi_task {
     llmcb_task pub;
     llmcb_loop *loop;
-    llmcb_step (*step)(llmcbi_task *t);             /* calls the function */
+    llmcb_step (*step)(llmcbi_task *t);              /* calls the function */
     void (*finish)(llmcbi_task *t, llmcb_code code); /* it has ended */
     llmcbi_ready ready;
     llmcbi_timer timer;
@@ -3453,24 +3448,26 @@ struct llmcbi_task {
     llmcbi_waiter *many; /* of llmcb_await_all and llmcb_await_any */
     size_t n_many, n_left;
     llmcbi_watch watch;
-    size_t size;     /* of a handler's task, with its frame */
-    llmcb_op *owned; /* freed when the await ends */
+    size_t size;        /* of a handler's task, with its frame */
+    llmcb_op *owned;    /* freed when the await ends */
     llmcbi_task **slot; /* where it waits for a chunk */
-    void *owner;     /* for step and finish */
-    const void *home; /* the op that it is, or whose handler it is */
-    bool armed;      /* suspended, or about to be */
-    bool any;        /* one of `many` is enough */
-    bool timing_out; /* the timer is a limit, not the thing awaited */
-    bool cancelled;  /* told at the next await */
-    bool stepping;   /* its function is on the stack */
+    void *owner;        /* for step and finish */
+    const void *home;   /* the op that it is, or whose handler it is */
+    bool armed;         /* suspended, or about to be */
+    bool any;           /* one of `many` is enough */
+    bool timing_out;    /* the timer is a limit, not the thing awaited */
+    bool cancelled;     /* told at the next await */
+    bool stepping;      /* its function is on the stack */
 };
 
 static void llmcbi_waiter_leave(llmcbi_waiter *w)
 {
     if (!w->op) return;
     if (w->next) w->next->prev = w->prev;
-    if (w->prev) w->prev->next = w->next;
-    else w->op->waiters = w->next;
+    if (w->prev)
+        w->prev->next = w->next;
+    else
+        w->op->waiters = w->next;
     w->op = NULL;
 }
 
@@ -3492,7 +3489,8 @@ static void llmcbi_task_disarm(llmcbi_task *t)
     llmcbi_timer_stop(t->loop, &t->timer);
     llmcbi_watch_set(t->loop, &t->watch, -1, 0);
     llmcbi_waiter_leave(&t->waiter);
-    for (i = 0; i < t->n_many; i++) llmcbi_waiter_leave(&t->many[i]);
+    for (i = 0; i < t->n_many; i++)
+        llmcbi_waiter_leave(&t->many[i]);
     llmcbi_free(&t->loop->alloc, t->many, t->n_many * sizeof *t->many);
     t->many = NULL;
     t->n_many = 0;
@@ -3501,8 +3499,10 @@ static void llmcbi_task_disarm(llmcbi_task *t)
     if (t->owned) {
         llmcb_op *op = t->owned;
         t->owned = NULL;
-        if (op->done) op->detached = true; /* its finish destroys it */
-        else llmcb_op_free(op);
+        if (op->done)
+            op->detached = true; /* its finish destroys it */
+        else
+            llmcb_op_free(op);
     }
 }
 
@@ -3632,8 +3632,7 @@ LLMCBI_DEF llmcb_step llmcb_sleep(llmcb_task *pub, int64_t ms)
 {
     llmcbi_task *t = llmcbi_await(pub);
 
-    if (t && ms != LLMCB_FOREVER)
-        llmcbi_timer_start(t->loop, &t->timer, ms);
+    if (t && ms != LLMCB_FOREVER) llmcbi_timer_start(t->loop, &t->timer, ms);
     return LLMCB_WAIT;
 }
 
@@ -3652,7 +3651,8 @@ LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *pub, int fd, int events,
             return llmcbi_await_over(t, LLMCB_EBUSY);
     code = llmcbi_watch_set(t->loop, &t->watch, fd, events);
     /* epoll refuses what is always ready: files */
-    if (code == LLMCB_ESYS && errno == EPERM) code = LLMCB_OK;
+    if (code == LLMCB_ESYS && errno == EPERM)
+        code = LLMCB_OK;
     else if (code == LLMCB_OK) {
         llmcbi_await_limit(t, timeout_ms);
         return LLMCB_WAIT;
@@ -3705,10 +3705,9 @@ static llmcb_step llmcbi_await_many(llmcb_task *pub, llmcb_op *const *ops,
         }
     }
     t->pub.index = first;
-    if (t->n_left == 0 || (any && first < n))
-        return llmcbi_await_over(t, code);
-    t->many = (llmcbi_waiter *)llmcbi_alloc(&t->loop->alloc,
-                                            n * sizeof *t->many);
+    if (t->n_left == 0 || (any && first < n)) return llmcbi_await_over(t, code);
+    t->many =
+        (llmcbi_waiter *)llmcbi_alloc(&t->loop->alloc, n * sizeof *t->many);
     if (!t->many) return llmcbi_await_over(t, LLMCB_ENOMEM);
     t->n_many = n;
     t->pub.result = code;
@@ -3809,8 +3808,7 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
         llmcbi_free(&loop->alloc, o, o->size);
         return NULL;
     }
-    llmcbi_op_init(loop, &o->op, llmcbi_task_op_cancel,
-                   llmcbi_task_op_destroy);
+    llmcbi_op_init(loop, &o->op, llmcbi_task_op_cancel, llmcbi_task_op_destroy);
     o->task.armed = true;
     llmcbi_make_ready(loop, &o->task.ready);
     return &o->op;
@@ -3833,12 +3831,12 @@ typedef struct llmcbi_job {
 /* Work that must not run twice at a time: the calls of one handler. Queued
  * on the pool while it has cursors to serve. */
 typedef struct llmcbi_strand {
-    struct llmcbi_strand *next;      /* in the pool's queue */
-    llmcbi_cursor *first, **last;    /* cursors with events to run */
-    bool queued;                     /* or running */
-    bool urgent;                     /* has a start or a finish */
+    struct llmcbi_strand *next;   /* in the pool's queue */
+    llmcbi_cursor *first, **last; /* cursors with events to run */
+    bool queued;                  /* or running */
+    bool urgent;                  /* has a start or a finish */
     const llmcb_handler *handler;
-    size_t users;                    /* cursors that belong to it */
+    size_t users;                     /* cursors that belong to it */
     struct llmcbi_strand *next_known; /* in the pool's list */
 } llmcbi_strand;
 
@@ -4032,8 +4030,7 @@ static void llmcbi_offload_done(llmcbi_job *job)
 
     if (!o) return;
     o->job = NULL;
-    llmcbi_op_finish(&o->op,
-                     llmcbi_error_const(llmcbi_code_of(job->result)));
+    llmcbi_op_finish(&o->op, llmcbi_error_const(llmcbi_code_of(job->result)));
 }
 
 static void llmcbi_offload_cancel(llmcb_op *op, llmcb_detail detail)
@@ -4045,7 +4042,8 @@ static void llmcbi_offload_cancel(llmcb_op *op, llmcb_detail detail)
     (void)detail;
     o->job->owner = NULL;
     llmcbi_lock(op->loop);
-    for (at = &p->jobs; *at && *at != o->job; at = &(*at)->next) continue;
+    for (at = &p->jobs; *at && *at != o->job; at = &(*at)->next)
+        continue;
     if (*at) { /* it has not begun */
         *at = o->job->next;
         if (!*at) p->last_job = at;
@@ -4072,8 +4070,7 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
     if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing) return NULL;
     o = (llmcbi_offload_op *)llmcbi_alloc(&loop->alloc, sizeof *o);
     if (!o) return NULL;
-    llmcbi_op_init(loop, &o->op, llmcbi_offload_cancel,
-                   llmcbi_offload_destroy);
+    llmcbi_op_init(loop, &o->op, llmcbi_offload_cancel, llmcbi_offload_destroy);
     o->job = llmcbi_job_start(loop, fn, arg, llmcbi_offload_done, o, &code);
     if (!o->job) llmcbi_op_finish(&o->op, llmcbi_error_const(code));
     return &o->op;
@@ -4137,10 +4134,10 @@ struct llmcbi_block {
 /* The life of a run. */
 typedef enum llmcbi_run_state {
     LLMCBI_RUN_NEW,
-    LLMCBI_RUN_STARTING, /* the start event is being delivered */
-    LLMCBI_RUN_OPEN,     /* events may be appended */
-    LLMCBI_RUN_DRAINING, /* the outcome is known, earlier events remain */
-    LLMCBI_RUN_DRAINED,  /* all are done with those */
+    LLMCBI_RUN_STARTING,  /* the start event is being delivered */
+    LLMCBI_RUN_OPEN,      /* events may be appended */
+    LLMCBI_RUN_DRAINING,  /* the outcome is known, earlier events remain */
+    LLMCBI_RUN_DRAINED,   /* all are done with those */
     LLMCBI_RUN_FINISHING, /* the end or error event is being delivered */
     LLMCBI_RUN_DONE
 } llmcbi_run_state;
@@ -4153,7 +4150,7 @@ struct llmcbi_run {
     void *owner;
     /* A barrier was reached, there is room again, or a handler failed. */
     void (*told)(llmcbi_run *run);
-    llmcbi_ready ready; /* the pump */
+    llmcbi_ready ready;    /* the pump */
     llmcbi_timer patience; /* handler_ms; used if that is set */
     llmcbi_block *first, *last;
     char *tail, *tail_end; /* the free part of the last block */
@@ -4170,7 +4167,7 @@ struct llmcbi_run {
     /* upward: llmcbi_cursor */
     llmcbi_cursor *cursors;
     size_t n_cursors, n_abandoned;
-    uint64_t pull;     /* events that the pull interface has passed */
+    uint64_t pull; /* events that the pull interface has passed */
     const char *pull_pos;
     uint64_t slowest;  /* as of the last pump: no cursor is behind it */
     uint64_t visible;  /* events that others than inline handlers may have */
@@ -4288,8 +4285,10 @@ static char *llmcbi_run_reserve(llmcbi_run *run, size_t size)
         jump = run->last ? (llmcbi_jump *)(void *)run->tail : &run->anchor;
         jump->head.kind = LLMCBI_JUMP;
         jump->to = (char *)b + LLMCBI_BLOCK_HEAD;
-        if (run->last) run->last->next = b;
-        else run->first = b;
+        if (run->last)
+            run->last->next = b;
+        else
+            run->first = b;
         run->last = b;
         run->held += b->size;
         run->tail = (char *)b + LLMCBI_BLOCK_HEAD;
@@ -4375,12 +4374,12 @@ static llmcb_code llmcbi_run_data(llmcbi_run *run, llmcb_event_kind kind,
 struct llmcbi_cursor {
     llmcbi_run *run;
     llmcb_handler *handler;
-    llmcbi_strand *strand; /* NULL: nothing runs on the pool */
-    llmcbi_task *task;     /* NULL: nothing is async */
-    llmcb_event ev;        /* what the handler is shown */
-    const char *pos;       /* the next record */
-    uint64_t done;         /* events it is done with */
-    uint64_t known;        /* the loop's copy of done */
+    llmcbi_strand *strand;          /* NULL: nothing runs on the pool */
+    llmcbi_task *task;              /* NULL: nothing is async */
+    llmcb_event ev;                 /* what the handler is shown */
+    const char *pos;                /* the next record */
+    uint64_t done;                  /* events it is done with */
+    uint64_t known;                 /* the loop's copy of done */
     uint64_t told_limit, told_mark; /* what was published last */
     llmcbi_cursor *next_unpublished;
     bool unpublished;
@@ -4397,9 +4396,9 @@ struct llmcbi_cursor {
     uint64_t limit; /* events it may run */
     uint64_t mark;
     uint64_t finish_seq;
-    bool busy;     /* in its strand's list or being run */
+    bool busy; /* in its strand's list or being run */
     bool in_progress;
-    int failed;    /* what the handler returned */
+    int failed; /* what the handler returned */
 };
 
 typedef enum llmcbi_lane {
@@ -4409,29 +4408,29 @@ typedef enum llmcbi_lane {
     LLMCBI_LANE_POOL
 } llmcbi_lane;
 
-#define LLMCBI_PICK(table, kind)                                    \
-    switch (kind) {                                                 \
-    case LLMCB_LLM_START: return (table).on_llm_start;              \
+#define LLMCBI_PICK(table, kind)                                     \
+    switch (kind) {                                                  \
+    case LLMCB_LLM_START: return (table).on_llm_start;               \
     case LLMCB_CHAT_MODEL_START: return (table).on_chat_model_start; \
-    case LLMCB_LLM_NEW_TOKEN: return (table).on_llm_new_token;      \
-    case LLMCB_LLM_END: return (table).on_llm_end;                  \
-    case LLMCB_LLM_ERROR: return (table).on_llm_error;              \
-    case LLMCB_CHAIN_START: return (table).on_chain_start;          \
-    case LLMCB_CHAIN_END: return (table).on_chain_end;              \
-    case LLMCB_CHAIN_ERROR: return (table).on_chain_error;          \
-    case LLMCB_AGENT_ACTION: return (table).on_agent_action;        \
-    case LLMCB_AGENT_FINISH: return (table).on_agent_finish;        \
-    case LLMCB_TOOL_START: return (table).on_tool_start;            \
-    case LLMCB_TOOL_END: return (table).on_tool_end;                \
-    case LLMCB_TOOL_ERROR: return (table).on_tool_error;            \
-    case LLMCB_RETRIEVER_START: return (table).on_retriever_start;  \
-    case LLMCB_RETRIEVER_END: return (table).on_retriever_end;      \
-    case LLMCB_RETRIEVER_ERROR: return (table).on_retriever_error;  \
-    case LLMCB_TEXT: return (table).on_text;                        \
-    case LLMCB_RETRY: return (table).on_retry;                      \
-    case LLMCB_CUSTOM_EVENT: return (table).on_custom_event;        \
-    case LLMCB_N_EVENTS:                                            \
-    default: return NULL;                                           \
+    case LLMCB_LLM_NEW_TOKEN: return (table).on_llm_new_token;       \
+    case LLMCB_LLM_END: return (table).on_llm_end;                   \
+    case LLMCB_LLM_ERROR: return (table).on_llm_error;               \
+    case LLMCB_CHAIN_START: return (table).on_chain_start;           \
+    case LLMCB_CHAIN_END: return (table).on_chain_end;               \
+    case LLMCB_CHAIN_ERROR: return (table).on_chain_error;           \
+    case LLMCB_AGENT_ACTION: return (table).on_agent_action;         \
+    case LLMCB_AGENT_FINISH: return (table).on_agent_finish;         \
+    case LLMCB_TOOL_START: return (table).on_tool_start;             \
+    case LLMCB_TOOL_END: return (table).on_tool_end;                 \
+    case LLMCB_TOOL_ERROR: return (table).on_tool_error;             \
+    case LLMCB_RETRIEVER_START: return (table).on_retriever_start;   \
+    case LLMCB_RETRIEVER_END: return (table).on_retriever_end;       \
+    case LLMCB_RETRIEVER_ERROR: return (table).on_retriever_error;   \
+    case LLMCB_TEXT: return (table).on_text;                         \
+    case LLMCB_RETRY: return (table).on_retry;                       \
+    case LLMCB_CUSTOM_EVENT: return (table).on_custom_event;         \
+    case LLMCB_N_EVENTS:                                             \
+    default: return NULL;                                            \
     }
 
 static llmcb_sync_fn llmcbi_sync_fn(const llmcb_handler *h,
@@ -4449,15 +4448,25 @@ static llmcb_async_fn llmcbi_async_fn(const llmcb_handler *h,
 
 static bool llmcbi_skips(const llmcb_handler *h, llmcb_event_kind kind)
 {
-    static const uint8_t masks[] = {
-        LLMCB_SKIP_LLM,   LLMCB_SKIP_LLM,       LLMCB_SKIP_LLM,
-        LLMCB_SKIP_LLM,   LLMCB_SKIP_LLM,       LLMCB_SKIP_CHAIN,
-        LLMCB_SKIP_CHAIN, LLMCB_SKIP_CHAIN,     LLMCB_SKIP_AGENT,
-        LLMCB_SKIP_AGENT, LLMCB_SKIP_AGENT,     LLMCB_SKIP_AGENT,
-        LLMCB_SKIP_AGENT, LLMCB_SKIP_RETRIEVER, LLMCB_SKIP_RETRIEVER,
-        LLMCB_SKIP_RETRIEVER, 0,                LLMCB_SKIP_RETRY,
-        LLMCB_SKIP_CUSTOM
-    };
+    static const uint8_t masks[] = { LLMCB_SKIP_LLM,
+                                     LLMCB_SKIP_LLM,
+                                     LLMCB_SKIP_LLM,
+                                     LLMCB_SKIP_LLM,
+                                     LLMCB_SKIP_LLM,
+                                     LLMCB_SKIP_CHAIN,
+                                     LLMCB_SKIP_CHAIN,
+                                     LLMCB_SKIP_CHAIN,
+                                     LLMCB_SKIP_AGENT,
+                                     LLMCB_SKIP_AGENT,
+                                     LLMCB_SKIP_AGENT,
+                                     LLMCB_SKIP_AGENT,
+                                     LLMCB_SKIP_AGENT,
+                                     LLMCB_SKIP_RETRIEVER,
+                                     LLMCB_SKIP_RETRIEVER,
+                                     LLMCB_SKIP_RETRIEVER,
+                                     0,
+                                     LLMCB_SKIP_RETRY,
+                                     LLMCB_SKIP_CUSTOM };
 
     return (h->skip & masks[kind]) != 0;
 }
@@ -4467,8 +4476,7 @@ static bool llmcbi_handles_chat_start(const llmcb_handler *h)
     return h->sync.on_chat_model_start || h->async.on_chat_model_start;
 }
 
-static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c,
-                                  llmcb_event_kind kind)
+static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
 {
     const llmcb_handler *h = c->handler;
 
@@ -4581,8 +4589,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
             break;
         }
         if (lane == LLMCBI_LANE_POOL)
-            failed = llmcbi_sync_fn(c->handler, c->ev.kind)(c->handler,
-                                                            &c->ev);
+            failed = llmcbi_sync_fn(c->handler, c->ev.kind)(c->handler, &c->ev);
         pos = next;
         done++;
     }
@@ -4629,9 +4636,8 @@ static void llmcbi_publish(llmcb_loop *loop)
         c->told_mark = run->mark;
         c->mark = run->mark;
         c->finish_seq = run->finish_seq;
-        c->limit = c->mute || (run->skipping && !run->finish_seq)
-                       ? 0
-                       : run->visible;
+        c->limit =
+            c->mute || (run->skipping && !run->finish_seq) ? 0 : run->visible;
         if (c->busy || c->failed) continue;
         if (c->done < c->limit) {
             c->busy = true;
@@ -4698,8 +4704,7 @@ static llmcb_step llmcbi_cursor_task_step(llmcbi_task *t)
 {
     llmcbi_cursor *c = (llmcbi_cursor *)t->owner;
 
-    return llmcbi_async_fn(c->handler, c->ev.kind)(&t->pub, c->handler,
-                                                   &c->ev);
+    return llmcbi_async_fn(c->handler, c->ev.kind)(&t->pub, c->handler, &c->ev);
 }
 
 static void llmcbi_cursor_task_finish(llmcbi_task *t, llmcb_code code)
@@ -4720,8 +4725,7 @@ static void llmcbi_cursor_start_task(llmcbi_cursor *c)
     t->pub.at = 0;
     t->pub.result = LLMCB_OK;
     t->cancelled = false;
-    if (c->handler->frame_size)
-        memset(t->pub.frame, 0, c->handler->frame_size);
+    if (c->handler->frame_size) memset(t->pub.frame, 0, c->handler->frame_size);
     c->running = true;
     llmcbi_task_run(&t->ready);
 }
@@ -4814,7 +4818,8 @@ static void llmcbi_run_recycle(llmcbi_run *run)
            past >= run->first->next->first_seq)
         llmcbi_run_drop_first(run);
     if (run->first && past >= run->head && llmcbi_run_off_pool(run)) {
-        while (run->first) llmcbi_run_drop_first(run);
+        while (run->first)
+            llmcbi_run_drop_first(run);
         for (i = 0; i < run->n_cursors; i++)
             run->cursors[i].pos = (const char *)&run->anchor;
         run->pull_pos = (const char *)&run->anchor;
@@ -4911,8 +4916,7 @@ static uint64_t llmcbi_run_inlined(const llmcbi_run *run, uint64_t limit)
 
     for (i = 0; i < run->n_cursors; i++) {
         const llmcbi_cursor *c = &run->cursors[i];
-        if (c->handler->flags & LLMCB_INLINE && !c->running &&
-            c->done < limit)
+        if (c->handler->flags & LLMCB_INLINE && !c->running && c->done < limit)
             limit = c->done;
     }
     return limit;
@@ -5037,7 +5041,8 @@ static void llmcbi_strand_put(llmcb_loop *loop, llmcbi_strand *s)
     llmcbi_strand **at = &loop->pool->known;
 
     if (--s->users) return;
-    while (*at && *at != s) at = &(*at)->next_known;
+    while (*at && *at != s)
+        at = &(*at)->next_known;
     if (*at) *at = s->next_known;
     llmcbi_free(&loop->alloc, s, sizeof *s);
 }
@@ -5062,10 +5067,13 @@ static void llmcbi_run_free(llmcbi_run *run)
     if (!loop) return; /* never begun */
     at = &loop->unpublished;
     while (*at) {
-        if ((*at)->run == run) *at = (*at)->next_unpublished;
-        else at = &(*at)->next_unpublished;
+        if ((*at)->run == run)
+            *at = (*at)->next_unpublished;
+        else
+            at = &(*at)->next_unpublished;
     }
-    while (run->first) llmcbi_run_drop_first(run);
+    while (run->first)
+        llmcbi_run_drop_first(run);
     for (i = 0; i < run->n_cursors; i++)
         llmcbi_cursor_free(loop, &run->cursors[i]);
     llmcbi_free(&loop->alloc, run->cursors,
@@ -5128,11 +5136,12 @@ static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
         !llmcbi_timer_init(loop, &run->patience, llmcbi_run_impatient))
         return LLMCB_ENOMEM;
     if (!n) return LLMCB_OK;
-    run->cursors = (llmcbi_cursor *)llmcbi_alloc(&loop->alloc,
-                                                 n * sizeof *run->cursors);
+    run->cursors =
+        (llmcbi_cursor *)llmcbi_alloc(&loop->alloc, n * sizeof *run->cursors);
     if (!run->cursors) return LLMCB_ENOMEM;
     run->n_cursors = n;
-    for (i = 0; i < n; i++) run->cursors[i].handler = handlers[i];
+    for (i = 0; i < n; i++)
+        run->cursors[i].handler = handlers[i];
     for (i = 0; i < n && code == LLMCB_OK; i++)
         code = llmcbi_cursor_init(run, &run->cursors[i], handlers[i], home);
     return code;
@@ -5330,8 +5339,10 @@ static bool llmcbi_pool_join(llmcb_loop *loop, int64_t deadline)
     }
     llmcbi_unlock(loop);
     for (i = 0; i < p->n_threads; i++) {
-        if (exited == p->n_threads) pthread_join(p->threads[i], NULL);
-        else pthread_detach(p->threads[i]);
+        if (exited == p->n_threads)
+            pthread_join(p->threads[i], NULL);
+        else
+            pthread_detach(p->threads[i]);
     }
     return exited == p->n_threads;
 }
@@ -5390,8 +5401,10 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
     while (loop->n_alive && !late) {
         int64_t left = deadline - llmcbi_clock_ms();
         llmcbi_cancel_all(loop);
-        if (left > 0) llmcbi_turn(loop, left);
-        else late = true;
+        if (left > 0)
+            llmcbi_turn(loop, left);
+        else
+            late = true;
     }
     /* threads that are idle leave at once, but not in no time */
     stuck = !llmcbi_pool_join(loop, late ? deadline + 200 : deadline);
@@ -5539,19 +5552,20 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
         x->paused = false;
         if (!x->ended) x->tr->cancel(x->tr, x);
         x->ended = true;
-        x->sink.end(x->owner, LLMCB_BROKEN,
-                     llmcbi_error_const(LLMCB_ENOMEM));
+        x->sink.end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
         return;
     }
     if (x->held_at < x->held.len)
         x->held_at += x->sink.data(x->owner, x->held.ptr + x->held_at,
-                                    x->held.len - x->held_at);
+                                   x->held.len - x->held_at);
     if (x->held_at < x->held.len) return;
     llmcbi_buf_free(&x->loop->alloc, &x->held);
     x->held_at = 0;
     x->paused = false;
-    if (x->ended) x->sink.end(x->owner, x->ending, x->end_error);
-    else x->tr->resume(x->tr, x);
+    if (x->ended)
+        x->sink.end(x->owner, x->ending, x->end_error);
+    else
+        x->tr->resume(x->tr, x);
 }
 
 /* -- addresses */
@@ -5787,8 +5801,10 @@ static bool llmcbi_h1_field(llmcbi_h1 *h, llmcb_str line)
         name_end++;
     if (name_end == s || name_end == end || *name_end != ':') return false;
     h->name = llmcbi_slice(s, (size_t)(name_end - s));
-    for (s = name_end + 1; s < end && (*s == ' ' || *s == '\t');) s++;
-    while (end > s && (end[-1] == ' ' || end[-1] == '\t')) end--;
+    for (s = name_end + 1; s < end && (*s == ' ' || *s == '\t');)
+        s++;
+    while (end > s && (end[-1] == ' ' || end[-1] == '\t'))
+        end--;
     h->value = llmcbi_slice(s, (size_t)(end - s));
     for (; s < end; s++)
         if (((unsigned char)*s < 0x20 && *s != '\t') || *s == 0x7F)
@@ -5927,7 +5943,8 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
         return LLMCBI_H1_MORE;
     case LLMCBI_H1_AT_EXTENSION:
         if (c == '\n' || c == '\0') break;
-        if (c == '\r') h->state = LLMCBI_H1_AT_SIZE_LF;
+        if (c == '\r')
+            h->state = LLMCBI_H1_AT_SIZE_LF;
         else if (++h->extension > LLMCBI_H1_MAX_EXTENSION)
             return llmcbi_h1_fail(h, LLMCB_ELIMIT,
                                   "a chunk extension is too long");
@@ -5983,8 +6000,7 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
 
 /* From the end of one chunk to the data of the next, in one go; false: not
  * all of it is there, or it is unusual. */
-static bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
-                                 const char *end)
+static bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p, const char *end)
 {
     const char *q = *p;
     uint64_t size = 0;
@@ -6019,9 +6035,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
-        case LLMCBI_H1_AT_TRAILER:
-            type = llmcbi_h1_head(a, h, p, end);
-            break;
+        case LLMCBI_H1_AT_TRAILER: type = llmcbi_h1_head(a, h, p, end); break;
         case LLMCBI_H1_AT_CLOSE:
             type = llmcbi_h1_body(h, p, end, UINT64_MAX);
             break;
@@ -6145,7 +6159,8 @@ static int64_t llmcbi_backoff(llmcbi_random *r, int failed_attempts)
 {
     int64_t ms = 500;
 
-    while (--failed_attempts > 0 && ms < 8000) ms *= 2;
+    while (--failed_attempts > 0 && ms < 8000)
+        ms *= 2;
     return ms - (int64_t)(llmcbi_random_next(r) % (uint64_t)(ms / 4));
 }
 
@@ -6158,9 +6173,7 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
     for (;;) {
         llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end);
         switch (type) {
-        case LLMCBI_H1_STATUS:
-            llmcb_exchange_status(x, h->status);
-            break;
+        case LLMCBI_H1_STATUS: llmcb_exchange_status(x, h->status); break;
         case LLMCBI_H1_HEADER:
             llmcb_exchange_header(x, h->name, h->value);
             break;
@@ -6170,8 +6183,7 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
         case LLMCBI_H1_MORE:
         case LLMCBI_H1_END:
         case LLMCBI_H1_ERROR:
-        default:
-            return type;
+        default: return type;
         }
     }
 }
@@ -6201,8 +6213,8 @@ LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
 #define LLMCBI_NOSIGNAL 0
 #endif
 
-#define LLMCBI_IDLE_MS ((int64_t)30 * 1000)       /* then it is closed */
-#define LLMCBI_LIFE_MS ((int64_t)10 * 60 * 1000)  /* then it is not reused */
+#define LLMCBI_IDLE_MS ((int64_t)30 * 1000)      /* then it is closed */
+#define LLMCBI_LIFE_MS ((int64_t)10 * 60 * 1000) /* then it is not reused */
 #define LLMCBI_LINGER_MS 100 /* for the rest of a response, for reuse */
 #define LLMCBI_LINGER_BYTES 16384
 #define LLMCBI_MAX_IDLE 64
@@ -6230,15 +6242,15 @@ struct llmcbi_conn {
     llmcbi_watch watch;
     llmcbi_job *dns;
     struct addrinfo *addresses, *address; /* all, and the one tried */
-    llmcbi_buf head;    /* request head, until it is sent */
-    size_t sent;        /* of head and body together */
+    llmcbi_buf head;                      /* request head, until it is sent */
+    size_t sent;                          /* of head and body together */
     size_t lingered;
     llmcbi_h1 h1;
     int64_t born;
-    char *key;          /* the address without its path: who may share it */
+    char *key; /* the address without its path: who may share it */
     uint64_t identity;
     int fd;
-    int sys_errno;      /* why the last address failed */
+    int sys_errno; /* why the last address failed */
     uint8_t state;
     bool reused;   /* its descriptor has served another exchange */
     bool replayed; /* a reused one has failed already */
@@ -6271,7 +6283,8 @@ static void llmcbi_conn_free(llmcbi_conn *c)
 
     if (c->state == LLMCBI_CONN_IDLE) {
         size_t i = 0;
-        while (c->sock->idle[i] != c) i++;
+        while (c->sock->idle[i] != c)
+            i++;
         c->sock->idle[i] = c->sock->idle[--c->sock->n_idle];
     }
     llmcbi_conn_disconnect(c);
@@ -6283,8 +6296,10 @@ static void llmcbi_conn_free(llmcbi_conn *c)
     llmcbi_h1_free(&loop->alloc, &c->h1);
     if (c->key) llmcbi_free(&loop->alloc, c->key, strlen(c->key) + 1);
     if (c->next) c->next->prev = c->prev;
-    if (c->prev) c->prev->next = c->next;
-    else c->sock->conns = c->next;
+    if (c->prev)
+        c->prev->next = c->next;
+    else
+        c->sock->conns = c->next;
     llmcbi_free(&loop->alloc, c, sizeof *c);
 }
 
@@ -6317,8 +6332,7 @@ static void llmcbi_conn_fail(llmcbi_conn *c, llmcb_code code,
         llmcbi_copy_clean(text + n, sizeof text - n, ", errno ", 8);
         n = strlen(text);
         message = llmcbi_decimal(digits, c->sys_errno);
-        llmcbi_copy_clean(text + n, sizeof text - n, message,
-                          strlen(message));
+        llmcbi_copy_clean(text + n, sizeof text - n, message, strlen(message));
     }
     llmcbi_conn_end(c, LLMCB_BROKEN, code, text);
 }
@@ -6358,7 +6372,8 @@ static void llmcbi_conn_watch(llmcbi_conn *c)
     bool unsent = c->x && c->sent < c->head.len + c->request->body_len;
     int events = 0;
 
-    if (c->state == LLMCBI_CONN_CONNECTING) events = LLMCB_WRITE;
+    if (c->state == LLMCBI_CONN_CONNECTING)
+        events = LLMCB_WRITE;
     else if (c->state != LLMCBI_CONN_IDLE)
         events = (c->x && c->x->paused ? 0 : LLMCB_READ) |
                  (unsent ? LLMCB_WRITE : 0);
@@ -6375,9 +6390,8 @@ static void llmcbi_conn_send(llmcbi_conn *c)
         bool in_head = c->sent < head;
         const char *from = in_head ? c->head.ptr + c->sent
                                    : c->request->body + (c->sent - head);
-        ssize_t n = LLMCBI_SYS(send)(c->fd, from,
-                                     (in_head ? head : all) - c->sent,
-                                     LLMCBI_NOSIGNAL);
+        ssize_t n = LLMCBI_SYS(send)(
+            c->fd, from, (in_head ? head : all) - c->sent, LLMCBI_NOSIGNAL);
         if (n > 0) {
             c->sent += (size_t)n;
             continue;
@@ -6424,8 +6438,7 @@ static int llmcbi_connect(const struct sockaddr *addr, socklen_t len)
     setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
 #endif
     if (addr->sa_family != AF_UNIX)
-        LLMCBI_SYS(setsockopt)(fd, IPPROTO_TCP, TCP_NODELAY, &one,
-                               sizeof one);
+        LLMCBI_SYS(setsockopt)(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     if (LLMCBI_SYS(connect)(fd, addr, len) == 0 || errno == EINPROGRESS ||
         errno == EINTR)
         return fd;
@@ -6455,13 +6468,13 @@ static void llmcbi_conn_try(llmcbi_conn *c)
         }
     }
     if (!c->address) {
-        llmcbi_conn_fail(c, LLMCB_ECONNECT,
-                         "could not connect to the server");
+        llmcbi_conn_fail(c, LLMCB_ECONNECT, "could not connect to the server");
         return;
     }
     c->state = LLMCBI_CONN_CONNECTING;
     /* an address that does not answer leaves time for the others */
-    for (ai = c->address; ai; ai = ai->ai_next) left++;
+    for (ai = c->address; ai; ai = ai->ai_next)
+        left++;
     if (left > 1 && c->request->connect_ms > 0)
         llmcbi_timer_start(loop, &c->timer, c->request->connect_ms / left);
     llmcbi_conn_watch(c);
@@ -6489,8 +6502,7 @@ static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
     if (llmcbi_errno_is_local(errno))
         llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
     else
-        llmcbi_conn_fail(c, LLMCB_ECONNECT,
-                         "could not connect to the socket");
+        llmcbi_conn_fail(c, LLMCB_ECONNECT, "could not connect to the socket");
 }
 
 /* -- names: the system's resolver blocks, so it runs on the pool */
@@ -6566,8 +6578,8 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
     }
     c->addresses = NULL;
     c->state = LLMCBI_CONN_RESOLVING;
-    c->dns = llmcbi_job_start(loop, llmcbi_dns_work, d, llmcbi_dns_done, c,
-                              &code);
+    c->dns =
+        llmcbi_job_start(loop, llmcbi_dns_work, d, llmcbi_dns_done, c, &code);
     if (c->dns) return;
     llmcbi_free(&loop->alloc, d, size);
     llmcbi_conn_fail(c, code, "no thread to resolve the host name");
@@ -6586,8 +6598,7 @@ static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
         llmcbi_conn *i = c->sock->idle[at];
         char byte;
         ssize_t n;
-        if (i->identity != c->identity || strcmp(i->key, c->key) != 0)
-            continue;
+        if (i->identity != c->identity || strcmp(i->key, c->key) != 0) continue;
         n = LLMCBI_SYS(recv)(i->fd, &byte, 1, MSG_PEEK);
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) &&
             now - i->born < LLMCBI_LIFE_MS)
@@ -6634,9 +6645,12 @@ static void llmcbi_conn_begin(llmcbi_ready *r)
         return;
     }
     idle = c->replayed ? NULL : llmcbi_conn_find_idle(c);
-    if (idle) llmcbi_conn_adopt(c, idle);
-    else if (u.unix_path.len) llmcbi_conn_connect_unix(c, u.unix_path);
-    else llmcbi_conn_resolve(c, &u);
+    if (idle)
+        llmcbi_conn_adopt(c, idle);
+    else if (u.unix_path.len)
+        llmcbi_conn_connect_unix(c, u.unix_path);
+    else
+        llmcbi_conn_resolve(c, &u);
 }
 
 /* A kept connection died before it answered: once more on a new one. */
@@ -6732,8 +6746,10 @@ static void llmcbi_conn_read(llmcbi_conn *c)
         return;
     }
     ending = llmcbi_h1_eof(&c->h1);
-    if (ending == LLMCB_BROKEN) llmcbi_conn_fail(c, c->h1.code, c->h1.message);
-    else llmcbi_conn_end(c, ending, LLMCB_OK, NULL);
+    if (ending == LLMCB_BROKEN)
+        llmcbi_conn_fail(c, c->h1.code, c->h1.message);
+    else
+        llmcbi_conn_end(c, ending, LLMCB_OK, NULL);
 }
 
 static void llmcbi_conn_connecting(llmcbi_conn *c)
@@ -6741,8 +6757,7 @@ static void llmcbi_conn_connecting(llmcbi_conn *c)
     int failed = 0;
     socklen_t len = sizeof failed;
 
-    if (LLMCBI_SYS(getsockopt)(c->fd, SOL_SOCKET, SO_ERROR, &failed, &len) !=
-        0)
+    if (LLMCBI_SYS(getsockopt)(c->fd, SOL_SOCKET, SO_ERROR, &failed, &len) != 0)
         failed = errno;
     if (!failed) {
         llmcbi_conn_established(c);
@@ -6820,8 +6835,8 @@ static void llmcbi_sock_cancel(llmcb_transport *tr, llmcb_exchange *x)
     hard.l_onoff = 1;
     hard.l_linger = 0; /* a reset: the server need not write to learn it */
     if (c->fd >= 0)
-        LLMCBI_SYS(setsockopt)(c->fd, SOL_SOCKET, SO_LINGER, &hard,
-                               sizeof hard);
+        LLMCBI_SYS(setsockopt)
+        (c->fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard);
     llmcbi_conn_free(c);
 }
 
@@ -6845,7 +6860,8 @@ static void llmcbi_sock_free(llmcb_transport *tr)
 {
     llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
 
-    while (sock->conns) llmcbi_conn_free(sock->conns);
+    while (sock->conns)
+        llmcbi_conn_free(sock->conns);
     llmcbi_free(&tr->loop->alloc, sock, sizeof *sock);
 }
 
@@ -6896,7 +6912,7 @@ struct llmcbi_transfer {
     int status;
     llmcb_code code; /* why a callback of ours stopped it */
     const char *message;
-    bool held;   /* libcurl waits for curl_easy_pause */
+    bool held; /* libcurl waits for curl_easy_pause */
     bool in_body;
     char error[CURL_ERROR_SIZE];
 };
@@ -6975,8 +6991,10 @@ static void llmcbi_transfer_free(llmcbi_transfer *t)
     curl_slist_free_all(t->headers);
     llmcbi_timer_free(loop, &t->timer);
     if (t->next) t->next->prev = t->prev;
-    if (t->prev) t->prev->next = t->next;
-    else t->curl->transfers = t->next;
+    if (t->prev)
+        t->prev->next = t->next;
+    else
+        t->curl->transfers = t->next;
     llmcbi_free(&loop->alloc, t, sizeof *t);
 }
 
@@ -7000,20 +7018,20 @@ static size_t llmcbi_transfer_header(char *ptr, size_t one, size_t len,
     if (t->in_body) return len; /* a trailer */
     t->block += len;
     if (len > t->limits.header_line)
-        return llmcbi_transfer_stop(
-            t, LLMCB_ELIMIT, "a header line exceeds limits.header_line");
+        return llmcbi_transfer_stop(t, LLMCB_ELIMIT,
+                                    "a header line exceeds limits.header_line");
     if (t->block > t->limits.header_block)
         return llmcbi_transfer_stop(
             t, LLMCB_ELIMIT, "the response head exceeds limits.header_block");
-    while (line.len && (line.ptr[line.len - 1] == '\n' ||
-                        line.ptr[line.len - 1] == '\r'))
+    while (line.len &&
+           (line.ptr[line.len - 1] == '\n' || line.ptr[line.len - 1] == '\r'))
         line.len--;
     if (line.len >= 9 && memcmp(line.ptr, "HTTP/", 5) == 0) {
         const char *sp = (const char *)memchr(line.ptr, ' ', line.len);
-        t->status = sp && sp + 3 < line.ptr + line.len
-                        ? (sp[1] - '0') * 100 + (sp[2] - '0') * 10 +
-                              (sp[3] - '0')
-                        : 0;
+        t->status =
+            sp && sp + 3 < line.ptr + line.len
+                ? (sp[1] - '0') * 100 + (sp[2] - '0') * 10 + (sp[3] - '0')
+                : 0;
         if (t->status < 200 && ++t->interims > 8)
             return llmcbi_transfer_stop(t, LLMCB_ELIMIT,
                                         "too many interim responses");
@@ -7024,8 +7042,7 @@ static size_t llmcbi_transfer_header(char *ptr, size_t one, size_t len,
     if (!line.len) return len;
     if (++t->fields > t->limits.header_fields)
         return llmcbi_transfer_stop(
-            t, LLMCB_ELIMIT,
-            "more header fields than limits.header_fields");
+            t, LLMCB_ELIMIT, "more header fields than limits.header_fields");
     memset(&field, 0, sizeof field);
     if (t->status >= 200 && llmcbi_h1_field(&field, line))
         llmcb_exchange_header(t->x, field.name, field.value);
@@ -7088,8 +7105,7 @@ static llmcb_code llmcbi_curl_code(const llmcbi_transfer *t, CURLcode code,
 {
     switch (code) {
     case CURLE_COULDNT_RESOLVE_HOST:
-    case CURLE_COULDNT_RESOLVE_PROXY:
-        return LLMCB_EDNS;
+    case CURLE_COULDNT_RESOLVE_PROXY: return LLMCB_EDNS;
     case CURLE_COULDNT_CONNECT:
         return llmcbi_errno_is_local((int)sys_errno) ? LLMCB_ESYS
                                                      : LLMCB_ECONNECT;
@@ -7103,22 +7119,18 @@ static llmcb_code llmcbi_curl_code(const llmcbi_transfer *t, CURLcode code,
     case CURLE_SSL_PINNEDPUBKEYNOTMATCH:
     case CURLE_SSL_ENGINE_NOTFOUND:
     case CURLE_SSL_ENGINE_SETFAILED:
-    case CURLE_USE_SSL_FAILED:
-        return LLMCB_ETLS;
-    case CURLE_OPERATION_TIMEDOUT:
-        return LLMCB_ETIMEDOUT;
+    case CURLE_USE_SSL_FAILED: return LLMCB_ETLS;
+    case CURLE_OPERATION_TIMEDOUT: return LLMCB_ETIMEDOUT;
     case CURLE_UNSUPPORTED_PROTOCOL: /* HTTP/0.9 */
     case CURLE_WEIRD_SERVER_REPLY:
-    case CURLE_BAD_CONTENT_ENCODING:
-        return LLMCB_EPROTO;
+    case CURLE_BAD_CONTENT_ENCODING: return LLMCB_EPROTO;
     case CURLE_OUT_OF_MEMORY: /* said of a header that is too long, too */
         return t->in_body ? LLMCB_ENOMEM : LLMCB_ELIMIT;
     case CURLE_RECV_ERROR: /* said of bad chunks, too */
         return sys_errno == 0 && t->status && strstr(t->error, "hunk")
                    ? LLMCB_EPROTO
                    : LLMCB_EIO;
-    default:
-        return LLMCB_EIO;
+    default: return LLMCB_EIO;
     }
 }
 
@@ -7131,7 +7143,8 @@ static void llmcbi_transfer_done(llmcbi_transfer *t, CURLcode result)
     long sys_errno = 0;
 
     curl_easy_getinfo(t->easy, CURLINFO_OS_ERRNO, &sys_errno);
-    if (code == LLMCB_OK && result == CURLE_OK) ending = LLMCB_ORDERLY;
+    if (code == LLMCB_OK && result == CURLE_OK)
+        ending = LLMCB_ORDERLY;
     else if (code == LLMCB_OK && result == CURLE_PARTIAL_FILE)
         ending = LLMCB_CUT;
     else if (code == LLMCB_OK)
@@ -7172,8 +7185,8 @@ static void llmcbi_curl_action(llmcbi_curl *c, curl_socket_t fd, int mask)
 
 static void llmcbi_curl_timer(llmcbi_timer *t)
 {
-    llmcbi_curl_action(LLMCBI_OWNER(llmcbi_curl, timer, t),
-                       CURL_SOCKET_TIMEOUT, 0);
+    llmcbi_curl_action(LLMCBI_OWNER(llmcbi_curl, timer, t), CURL_SOCKET_TIMEOUT,
+                       0);
 }
 
 static void llmcbi_curl_event(llmcbi_watch *w, int events)
@@ -7198,7 +7211,8 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
     if (what == CURL_POLL_REMOVE) {
         if (!f) return 0;
         llmcbi_watch_set(loop, &f->watch, fd, 0);
-        for (at = &c->fds; *at != f; at = &(*at)->next) continue;
+        for (at = &c->fds; *at != f; at = &(*at)->next)
+            continue;
         *at = f->next;
         llmcbi_free(&loop->alloc, f, sizeof *f);
         return 0;
@@ -7220,8 +7234,10 @@ static int llmcbi_curl_set_timer(CURLM *multi, long ms, void *user)
     llmcbi_curl *c = (llmcbi_curl *)user;
 
     (void)multi;
-    if (ms < 0) llmcbi_timer_stop(c->base.loop, &c->timer);
-    else llmcbi_timer_start(c->base.loop, &c->timer, ms);
+    if (ms < 0)
+        llmcbi_timer_stop(c->base.loop, &c->timer);
+    else
+        llmcbi_timer_start(c->base.loop, &c->timer, ms);
     return 0;
 }
 
@@ -7231,8 +7247,7 @@ static void llmcbi_transfer_timer(llmcbi_timer *timer)
     llmcbi_transfer_free(LLMCBI_OWNER(llmcbi_transfer, timer, timer));
 }
 
-static bool llmcbi_transfer_headers(llmcbi_transfer *t,
-                                    const llmcb_request *q)
+static bool llmcbi_transfer_headers(llmcbi_transfer *t, const llmcb_request *q)
 {
     const llmcb_allocator *a = &t->curl->base.loop->alloc;
     struct curl_slist *list = curl_slist_append(NULL, "Expect:");
@@ -7242,8 +7257,8 @@ static bool llmcbi_transfer_headers(llmcbi_transfer *t,
     for (i = 0; list && i < q->n_headers; i++) {
         llmcbi_buf b;
         memset(&b, 0, sizeof b);
-        llmcbi_buf_reserve(a, &b, strlen(q->headers[i].key) +
-                                      strlen(q->headers[i].value) + 3);
+        llmcbi_buf_reserve(
+            a, &b, strlen(q->headers[i].key) + strlen(q->headers[i].value) + 3);
         llmcbi_buf_text(a, &b, q->headers[i].key);
         llmcbi_buf_text(a, &b, ": ");
         llmcbi_buf_text(a, &b, q->headers[i].value);
@@ -7257,8 +7272,7 @@ static bool llmcbi_transfer_headers(llmcbi_transfer *t,
 
 /* All options, in one place: nothing is left to what the environment or a
  * configuration file may say, but a proxy for https, which sees no key. */
-static bool llmcbi_transfer_options(llmcbi_transfer *t,
-                                    const llmcb_request *q)
+static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
 {
     CURL *e = t->easy;
     llmcbi_url u;
@@ -7293,9 +7307,8 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t,
     LLMCBI_OPT(CURLOPT_FOLLOWLOCATION, 0L);
     LLMCBI_OPT(CURLOPT_MAXREDIRS, 0L);
     LLMCBI_OPT(CURLOPT_NETRC, (long)CURL_NETRC_IGNORED);
-    LLMCBI_OPT(CURLOPT_HTTP_VERSION,
-               (long)(q->http2 ? CURL_HTTP_VERSION_2TLS
-                               : CURL_HTTP_VERSION_1_1));
+    LLMCBI_OPT(CURLOPT_HTTP_VERSION, (long)(q->http2 ? CURL_HTTP_VERSION_2TLS
+                                                     : CURL_HTTP_VERSION_1_1));
     LLMCBI_OPT(CURLOPT_HTTP09_ALLOWED, 0L);
     LLMCBI_OPT(CURLOPT_CONNECTTIMEOUT_MS,
                (long)(q->connect_ms > 0 && q->connect_ms < LONG_MAX
@@ -7400,7 +7413,8 @@ static void llmcbi_curl_free(llmcb_transport *tr)
     llmcbi_curl *c = (llmcbi_curl *)(void *)tr;
     llmcb_loop *loop = tr->loop;
 
-    while (c->transfers) llmcbi_transfer_free(c->transfers);
+    while (c->transfers)
+        llmcbi_transfer_free(c->transfers);
     curl_multi_cleanup(c->multi);
     while (c->fds) {
         llmcbi_curl_fd *f = c->fds;
@@ -7533,8 +7547,7 @@ static void llmcbi_player_over(llmcbi_player *p)
         return;
     case LLMCB_REPLAY_REFUSE:
     case LLMCB_REPLAY_KEEP:
-    default:
-        return; /* silence */
+    default: return; /* silence */
     }
 }
 
@@ -7546,8 +7559,10 @@ static void llmcbi_player_next(llmcbi_player *p)
 
     if (p->segment < t->n_segments && !p->replay->no_delays)
         ms = t->segments[p->segment].delay_ms;
-    if (ms > 0) llmcbi_timer_start(p->x->loop, &p->timer, ms);
-    else llmcbi_make_ready(p->x->loop, &p->ready);
+    if (ms > 0)
+        llmcbi_timer_start(p->x->loop, &p->timer, ms);
+    else
+        llmcbi_make_ready(p->x->loop, &p->ready);
 }
 
 static void llmcbi_player_play(llmcbi_ready *r)
@@ -7558,8 +7573,7 @@ static void llmcbi_player_play(llmcbi_ready *r)
     llmcbi_h1_type type;
 
     if (!t) {
-        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ESYS, 0,
-                          p->replay->missing);
+        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ESYS, 0, p->replay->missing);
         return;
     }
     if (!p->connected) {
@@ -7774,8 +7788,7 @@ static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
 }
 
 /* false: there is no such file, or it is not a recording. */
-static bool llmcbi_tape_load(llmcbi_replay *r, const char *path,
-                             size_t number)
+static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
 {
     const llmcb_allocator *a = &r->base.loop->alloc;
     llmcbi_buf name, text;
@@ -7803,8 +7816,7 @@ static bool llmcbi_tape_load(llmcbi_replay *r, const char *path,
     return ok && t != NULL;
 }
 #else
-static bool llmcbi_tape_load(llmcbi_replay *r, const char *path,
-                             size_t number)
+static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
 {
     (void)r;
     (void)path;
@@ -7834,11 +7846,11 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
     for (i = 0; ok && i < desc->n_recordings; i++)
         ok = llmcbi_tape_copy(r, &desc->recordings[i]);
     if (desc->path && !desc->n_recordings)
-        for (i = 1; llmcbi_tape_load(r, desc->path, i);) i++;
+        for (i = 1; llmcbi_tape_load(r, desc->path, i);)
+            i++;
     if (!r->n_tapes) {
         static const char why[] = "no recording can be read from ";
-        llmcbi_copy_clean(r->missing, sizeof r->missing, why,
-                          sizeof why - 1);
+        llmcbi_copy_clean(r->missing, sizeof r->missing, why, sizeof why - 1);
         if (desc->path)
             llmcbi_copy_clean(r->missing + sizeof why - 1,
                               sizeof r->missing - sizeof why + 1, desc->path,
@@ -7954,10 +7966,8 @@ static size_t llmcbi_take_data(void *owner, const char *bytes, size_t len)
 #ifndef LLMCB_NO_STDIO
 static bool llmcbi_write_file(const char *path, llmcb_str text)
 {
-    int fd = LLMCBI_SYS(open)(path,
-                              O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC |
-                                  O_NOFOLLOW,
-                              0600);
+    int fd = LLMCBI_SYS(open)(
+        path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
     ssize_t n = 0;
     size_t at = 0;
 
@@ -7994,10 +8004,8 @@ static void llmcbi_take_save(llmcbi_take *t, const char *end)
     llmcbi_buf_text(a, &json, "]}\n");
     llmcbi_tape_name(a, &name, t->recorder->path, t->number, ".http");
     ok = !name.failed && !t->http.failed && !t->borders.failed &&
-         !json.failed &&
-         llmcbi_write_file(name.ptr, llmcbi_buf_str(&t->http));
-    llmcbi_tape_name(a, &name, t->recorder->path, t->number,
-                     ".segments.json");
+         !json.failed && llmcbi_write_file(name.ptr, llmcbi_buf_str(&t->http));
+    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ".segments.json");
     ok = ok && !name.failed &&
          llmcbi_write_file(name.ptr, llmcbi_buf_str(&json));
     if (!ok) llmcbi_log(loop, "a recording could not be written");
@@ -8058,8 +8066,10 @@ static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
     t->inner = llmcbi_exchange_new(r->inner, llmcbi_take_sink, t);
     if (!t->inner) return LLMCB_ENOMEM;
     code = r->inner->start(r->inner, t->inner, request);
-    if (code == LLMCB_OK) t->number = ++r->number;
-    else llmcbi_exchange_free(t->inner, LLMCBI_PART_UNSTARTED);
+    if (code == LLMCB_OK)
+        t->number = ++r->number;
+    else
+        llmcbi_exchange_free(t->inner, LLMCBI_PART_UNSTARTED);
     return code;
 }
 
@@ -8101,9 +8111,8 @@ static void llmcbi_record_free(llmcb_transport *tr)
     llmcbi_free(&tr->loop->alloc, r, sizeof *r);
 }
 
-LLMCBI_DEF llmcb_transport *llmcb_record_new(llmcb_loop *loop,
-                                             llmcb_transport *inner,
-                                             const char *path)
+LLMCBI_DEF llmcb_transport *
+llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 {
     llmcbi_recorder *r;
 
@@ -8264,8 +8273,10 @@ static int64_t llmcbi_wire_detail(llmcbi_json *j, const char *name)
         return 0;
     }
     while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is_text(j, llmcbi_str(name))) v = llmcbi_wire_count(j);
-        else llmcbi_json_skip(j, llmcbi_json_next(j));
+        if (llmcbi_json_is_text(j, llmcbi_str(name)))
+            v = llmcbi_wire_count(j);
+        else
+            llmcbi_json_skip(j, llmcbi_json_next(j));
     }
     return v;
 }
@@ -8317,8 +8328,8 @@ static void llmcbi_wire_choices(llmcbi_json *j, llmcbi_wire_event *ev)
 }
 
 /* Reads one event. false: it is not one whole JSON object. */
-static bool llmcbi_wire_read(const char *ptr, size_t len,
-                             llmcbi_wire_event *ev, bool *too_deep)
+static bool llmcbi_wire_read(const char *ptr, size_t len, llmcbi_wire_event *ev,
+                             bool *too_deep)
 {
     llmcbi_json j;
 
@@ -8455,7 +8466,8 @@ static bool llmcbi_grow_pair(const llmcb_allocator *a, void **x, size_t xs,
     void *p, *q;
 
     if (want <= *cap) return true;
-    while (n < want) n *= 2;
+    while (n < want)
+        n *= 2;
     q = llmcbi_alloc(a, n * ys);
     if (!q) return false;
     p = llmcbi_resize(a, *x, *cap * xs, n * xs);
@@ -8515,9 +8527,9 @@ static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
             call->id = llmcbi_buf_str(&c->tools[k].id);
             call->name = llmcbi_buf_str(&c->tools[k].name);
             call->arguments = llmcbi_buf_str(&c->tools[k].arguments);
-            call->valid = call->name.len && (!call->arguments.len ||
-                                             llmcbi_whole_object(
-                                                 call->arguments));
+            call->valid =
+                call->name.len &&
+                (!call->arguments.len || llmcbi_whole_object(call->arguments));
         }
     }
     r->complete = complete;
@@ -8593,8 +8605,10 @@ static bool llmcbi_wire_next_tool(llmcbi_json *j, llmcbi_tool_piece *p)
             llmcbi_wire_string(j, &p->id);
         } else if (llmcbi_json_is(j, "function")) {
             type = llmcbi_json_next(j);
-            if (type == LLMCBI_JSON_OBJECT) llmcbi_wire_function(j, p);
-            else llmcbi_json_skip(j, type);
+            if (type == LLMCBI_JSON_OBJECT)
+                llmcbi_wire_function(j, p);
+            else
+                llmcbi_json_skip(j, type);
         } else {
             llmcbi_json_skip(j, llmcbi_json_next(j));
         }
@@ -8676,12 +8690,11 @@ LLMCBI_DEF const char *llmcb_role_name(llmcb_role role)
 }
 
 /* What is wrong with a message, or LLMCB_OK. */
-static llmcb_code llmcbi_message_check(const llmcb_message *m,
-                                       const char **why)
+static llmcb_code llmcbi_message_check(const llmcb_message *m, const char **why)
 {
-    size_t i, len = m->content ? m->content_len ? m->content_len
-                                                : strlen(m->content)
-                               : 0;
+    size_t i, len = m->content
+                        ? m->content_len ? m->content_len : strlen(m->content)
+                        : 0;
     llmcbi_json j;
 
     *why = NULL;
@@ -8732,8 +8745,7 @@ static void llmcbi_wire_message(const llmcb_allocator *a, llmcbi_buf *b,
         llmcbi_buf_text(a, b, m->parts);
     } else if (m->content && !(m->n_tool_calls && !*m->content)) {
         llmcbi_json_quote(a, b, m->content,
-                          m->content_len ? m->content_len
-                                         : strlen(m->content));
+                          m->content_len ? m->content_len : strlen(m->content));
     } else {
         llmcbi_buf_text(a, b, m->n_tool_calls ? "null" : "\"\"");
     }
@@ -8781,8 +8793,8 @@ static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
     if (!llmcbi_has_member(x, "model"))
         llmcbi_wire_member(a, b, "\"model\":", d->model);
     if (!llmcbi_has_member(x, "stream"))
-        llmcbi_buf_text(a, b, stream ? ",\"stream\":true"
-                                     : ",\"stream\":false");
+        llmcbi_buf_text(a, b,
+                        stream ? ",\"stream\":true" : ",\"stream\":false");
     if (stream && !d->no_usage && !llmcbi_has_member(x, "stream_options"))
         llmcbi_buf_text(a, b, ",\"stream_options\":{\"include_usage\":true}");
     if (d->max_tokens > 0 && !llmcbi_has_member(x, "max_tokens") &&
@@ -8821,8 +8833,8 @@ static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
 
 /* The whole body: the messages, then the members of `params`. */
 static void llmcbi_wire_body(const llmcb_allocator *a, llmcbi_buf *b,
-                             const llmcb_message *m, size_t n,
-                             llmcb_str params, const char *extra)
+                             const llmcb_message *m, size_t n, llmcb_str params,
+                             const char *extra)
 {
     size_t i;
 
@@ -8848,10 +8860,11 @@ static void llmcbi_wire_prompt(const llmcb_allocator *a, llmcbi_buf *b,
     for (i = 0; i < n; i++) {
         llmcb_role role = m[i].role;
         if (i) llmcbi_buf_text(a, b, "\n");
-        llmcbi_buf_text(a, b, role == LLMCB_USER        ? "Human: "
-                              : role == LLMCB_ASSISTANT ? "AI: "
-                              : role == LLMCB_TOOL      ? "Tool: "
-                                                        : "System: ");
+        llmcbi_buf_text(a, b,
+                        role == LLMCB_USER        ? "Human: "
+                        : role == LLMCB_ASSISTANT ? "AI: "
+                        : role == LLMCB_TOOL      ? "Tool: "
+                                                  : "System: ");
         llmcbi_buf_add(a, b, m[i].content, m[i].content_len);
     }
 }
@@ -8959,9 +8972,9 @@ static void llmcbi_chat_set_url(llmcb_chat *chat, const char *base)
     llmcbi_url u;
     const char *why;
 
-    while (len && base[len - 1] == '/') len--;
-    chat->url =
-        (char *)llmcbi_arena_get(&chat->loop->alloc, &chat->arena, n);
+    while (len && base[len - 1] == '/')
+        len--;
+    chat->url = (char *)llmcbi_arena_get(&chat->loop->alloc, &chat->arena, n);
     if (!chat->url) return;
     memcpy(chat->url, base, len);
     memcpy(chat->url + len, path, sizeof path);
@@ -9116,8 +9129,8 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
         d->n_tags = d->n_metadata = 0;
         llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a tag or metadata is NULL");
     }
-    base = llmcbi_env(d->base_url, "OPENAI_BASE_URL",
-                      "https://api.openai.com/v1");
+    base =
+        llmcbi_env(d->base_url, "OPENAI_BASE_URL", "https://api.openai.com/v1");
     d->api_key = llmcbi_env(d->api_key, "OPENAI_API_KEY", "");
     d->organization = llmcbi_chat_copy(
         chat, llmcbi_env(d->organization, "OPENAI_ORG_ID", ""));
@@ -9240,7 +9253,7 @@ typedef struct llmcbi_prompt {
     llmcbi_buf text;    /* a body that is no stream; a redirect's target */
     llmcbi_buf pattern; /* the last event that brought nothing but text */
     size_t pattern_head, pattern_tail; /* what stands around that text */
-    llmcbi_buf pending; /* an event of which some choices must wait */
+    llmcbi_buf pending;  /* an event of which some choices must wait */
     size_t pending_done; /* choices of it that have been told */
     bool usage_told;     /* and the usage with them */
     llmcbi_answer answer;
@@ -9252,12 +9265,12 @@ typedef struct llmcbi_prompt {
     int8_t should_retry; /* -1, 0, 1 */
     uint8_t phase, body_kind;
     bool html, encoded; /* what the head says of the body */
-    bool got_body;  /* some byte of a success has come: no retry */
+    bool got_body;      /* some byte of a success has come: no retry */
     bool got_chunk;
     bool sentinel;
-    bool launched;  /* its first request has been made */
-    bool over;      /* the exchange is to be let go of */
-    bool orderly;   /* and its response was complete */
+    bool launched; /* its first request has been made */
+    bool over;     /* the exchange is to be let go of */
+    bool orderly;  /* and its response was complete */
 } llmcbi_prompt;
 
 struct llmcbi_call {
@@ -9274,9 +9287,9 @@ struct llmcbi_call {
     llmcb_handler **handlers;
     size_t n_handlers;
     const llmcb_error *late; /* a failure that changed no event */
-    size_t told; /* prompts whose error has been told, in order */
-    bool stream; /* the request asks for one */
-    bool shown;  /* the record at pull_pos is in the program's hands */
+    size_t told;             /* prompts whose error has been told, in order */
+    bool stream;             /* the request asks for one */
+    bool shown; /* the record at pull_pos is in the program's hands */
     bool cancelled;
     bool orphaned; /* destroyed but for a worker inside a handler */
 };
@@ -9312,7 +9325,8 @@ static void llmcbi_hide(char *text, const char *secret)
     char *at;
 
     if (n < 4) return;
-    while ((at = strstr(text, secret)) != NULL) memset(at, '*', n);
+    while ((at = strstr(text, secret)) != NULL)
+        memset(at, '*', n);
     for (n = n < len ? n : len; n >= 4; n--)
         if (memcmp(text + len - n, secret, n) == 0)
             memset(text + len - n, '*', n);
@@ -9454,8 +9468,8 @@ static llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
 static void llmcbi_parts_clear(llmcb_parts *parts)
 {
     memset(parts, 0, sizeof *parts);
-    parts->refusal = parts->reasoning = parts->finish_reason =
-        parts->logprobs = llmcbi_slice("", 0);
+    parts->refusal = parts->reasoning = parts->finish_reason = parts->logprobs =
+        llmcbi_slice("", 0);
 }
 
 /* Adds decoded text to the answer. false: a limit, or no memory. */
@@ -9464,8 +9478,7 @@ static bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
     if (!s.len) return true;
     p->answer.total += s.len;
     if (p->answer.total > p->call->chat->d.limits.text) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT,
-                           "the answer exceeds limits.text");
+        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
         return false;
     }
     llmcbi_buf_add(llmcbi_prompt_alloc(p), b, s.ptr, s.len);
@@ -9474,8 +9487,7 @@ static bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
 }
 
 /* The slot of a piece, new if need be; NULL: failed. */
-static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p,
-                                            llmcbi_choice *c,
+static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_choice *c,
                                             const llmcbi_tool_piece *piece,
                                             bool *opened)
 {
@@ -9592,19 +9604,17 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
         if (p->outcome) return false;
     }
     if (w->refusal.len) {
-        parts->refusal = llmcbi_raw_decode(at, &w->refusal,
-                                           &c->refusal_carry);
+        parts->refusal = llmcbi_raw_decode(at, &w->refusal, &c->refusal_carry);
         if (!llmcbi_prompt_keep(p, &c->refusal, parts->refusal)) return false;
     }
     if (w->reasoning.len) {
-        parts->reasoning = llmcbi_raw_decode(at, &w->reasoning,
-                                             &c->reasoning_carry);
+        parts->reasoning =
+            llmcbi_raw_decode(at, &w->reasoning, &c->reasoning_carry);
         if (!llmcbi_prompt_keep(p, &c->reasoning, parts->reasoning))
             return false;
     }
     if (w->finish_reason.len) {
-        parts->finish_reason = llmcbi_raw_decode(at, &w->finish_reason,
-                                                 &none);
+        parts->finish_reason = llmcbi_raw_decode(at, &w->finish_reason, &none);
         if (!c->finished)
             llmcbi_copy_clean(c->finish_reason, sizeof c->finish_reason,
                               parts->finish_reason.ptr,
@@ -9615,8 +9625,7 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
         parts->logprobs = llmcbi_record_utf8(at, w->logprobs);
         if (c->logprobs.len) c->logprobs.len--; /* the bracket */
         llmcbi_buf_text(a, &c->logprobs, c->logprobs.len ? "," : "[");
-        if (!llmcbi_prompt_keep(p, &c->logprobs, parts->logprobs))
-            return false;
+        if (!llmcbi_prompt_keep(p, &c->logprobs, parts->logprobs)) return false;
         llmcbi_buf_text(a, &c->logprobs, "]");
     }
     if (usage) parts->usage = *usage;
@@ -9625,8 +9634,7 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
 
 /* One choice of an event: into the answer and, in a stream, into the log.
  * w NULL: usage alone. */
-static bool llmcbi_prompt_choice(llmcbi_prompt *p,
-                                 const llmcbi_wire_choice *w,
+static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
                                  const llmcb_usage *usage)
 {
     llmcbi_wire_choice nothing;
@@ -9643,8 +9651,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p,
     index = w->index < 0 ? 0 : (size_t)w->index;
     if ((uint64_t)w->index >= p->call->chat->d.limits.choices &&
         w->index >= 0) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT,
-                           "more choices than limits.choices");
+        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "more choices than limits.choices");
         return false;
     }
     c = llmcbi_answer_choice(llmcbi_prompt_alloc(p), &p->answer, index);
@@ -9661,8 +9668,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p,
         size += sizeof(llmcb_parts) + n_tools * sizeof(llmcb_tool_delta) +
                 llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
                 llmcbi_raw_room(&w->finish_reason) + 3 * w->logprobs.len + 7 +
-                3 * (w->tool_calls.len + w->function_call.len) +
-                32 * n_tools;
+                3 * (w->tool_calls.len + w->function_call.len) + 32 * n_tools;
     }
     begin = llmcbi_run_reserve(&p->run, size);
     if (!begin) {
@@ -9789,8 +9795,8 @@ static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
 static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
 {
     llmcbi_choice *c = &p->answer.choices[0];
-    char *at = llmcbi_run_reserve(&p->run, sizeof(llmcb_chunk) +
-                                               llmcbi_raw_room(raw));
+    char *at =
+        llmcbi_run_reserve(&p->run, sizeof(llmcb_chunk) + llmcbi_raw_room(raw));
     char *begin = at;
     llmcb_chunk *chunk = (llmcb_chunk *)(void *)at;
 
@@ -9819,8 +9825,8 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, const char **at,
     llmcbi_json j;
 
     if (!p->pattern.len || (size_t)(end - *at) < head + tail || s->bom < 3 ||
-        s->line.len || s->skip_lf || s->in_data || s->here.ptr ||
-        s->is_error || memcmp(*at, p->pattern.ptr, head) != 0)
+        s->line.len || s->skip_lf || s->in_data || s->here.ptr || s->is_error ||
+        memcmp(*at, p->pattern.ptr, head) != 0)
         return false;
     j.p = *at + head;
     j.end = end;
@@ -9847,8 +9853,7 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
         !c->text.ptr || c->refusal.len || c->reasoning.len ||
         c->finish_reason.len || c->tool_calls.len || c->function_call.len ||
-        c->logprobs.len || data.len > 1024 ||
-        memchr(data.ptr, '\n', data.len))
+        c->logprobs.len || data.len > 1024 || memchr(data.ptr, '\n', data.len))
         return;
     p->pattern_head = 6 + (size_t)(c->text.ptr - data.ptr);
     p->pattern_tail = data.len + 8 - p->pattern_head - c->text.len;
@@ -9859,8 +9864,7 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     p->pattern.failed = false; /* it would only have saved time */
 }
 
-static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data,
-                                bool is_error)
+static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
 {
     llmcbi_wire_event ev;
     bool too_deep = false;
@@ -9923,8 +9927,8 @@ static size_t llmcbi_prompt_stream(llmcbi_prompt *p, const char *bytes,
             continue;
         }
         if (llmcbi_prompt_same_again(p, &at, end)) continue;
-        status = llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end,
-                                 &data);
+        status =
+            llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end, &data);
         if (status == LLMCBI_SSE_MORE) break;
         if (status == LLMCBI_SSE_EVENT)
             llmcbi_prompt_event(p, data, p->sse.is_error);
@@ -9995,8 +9999,7 @@ static void llmcbi_prompt_redirect(llmcbi_prompt *p)
 
     llmcbi_error_set(&e, LLMCB_EREDIRECT, NULL);
     e.http_status = p->status;
-    if (p->text.len && !llmcbi_url_parse(&u, p->text.ptr) &&
-        !u.unix_path.len) {
+    if (p->text.len && !llmcbi_url_parse(&u, p->text.ptr) && !u.unix_path.len) {
         llmcbi_error_add(&e, ": ", 2);
         llmcbi_error_add(&e, p->text.ptr,
                          (size_t)(u.authority.ptr - p->text.ptr) +
@@ -10034,8 +10037,7 @@ static void llmcbi_prompt_status(void *owner, int status)
     llmcbi_prompt_connected(p); /* a transport that did not say */
     p->status = status;
     p->body_kind =
-        status >= 200 && status < 300 ? LLMCBI_BODY_UNKNOWN
-                                      : LLMCBI_BODY_ERROR;
+        status >= 200 && status < 300 ? LLMCBI_BODY_UNKNOWN : LLMCBI_BODY_ERROR;
 }
 
 static int64_t llmcbi_wall_ms(void)
@@ -10052,8 +10054,7 @@ static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
 
     if (llmcbi_str_is_nocase(name, "content-type")) {
         p->html = value.len >= 9 &&
-                  llmcbi_str_is_nocase(llmcbi_slice(value.ptr, 9),
-                                       "text/html");
+                  llmcbi_str_is_nocase(llmcbi_slice(value.ptr, 9), "text/html");
     } else if (llmcbi_str_is_nocase(name, "content-encoding")) {
         p->encoded = value.len && !llmcbi_str_is_nocase(value, "identity");
     } else if (llmcbi_str_is_nocase(name, "retry-after-ms")) {
@@ -10071,8 +10072,7 @@ static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
     } else if (llmcbi_str_is_nocase(name, "location") && p->status >= 300 &&
                p->status < 400 && value.len < 4096) {
         p->text.len = 0;
-        llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, value.ptr,
-                       value.len);
+        llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, value.ptr, value.len);
     }
 }
 
@@ -10105,8 +10105,7 @@ static size_t llmcbi_prompt_data(void *owner, const char *bytes, size_t len)
 
     if (p->outcome || p->over) return len; /* nobody listens any more */
     if (p->phase == LLMCBI_PHASE_FIRST_BYTE)
-        llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE,
-                                p->call->chat->d.idle_ms);
+        llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE, p->call->chat->d.idle_ms);
     if (p->body_kind == LLMCBI_BODY_ERROR) {
         if (p->status >= 300 && p->status < 400) return len;
         llmcbi_prompt_gather(p, bytes, len, limits->error_body);
@@ -10168,8 +10167,10 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         return;
     }
     if (p->body_kind == LLMCBI_BODY_ERROR) {
-        if (p->status >= 300 && p->status < 400) llmcbi_prompt_redirect(p);
-        else llmcbi_prompt_http_error(p);
+        if (p->status >= 300 && p->status < 400)
+            llmcbi_prompt_redirect(p);
+        else
+            llmcbi_prompt_http_error(p);
         return;
     }
     if (p->body_kind == LLMCBI_BODY_JSON) {
@@ -10181,8 +10182,10 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         return;
     }
     code = llmcbi_terminal_evidence(ending, llmcbi_prompt_all_finished(p));
-    if (code == LLMCB_OK) llmcbi_prompt_succeed(p);
-    else llmcbi_prompt_fail(p, code, NULL);
+    if (code == LLMCB_OK)
+        llmcbi_prompt_succeed(p);
+    else
+        llmcbi_prompt_fail(p, code, NULL);
 }
 
 static void llmcbi_prompt_sink(llmcbi_sink *sink)
@@ -10267,10 +10270,8 @@ static bool llmcbi_prompt_retryable(const llmcbi_prompt *p,
                e->detail == LLMCB_DETAIL_FIRST_BYTE;
     case LLMCB_ECONNECT:
     case LLMCB_EDNS:
-    case LLMCB_EIO:
-        return true;
-    default:
-        return false;
+    case LLMCB_EIO: return true;
+    default: return false;
     }
 }
 
@@ -10288,8 +10289,8 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
     if (p->run.state != LLMCBI_RUN_OPEN || !llmcbi_prompt_retryable(p, e))
         return false;
     if (ms < 0) ms = llmcbi_backoff(&p->call->op.loop->random, p->attempt);
-    rec = (llmcbi_retry_record *)(void *)llmcbi_run_reserve(&p->run,
-                                                            sizeof *rec);
+    rec =
+        (llmcbi_retry_record *)(void *)llmcbi_run_reserve(&p->run, sizeof *rec);
     if (!rec) return false;
     rec->error = *e;
     rec->retry.attempt = p->attempt;
@@ -10328,15 +10329,13 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
                                 "no answer within first_byte_ms");
         break;
     case LLMCBI_PHASE_IDLE:
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_IDLE,
-                                "no data within idle_ms");
+        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_IDLE, "no data within idle_ms");
         break;
     case LLMCBI_PHASE_BACKOFF:
         llmcbi_prompt_let_go(p);
         llmcbi_prompt_launch(p);
         break;
-    default:
-        break;
+    default: break;
     }
 }
 
@@ -10429,8 +10428,7 @@ static void llmcbi_call_open(llmcbi_call *c)
 
     for (i = 0; i < c->n; i++) {
         const llmcbi_prompt *p = &c->prompts[i];
-        if (p->run.state == LLMCBI_RUN_STARTING &&
-            !llmcbi_run_settled(&p->run))
+        if (p->run.state == LLMCBI_RUN_STARTING && !llmcbi_run_settled(&p->run))
             return;
         if (p->outcome && p->outcome->code == LLMCB_EHANDLER && !p->attempt)
             raised = p->outcome;
@@ -10489,14 +10487,14 @@ static bool llmcbi_call_finish(llmcbi_call *c)
         llmcbi_prompt *p = &c->prompts[c->told];
         if (p->outcome->code == LLMCB_OK) continue;
         if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
-        if (p->run.state == LLMCBI_RUN_FINISHING &&
-            llmcbi_run_settled(&p->run))
+        if (p->run.state == LLMCBI_RUN_FINISHING && llmcbi_run_settled(&p->run))
             llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
         if (p->run.state != LLMCBI_RUN_DONE) return false;
     }
     for (i = 0; i < c->n; i++) {
         llmcbi_prompt *p = &c->prompts[i];
-        if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
+        if (p->run.state == LLMCBI_RUN_DRAINED)
+            llmcbi_prompt_tell_finish(p);
         else if (p->run.state == LLMCBI_RUN_FINISHING &&
                  llmcbi_run_settled(&p->run))
             llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
@@ -10661,8 +10659,7 @@ static void llmcbi_call_handlers(llmcbi_call *c, const llmcb_config *config)
         for (k = 0; k < n[i]; k++) {
             for (m = 0; m < c->n_handlers; m++)
                 if (c->handlers[m] == lists[i][k]) break;
-            if (m == c->n_handlers)
-                c->handlers[c->n_handlers++] = lists[i][k];
+            if (m == c->n_handlers) c->handlers[c->n_handlers++] = lists[i][k];
         }
 }
 
@@ -10683,7 +10680,8 @@ static size_t llmcbi_add_tags(const char **out, size_t n,
                 memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
                 break;
             }
-    for (i = 0; i < n_tags; i++) out[n++] = tags[i];
+    for (i = 0; i < n_tags; i++)
+        out[n++] = tags[i];
     return n;
 }
 
@@ -10692,7 +10690,8 @@ static size_t llmcbi_add_pair(llmcb_pair *out, size_t n, const char *key,
 {
     size_t k;
 
-    for (k = 0; k < n && strcmp(out[k].key, key) != 0;) k++;
+    for (k = 0; k < n && strcmp(out[k].key, key) != 0;)
+        k++;
     out[k].key = key;
     out[k].value = value;
     return k == n ? n + 1 : n;
@@ -10716,8 +10715,7 @@ static void llmcbi_call_labels(llmcbi_call *c, const llmcb_config *config,
     const llmcb_chat_desc *d = &c->chat->d;
     const char **tags = (const char **)llmcbi_arena_get(
         a, &c->arena,
-        (config->n_tags + config->n_local_tags + d->n_tags + 1) *
-            sizeof *tags);
+        (config->n_tags + config->n_local_tags + d->n_tags + 1) * sizeof *tags);
     llmcb_pair *pairs = (llmcb_pair *)llmcbi_arena_get(
         a, &c->arena,
         (config->n_metadata + config->n_local_metadata + d->n_metadata + 4) *
@@ -10729,7 +10727,8 @@ static void llmcbi_call_labels(llmcbi_call *c, const llmcb_config *config,
     n = llmcbi_add_tags(tags, n, config->tags, config->n_tags);
     n = llmcbi_add_tags(tags, n, config->local_tags, config->n_local_tags);
     /* the call keeps the chat: only the configuration's are copied */
-    for (i = 0; i < n; i++) tags[i] = llmcbi_call_copy(c, tags[i]);
+    for (i = 0; i < n; i++)
+        tags[i] = llmcbi_call_copy(c, tags[i]);
     run->n_tags = llmcbi_add_tags(tags, n, d->tags, d->n_tags);
     run->tags = tags;
     n = llmcbi_add_pairs(pairs, 0, config->metadata, config->n_metadata);
@@ -10757,8 +10756,8 @@ static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     llmcbi_arena *talk = &p->call->talk;
-    llmcb_message *m = (llmcb_message *)llmcbi_arena_get(
-        a, talk, (prompt->n + 1) * sizeof *m);
+    llmcb_message *m =
+        (llmcb_message *)llmcbi_arena_get(a, talk, (prompt->n + 1) * sizeof *m);
     llmcbi_buf text;
     size_t i, k;
 
@@ -10766,28 +10765,30 @@ static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
     for (i = 0; i < prompt->n; i++) {
         llmcb_tool_call *calls;
         m[i] = prompt->messages[i];
-        if (!m[i].content) m[i].content_len = 0;
-        else if (!m[i].content_len) m[i].content_len = strlen(m[i].content);
+        if (!m[i].content)
+            m[i].content_len = 0;
+        else if (!m[i].content_len)
+            m[i].content_len = strlen(m[i].content);
         m[i].content = llmcbi_arena_text(
             a, talk, m[i].content ? m[i].content : "", m[i].content_len);
         if (m[i].name)
-            m[i].name = llmcbi_arena_text(a, talk, m[i].name,
-                                          strlen(m[i].name));
+            m[i].name =
+                llmcbi_arena_text(a, talk, m[i].name, strlen(m[i].name));
         if (m[i].tool_call_id)
-            m[i].tool_call_id = llmcbi_arena_text(
-                a, talk, m[i].tool_call_id, strlen(m[i].tool_call_id));
+            m[i].tool_call_id = llmcbi_arena_text(a, talk, m[i].tool_call_id,
+                                                  strlen(m[i].tool_call_id));
         if (m[i].parts)
-            m[i].parts = llmcbi_arena_text(a, talk, m[i].parts,
-                                           strlen(m[i].parts));
+            m[i].parts =
+                llmcbi_arena_text(a, talk, m[i].parts, strlen(m[i].parts));
         if (!m[i].n_tool_calls) continue;
         calls = (llmcb_tool_call *)llmcbi_arena_get(
             a, talk, m[i].n_tool_calls * sizeof *calls);
         for (k = 0; calls && k < m[i].n_tool_calls; k++) {
             calls[k] = m[i].tool_calls[k];
-            calls[k].id.ptr = llmcbi_arena_text(a, talk, calls[k].id.ptr,
-                                                calls[k].id.len);
-            calls[k].name.ptr = llmcbi_arena_text(
-                a, talk, calls[k].name.ptr, calls[k].name.len);
+            calls[k].id.ptr =
+                llmcbi_arena_text(a, talk, calls[k].id.ptr, calls[k].id.len);
+            calls[k].name.ptr = llmcbi_arena_text(a, talk, calls[k].name.ptr,
+                                                  calls[k].name.len);
             calls[k].arguments.ptr = llmcbi_arena_text(
                 a, talk, calls[k].arguments.ptr, calls[k].arguments.len);
         }
@@ -10826,15 +10827,16 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     code = llmcbi_run_init(loop, &p->run, c->handlers, c->n_handlers, &c->op);
     if (code != LLMCB_OK) return code;
     llmcbi_uuid(&loop->random, p->run.pub.id);
-    p->run.pub.name = config->run_name ? llmcbi_call_copy(c, config->run_name)
-                                       : "ChatOpenAI";
+    p->run.pub.name =
+        config->run_name ? llmcbi_call_copy(c, config->run_name) : "ChatOpenAI";
     if (config->parent_id) memcpy(p->run.pub.parent_id, config->parent_id, 37);
     llmcbi_wire_body(&loop->alloc, &p->body, prompt->messages, prompt->n,
                      llmcbi_buf_str(&c->params), chat->d.extra);
     p->headers = (llmcb_pair *)llmcbi_arena_get(
         &loop->alloc, &c->arena, (chat->n_headers + 1) * sizeof *p->headers);
     if (p->body.failed || !p->headers) return LLMCB_ENOMEM;
-    for (i = 0; i < chat->n_headers; i++) p->headers[i] = chat->headers[i];
+    for (i = 0; i < chat->n_headers; i++)
+        p->headers[i] = chat->headers[i];
     p->headers[i].key = "Idempotency-Key"; /* equal for all attempts */
     p->headers[i].value = p->run.pub.id;
     q->method = "POST";
@@ -10914,9 +10916,8 @@ static llmcb_code llmcbi_call_check(const llmcb_chat *chat,
 }
 
 /* The runs of a call, ready to begin. */
-static llmcb_code llmcbi_call_build(llmcbi_call *c,
-                                    const llmcb_prompt *prompts, size_t n,
-                                    const llmcb_config *config)
+static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
+                                    size_t n, const llmcb_config *config)
 {
     const llmcb_allocator *a = &c->op.loop->alloc;
     llmcb_run labels;
@@ -10925,13 +10926,12 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c,
 
     memset(&labels, 0, sizeof labels);
     c->max_open = config->max_concurrency ? config->max_concurrency : n;
-    llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai,
-                       c->stream);
+    llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai, c->stream);
     llmcbi_call_handlers(c, config);
     llmcbi_call_labels(c, config, &labels);
     if (n > SIZE_MAX / 4 / sizeof *c->prompts) return LLMCB_ENOMEM;
-    c->prompts = (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena,
-                                                   n * sizeof *c->prompts);
+    c->prompts =
+        (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
     if (!c->prompts || c->params.failed) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
         c->n = i + 1; /* what has been begun must be freed */
@@ -10947,10 +10947,9 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c,
     return c->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
 }
 
-static llmcb_op *llmcbi_call_new(llmcb_chat *chat,
-                                 const llmcb_prompt *prompts, size_t n,
-                                 const llmcb_config *config, bool stream,
-                                 bool pull)
+static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
+                                 size_t n, const llmcb_config *config,
+                                 bool stream, bool pull)
 {
     llmcb_loop *loop;
     llmcbi_call *c;
@@ -11003,8 +11002,8 @@ LLMCBI_DEF llmcb_op *llmcb_chat_generate(llmcb_chat *chat,
 }
 
 LLMCBI_DEF llmcb_op *llmcb_chat_stream(llmcb_chat *chat,
-                                       const llmcb_message *messages,
-                                       size_t n, const llmcb_config *config)
+                                       const llmcb_message *messages, size_t n,
+                                       const llmcb_config *config)
 {
     llmcb_prompt one;
 
@@ -11017,8 +11016,8 @@ LLMCBI_DEF llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
                                       const llmcb_prompt *prompts, size_t n,
                                       const llmcb_config *config)
 {
-    return llmcbi_call_new(chat, prompts, n, config,
-                           chat && chat->d.streaming, false);
+    return llmcbi_call_new(chat, prompts, n, config, chat && chat->d.streaming,
+                           false);
 }
 
 /* -- reading a call */
@@ -11102,8 +11101,9 @@ LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *pub, llmcb_op *op)
 
 static const llmcb_result *llmcbi_no_result(void)
 {
-    static const llmcb_result none = { false,     false,     NULL,
-                                       0,         { "", 0 }, { "", 0 },
+    static const llmcb_result none = { false,     false,
+                                       NULL,      0,
+                                       { "", 0 }, { "", 0 },
                                        { "", 0 }, { false, 0, 0, 0, 0, 0 } };
 
     return &none;
@@ -11116,8 +11116,7 @@ LLMCBI_DEF size_t llmcb_op_n_prompts(const llmcb_op *op)
     return c ? c->n : 0;
 }
 
-LLMCBI_DEF const llmcb_result *llmcb_op_result_at(const llmcb_op *op,
-                                                  size_t i)
+LLMCBI_DEF const llmcb_result *llmcb_op_result_at(const llmcb_op *op, size_t i)
 {
     const llmcbi_call *c = llmcbi_call_of(op);
 
@@ -11211,8 +11210,10 @@ LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
             llmcb_str_print(g->tool_calls[k].arguments, out);
         }
         fputs("\nfinish reason: ", out);
-        if (g->finish_reason.len) llmcb_str_print(g->finish_reason, out);
-        else fputs("none", out);
+        if (g->finish_reason.len)
+            llmcb_str_print(g->finish_reason, out);
+        else
+            fputs("none", out);
         fputs("\n", out);
     }
     fputs("model name: ", out);
