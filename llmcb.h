@@ -6413,6 +6413,8 @@ static void llmcbi_conn_send(llmcbi_conn *c)
 static void llmcbi_conn_established(llmcbi_conn *c)
 {
     llmcbi_timer_stop(c->sock->base.loop, &c->timer);
+    if (c->addresses) freeaddrinfo(c->addresses);
+    c->addresses = c->address = NULL;
     c->state = LLMCBI_CONN_ACTIVE;
     c->sys_errno = 0;
     llmcb_exchange_connected(c->x);
@@ -6829,14 +6831,14 @@ static void llmcbi_sock_cancel(llmcb_transport *tr, llmcb_exchange *x)
 {
     llmcbi_conn *c = *llmcbi_conn_slot(x);
     struct linger hard;
+    int fd = c->fd;
 
     (void)tr;
     c->x = NULL;
     hard.l_onoff = 1;
     hard.l_linger = 0; /* a reset: the server need not write to learn it */
-    if (c->fd >= 0)
-        LLMCBI_SYS(setsockopt)
-        (c->fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard);
+    if (fd >= 0)
+        LLMCBI_SYS(setsockopt)(fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard);
     llmcbi_conn_free(c);
 }
 

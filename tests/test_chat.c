@@ -38,7 +38,7 @@ static const llmcb_message question = { .role = LLMCB_USER,
 #define FAIL(status, fields) \
     "HTTP/1.1 " status " X\r\n" fields "Content-Length: 0\r\n\r\n"
 
-/* ---- what a handler saw ---------------------------------------------------- */
+/* ---- what a handler saw -------------------------------------------------- */
 
 typedef struct seen {
     char tokens[4096]; /* each ended by a bar, as far as they fit */
@@ -192,7 +192,7 @@ static server_script script(const char *bytes, server_end end)
     return s;
 }
 
-/* ---- time ---------------------------------------------------------------------- */
+/* ---- time ---------------------------------------------------------------- */
 
 /* A transport that never gets anywhere: connect_ms must be the library's. */
 typedef struct mute {
@@ -530,7 +530,7 @@ TEST(time_paused_then_stalled)
     talk_end(&t);
 }
 
-/* ---- the environment -------------------------------------------------------------- */
+/* ---- the environment ----------------------------------------------------- */
 
 static void clear_env(void)
 {
@@ -602,7 +602,7 @@ TEST(no_key_for_openai)
     llmcb_loop_free(loop);
 }
 
-/* ---- the wire ---------------------------------------------------------------------- */
+/* ---- the wire ------------------------------------------------------------ */
 
 TEST(wire_request)
 {
@@ -824,7 +824,7 @@ TEST(bad_descriptors)
     }
 }
 
-/* ---- connections ---------------------------------------------------------------------- */
+/* ---- connections --------------------------------------------------------- */
 
 #define MANY "many.test"
 
@@ -963,11 +963,12 @@ TEST(no_such_host)
 
 #define KEPT SSE "Content-Length: 74\r\n\r\n" EV("kept") DONE
 
-/* Calls of one chat share a connection, those of another do not. */
-static void reuse(bool curl)
+/* Calls of one chat share a connection, those of another do not: another
+ * chat may have another key. */
+static void reuse(bool curl, bool other_chat)
 {
     server_script s = script(KEPT, SERVER_KEEP);
-    llmcb_chat *other;
+    llmcb_chat *other = NULL;
     size_t i;
     talk t;
 
@@ -979,37 +980,38 @@ static void reuse(bool curl)
     }
     CHECK_INT(server_requests(t.server), 3);
     CHECK_INT(server_connections(t.server), 1);
-    other = t.chat;
-    t.chat = NULL;
-    CHECK_INT(talk_ask(&t), LLMCB_OK);
-    CHECK_INT(server_connections(t.server), 2);
+    if (other_chat) {
+        other = t.chat;
+        t.chat = NULL;
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_INT(server_connections(t.server), 2);
+    }
     llmcb_chat_free(other);
     talk_end(&t);
 }
 
 TEST(reuse_sock)
 {
-    reuse(false);
+    reuse(false, false);
 }
 
-/* libcurl keeps connections for all: equal credentials are not its concern,
- * since each request carries its own header. */
+TEST(reuse_sock_other_chat)
+{
+    reuse(false, true);
+}
+
+#ifndef LLMCB_NO_CURL
 TEST(reuse_curl)
 {
-#ifdef LLMCB_NO_CURL
-    SKIP("built without libcurl");
-#else
-    server_script s = script(KEPT, SERVER_KEEP);
-    size_t i;
-    talk t;
-
-    talk_sock(&t, &s, 1);
-    t.d.transport = llmcb_curl_transport(t.loop);
-    for (i = 0; i < 3; i++) CHECK_INT(talk_ask(&t), LLMCB_OK);
-    CHECK_INT(server_connections(t.server), 1);
-    talk_end(&t);
-#endif
+    reuse(true, false);
 }
+
+/* llmcb_request.identity: "connections are shared by equal ones only" */
+TEST(reuse_curl_other_chat)
+{
+    reuse(true, true);
+}
+#endif
 
 /* Not after "Connection: close", nor of HTTP/1.0. */
 TEST(no_reuse)
@@ -1034,7 +1036,7 @@ TEST(no_reuse)
     }
 }
 
-/* ---- the key ------------------------------------------------------------------------ */
+/* ---- the key ------------------------------------------------------------- */
 
 /* An allocator that gives nothing back, so that what was freed can be
  * looked at. */
@@ -1215,7 +1217,7 @@ TEST(key_is_wiped_while_connecting)
     }
 }
 
-/* ---- limits ---------------------------------------------------------------------------- */
+/* ---- limits -------------------------------------------------------------- */
 
 typedef struct limit_row {
     const char *name;
@@ -1249,7 +1251,8 @@ static const limit_row limit_rows[] = {
     { LIMIT(text, 10) = SSE CLOSES EV("01234") EV("56789") DONE },
     { LIMIT(text, 10) =
       SSE CLOSES EV("01234")
-          "data: {\"choices\":[{\"delta\":{\"refusal\":\"56789\"}}]}\n\n" DONE },
+          "data: {\"choices\":[{\"delta\":{\"refusal\":\"56789\"}}]}\n\n"
+          DONE },
     { LIMIT(text, 10) = SSE CLOSES WHOLE("0123456789"), .json = true },
     { LIMIT(arguments, 9) =
       SSE CLOSES TOOL("\"index\":0,\"id\":\"i\",\"function\":{\"name\":\"f\","
@@ -1361,7 +1364,7 @@ TEST(limits_raised)
     }
 }
 
-/* ---- streaming or not -------------------------------------------------------------------- */
+/* ---- streaming or not ---------------------------------------------------- */
 
 static void play_file(talk *t, const char *path, bool streaming)
 {

@@ -16,7 +16,7 @@
 #define KEY "sk-CANARY-4f1d9b7c2e"
 #define PROMPT "canary-prompt-77ab"
 
-/* ---- bytes -------------------------------------------------------------- */
+/* ---- bytes --------------------------------------------------------------- */
 
 typedef struct bytes {
     char *p;
@@ -166,7 +166,7 @@ static const char *of(const bytes *b)
     return b->p ? b->p : "";
 }
 
-/* ---- a loop with all that is counted -------------------------------------- */
+/* ---- a loop with all that is counted ------------------------------------- */
 
 enum { REPLAY, SOCK, CURL_T, N_TRANSPORTS };
 static const char *const transport_names[] = { "replay", "sock", "curl" };
@@ -337,7 +337,7 @@ static void check_shape(const seen *s)
           memcmp(of(&s->text), of(&s->partial), s->text.len) == 0);
 }
 
-/* ---- answers --------------------------------------------------------------- */
+/* ---- answers ------------------------------------------------------------- */
 
 #define OK "HTTP/1.1 200 OK\r\n"
 #define SSE OK "Content-Type: text/event-stream\r\n"
@@ -621,7 +621,7 @@ static void make_objects(bytes *b)
     puts_to(b, "\n\n" DONE);
 }
 
-/* ---- what rows say of the result ------------------------------------------- */
+/* ---- what rows say of the result ----------------------------------------- */
 
 static void check_sentinel(const llmcb_result *r, const llmcb_error *e)
 {
@@ -947,7 +947,8 @@ static const row rows[] = {
       .code = LLMCB_ETRUNCATED, .tokens = TWO_TOKENS },
     { 49, "length_too_small",
       .body = SSE "Content-Length: 100\r\n\r\n" ALL, .end = SERVER_KEEP,
-      .code = LLMCB_ETRUNCATED, .tokens = "Hel|", .flags = SOCK_CONN | AT_ONCE },
+      .code = LLMCB_ETRUNCATED, .tokens = "Hel|",
+      .flags = SOCK_CONN | AT_ONCE },
     { 50, "length_negative",
       .body = SSE "Content-Length: -5\r\n\r\n" ALL, .end = SERVER_CLOSE,
       .code = LLMCB_EPROTO, .tokens = "" },
@@ -1369,7 +1370,7 @@ static const row rows[] = {
 
 #define N_ROWS (sizeof rows / sizeof *rows)
 
-/* ---- running a row ---------------------------------------------------------- */
+/* ---- running a row ------------------------------------------------------- */
 
 static llmcb_code row_code(const row *r, int transport)
 {
@@ -1603,7 +1604,7 @@ __attribute__((constructor)) static void register_rows(void)
         }
 }
 
-/* ---- what needs more than a row --------------------------------------------- */
+/* ---- what needs more than a row ------------------------------------------ */
 
 /* A rig, a chat with one inline handler, and its call. */
 typedef struct talk {
@@ -2463,7 +2464,7 @@ TEST_ON_NET(fault_081_done_then_reused)
     free(b.p);
 }
 
-/* ---- cancel --------------------------------------------------------------------- */
+/* ---- cancel -------------------------------------------------------------- */
 
 /* The server notices, the tokens before it stand. */
 TEST_ON_NET(fault_098_cancel_while_stalled)
@@ -2526,7 +2527,7 @@ TEST_ON_NET(fault_098_free_while_stalled)
     talk_end(&t);
 }
 
-/* ---- credentials ------------------------------------------------------------------ */
+/* ---- credentials --------------------------------------------------------- */
 
 /* Refused before anything ran: the chat says so, and so does every call. */
 static void check_refused(const llmcb_chat_desc *d, const char *secret)

@@ -233,7 +233,7 @@ static bool same(const text *got, const text *want, const char *what)
     return false;
 }
 
-/* ---- a call ---------------------------------------------------------------- */
+/* ---- a call -------------------------------------------------------------- */
 
 enum { GENERATE, GENERATE_STREAMING, STREAM, N_METHODS };
 static const char *const method_names[] = { "generate", "streaming",
@@ -308,7 +308,7 @@ static void call_end(call *c)
     free(c->result.p);
 }
 
-/* ---- what is recorded, and what must come of it ------------------------------ */
+/* ---- what is recorded, and what must come of it -------------------------- */
 
 typedef struct expect_call {
     const char *id, *name, *arguments;
@@ -458,7 +458,7 @@ static void check_call(const fixture *f, call *c, llmcb_code code)
     }
 }
 
-/* ---- replay: the reference -------------------------------------------------- */
+/* ---- replay: the reference ----------------------------------------------- */
 
 static llmcb_loop *virtual_loop(void)
 {
@@ -606,7 +606,7 @@ TEST(replay_delays)
     }
 }
 
-/* ---- every cut of every recording ---------------------------------------------- */
+/* ---- every cut of every recording ---------------------------------------- */
 
 /* A fixture in memory, of which one answer is cut. */
 static void run_cut(const fixture *f, llmcb_loop *loop,
@@ -685,7 +685,7 @@ TEST(every_split)
     }
 }
 
-/* ---- over the wire ---------------------------------------------------------------- */
+/* ---- over the wire ------------------------------------------------------- */
 
 typedef struct road {
     const char *name;
@@ -790,7 +790,7 @@ TEST(wire_trickle)
                 over_the_wire(&fixtures[k], true);
 }
 
-/* ---- recording, and playing that -------------------------------------------------- */
+/* ---- recording, and playing that ----------------------------------------- */
 
 static void check_file(const char *path, bool *exists)
 {
