@@ -789,8 +789,10 @@ typedef struct llmcb_request {
     size_t n_headers;
     const char *body;
     size_t body_len;
-    int64_t connect_ms;         /* for dividing it among addresses */
-    uint64_t identity;          /* connections are shared by equal ones only */
+    int64_t connect_ms; /* for dividing it among addresses */
+    /* One a chat. Sockets are shared by equal ones only; libcurl's pool goes
+     * by address and TLS options, and the key is part of each request. */
+    uint64_t identity;
     const char *ca_file;        /* NULL: the system's */
     const llmcb_limits *limits; /* header_*, body; none is 0 */
     bool http2;

