@@ -6934,6 +6934,8 @@ struct llmcbi_curl {
     llmcbi_timer timer;
     llmcbi_transfer *transfers;
     llmcbi_curl_fd *fds;
+    curl_socket_t idle[64]; /* where a response ended last */
+    size_t n_idle;
 };
 
 /* TLS libraries write without MSG_NOSIGNAL: SIGPIPE is blocked meanwhile,
@@ -7103,6 +7105,42 @@ static curl_socket_t llmcbi_curl_open(void *user, curlsocktype purpose,
     return fd;
 }
 
+static int llmcbi_curl_close(void *user, curl_socket_t fd)
+{
+    llmcbi_curl *c = (llmcbi_curl *)user;
+    size_t i;
+
+    for (i = 0; i < c->n_idle; i++)
+        if (c->idle[i] == fd) c->idle[i--] = c->idle[--c->n_idle];
+    return LLMCBI_SYS(close)(fd);
+}
+
+/* Remembers where a response has ended. */
+static void llmcbi_curl_note_idle(const llmcbi_transfer *t)
+{
+    llmcbi_curl *c = t->curl;
+    curl_socket_t fd = CURL_SOCKET_BAD;
+    size_t i;
+
+    curl_easy_getinfo(t->easy, CURLINFO_ACTIVESOCKET, &fd);
+    for (i = 0; i < c->n_idle && c->idle[i] != fd;)
+        i++;
+    if (fd != CURL_SOCKET_BAD && i == c->n_idle && i < 64)
+        c->idle[c->n_idle++] = fd;
+}
+
+/* What came behind a response would answer the next request: libcurl 7.88
+ * does not look. */
+static bool llmcbi_curl_has_surplus(const llmcbi_curl *c)
+{
+    size_t i;
+    char byte;
+
+    for (i = 0; i < c->n_idle; i++)
+        if (LLMCBI_SYS(recv)(c->idle[i], &byte, 1, MSG_PEEK) >= 0) return true;
+    return false;
+}
+
 /* What libcurl's code means here. */
 static llmcb_code llmcbi_curl_code(const llmcbi_transfer *t, CURLcode code,
                                    long sys_errno)
@@ -7147,6 +7185,7 @@ static void llmcbi_transfer_done(llmcbi_transfer *t, CURLcode result)
     long sys_errno = 0;
 
     curl_easy_getinfo(t->easy, CURLINFO_OS_ERRNO, &sys_errno);
+    llmcbi_curl_note_idle(t);
     if (code == LLMCB_OK && result == CURLE_OK)
         ending = LLMCB_ORDERLY;
     else if (code == LLMCB_OK && result == CURLE_PARTIAL_FILE)
@@ -7328,6 +7367,9 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
 #endif
     LLMCBI_OPT(CURLOPT_TCP_KEEPALIVE, 1L);
     LLMCBI_OPT(CURLOPT_OPENSOCKETFUNCTION, llmcbi_curl_open);
+    LLMCBI_OPT(CURLOPT_CLOSESOCKETFUNCTION, llmcbi_curl_close);
+    LLMCBI_OPT(CURLOPT_CLOSESOCKETDATA, t->curl);
+    if (llmcbi_curl_has_surplus(t->curl)) LLMCBI_OPT(CURLOPT_FRESH_CONNECT, 1L);
     LLMCBI_OPT(CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
     LLMCBI_OPT(CURLOPT_SSL_VERIFYPEER, 1L);
     LLMCBI_OPT(CURLOPT_SSL_VERIFYHOST, 2L);
@@ -7384,11 +7426,14 @@ static llmcb_code llmcbi_curl_start(llmcb_transport *tr, llmcb_exchange *x,
 static void llmcbi_curl_resume(llmcb_transport *tr, llmcb_exchange *x)
 {
     llmcbi_transfer *t = *llmcbi_transfer_slot(x);
+    llmcbi_sigpipe pipe_state;
 
     (void)tr;
     if (!t->held) return;
     t->held = false;
+    llmcbi_sigpipe_block(&pipe_state);
     curl_easy_pause(t->easy, CURLPAUSE_CONT);
+    llmcbi_sigpipe_restore(&pipe_state);
 }
 
 static void llmcbi_curl_cancel(llmcb_transport *tr, llmcb_exchange *x)

@@ -2162,11 +2162,9 @@ TEST(fault_041_no_storm_sock)
 
 /* -- D and E */
 
-/* What comes behind a response, later, answers nobody's request. libcurl
- * 7.88 reads it as the next answer and has no way to look before. */
-TEST(fault_066_late_surplus_sock)
+/* What comes behind a response, later, answers nobody's request. */
+TEST_ON_NET(fault_066_late_surplus)
 {
-    const int transport = SOCK;
     static const char first[] = KEPT;
     server_segment hold;
     server_script s[2];
