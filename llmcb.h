@@ -4149,7 +4149,6 @@ typedef struct llmcbi_run llmcbi_run;
 struct llmcbi_run {
     llmcb_run pub;
     llmcb_loop *loop;
-    void *owner;
     /* A barrier was reached, there is room again, or a handler failed. */
     void (*told)(llmcbi_run *run);
     llmcbi_ready ready;    /* the pump */
@@ -6199,6 +6198,13 @@ static void llmcbi_h1_init(llmcbi_h1 *h, const llmcb_limits *limits)
     h->max_body = limits->body;
 }
 
+/* How transports keep connections. */
+#define LLMCBI_IDLE_MS ((int64_t)30 * 1000)      /* then it is closed */
+#define LLMCBI_LIFE_MS ((int64_t)10 * 60 * 1000) /* then it is not reused */
+#define LLMCBI_LINGER_MS 100 /* for the rest of a response, for reuse */
+#define LLMCBI_LINGER_BYTES 16384
+#define LLMCBI_MAX_IDLE 64
+
 /* ==== [SOCK] transport: plain HTTP/1.1 over TCP and unix sockets ======= */
 
 #ifdef LLMCB_NO_SOCKETS
@@ -6214,12 +6220,6 @@ LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
 #else
 #define LLMCBI_NOSIGNAL 0
 #endif
-
-#define LLMCBI_IDLE_MS ((int64_t)30 * 1000)      /* then it is closed */
-#define LLMCBI_LIFE_MS ((int64_t)10 * 60 * 1000) /* then it is not reused */
-#define LLMCBI_LINGER_MS 100 /* for the rest of a response, for reuse */
-#define LLMCBI_LINGER_BYTES 16384
-#define LLMCBI_MAX_IDLE 64
 
 typedef enum llmcbi_conn_state {
     LLMCBI_CONN_NEW, /* begins in the next turn */
@@ -6934,7 +6934,7 @@ struct llmcbi_curl {
     llmcbi_timer timer;
     llmcbi_transfer *transfers;
     llmcbi_curl_fd *fds;
-    curl_socket_t idle[64]; /* where a response ended last */
+    curl_socket_t idle[LLMCBI_MAX_IDLE]; /* where a response ended last */
     size_t n_idle;
 };
 
@@ -7038,7 +7038,7 @@ static size_t llmcbi_transfer_header(char *ptr, size_t one, size_t len,
             sp && sp + 3 < line.ptr + line.len
                 ? (sp[1] - '0') * 100 + (sp[2] - '0') * 10 + (sp[3] - '0')
                 : 0;
-        if (t->status < 200 && ++t->interims > 8)
+        if (t->status < 200 && ++t->interims > LLMCBI_H1_MAX_INTERIM)
             return llmcbi_transfer_stop(t, LLMCB_ELIMIT,
                                         "too many interim responses");
         /* a proxy's answer to CONNECT is not the response */
@@ -7064,7 +7064,7 @@ static size_t llmcbi_transfer_data(char *ptr, size_t one, size_t len,
     t->in_body = true;
     if (!t->x) {
         t->lingered += len;
-        return t->lingered > 16384 ? 0 : len;
+        return t->lingered > LLMCBI_LINGER_BYTES ? 0 : len;
     }
     if (t->x->paused) {
         t->held = true;
@@ -7125,7 +7125,7 @@ static void llmcbi_curl_note_idle(const llmcbi_transfer *t)
     curl_easy_getinfo(t->easy, CURLINFO_ACTIVESOCKET, &fd);
     for (i = 0; i < c->n_idle && c->idle[i] != fd;)
         i++;
-    if (fd != CURL_SOCKET_BAD && i == c->n_idle && i < 64)
+    if (fd != CURL_SOCKET_BAD && i == c->n_idle && i < LLMCBI_MAX_IDLE)
         c->idle[c->n_idle++] = fd;
 }
 
@@ -7454,7 +7454,7 @@ static void llmcbi_curl_release(llmcb_transport *tr, llmcb_exchange *x)
         return;
     }
     t->x = NULL;
-    llmcbi_timer_start(tr->loop, &t->timer, 100);
+    llmcbi_timer_start(tr->loop, &t->timer, LLMCBI_LINGER_MS);
 }
 
 static void llmcbi_curl_free(llmcb_transport *tr)
@@ -7501,7 +7501,7 @@ LLMCBI_DEF llmcb_transport *llmcb_curl_transport(llmcb_loop *loop)
     LLMCBI_OPT(CURLMOPT_SOCKETDATA, c);
     LLMCBI_OPT(CURLMOPT_TIMERFUNCTION, llmcbi_curl_set_timer);
     LLMCBI_OPT(CURLMOPT_TIMERDATA, c);
-    LLMCBI_OPT(CURLMOPT_MAXCONNECTS, 64L);
+    LLMCBI_OPT(CURLMOPT_MAXCONNECTS, (long)LLMCBI_MAX_IDLE);
 #undef LLMCBI_OPT
     if (!ok) {
         if (c->multi) curl_multi_cleanup(c->multi);
@@ -10866,7 +10866,6 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
 
     p->call = c;
     p->retry_after = LLMCBI_NO_WISH;
-    p->run.owner = p;
     p->run.told = llmcbi_prompt_told;
     p->run.window_events = chat->d.limits.window_events;
     p->run.window_bytes = chat->d.limits.window_bytes;
