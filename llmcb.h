@@ -61,6 +61,7 @@
  *   [REPLAY] transport: play a recorded response, record another transport
  *   [WIRE]   the OpenAI dialect: request body out, stream events in
  *   [CHAT]   generate, batch, stream, cancel
+ *   [AGENT]  runs of the program, tools, the agent loop
  *
  * GUARANTEES
  *
@@ -119,6 +120,7 @@
  *   LLMCB_NO_CURL      no libcurl: plain sockets only, https is an error
  *   LLMCB_NO_SOCKETS   no plain-socket transport
  *   LLMCB_NO_EPOLL     poll(2) on Linux too
+ *   LLMCB_NO_AGENT     no [AGENT]
  *   LLMCB_NO_STDIO     no llmcb_result_print and llmcb_str_print, no files
  *                      in [REPLAY]; define it wherever included
  *   LLMCB_ALLOW_INSECURE_TLS   makes llmcb_chat_desc.insecure_tls work
@@ -190,7 +192,8 @@ typedef enum llmcb_code {
     LLMCB_EHANDLER = -19,   /* a handler flagged LLMCB_RAISE failed */
     LLMCB_EBUSY = -20,      /* no room now; try again later */
     LLMCB_ESYS = -21,       /* a system call failed; see sys_errno */
-    LLMCB_EFORK = -22       /* the loop belongs to the parent process */
+    LLMCB_EFORK = -22,      /* the loop belongs to the parent process */
+    LLMCB_ETOOL = -23       /* a tool failed, or was called wrongly */
 } llmcb_code;
 
 /* What kind of LLMCB_ETIMEDOUT or LLMCB_ECANCELLED it was. */
@@ -203,7 +206,8 @@ typedef enum llmcb_detail {
     LLMCB_DETAIL_HANDLER,    /* a handler took longer than handler_ms */
     LLMCB_DETAIL_CALLER,     /* llmcb_op_cancel */
     LLMCB_DETAIL_CONSUMER,   /* llmcb_op_free of a call under way */
-    LLMCB_DETAIL_LOOP        /* llmcb_loop_free */
+    LLMCB_DETAIL_LOOP,       /* llmcb_loop_free */
+    LLMCB_DETAIL_PARENT      /* the run that it belonged to ended */
 } llmcb_detail;
 
 /* Bytes with their length. Strings that the library hands out also have a
@@ -212,6 +216,9 @@ typedef struct llmcb_str {
     const char *ptr;
     size_t len;
 } llmcb_str;
+
+/* A C string as such bytes, in place; NULL is empty. Any thread. */
+LLMCB_API llmcb_str llmcb_text(const char *s);
 
 /* What went wrong. No member ever holds a key, a header value of the
  * request or text of the conversation; `message` may quote what a server
@@ -256,6 +263,7 @@ LLMCB_API const char *llmcb_code_text(llmcb_code code);
 
 typedef struct llmcb_loop llmcb_loop;
 typedef struct llmcb_op llmcb_op;
+typedef struct llmcb_run llmcb_run;
 typedef struct llmcb_transport llmcb_transport;
 struct pollfd;
 
@@ -469,6 +477,11 @@ LLMCB_API llmcb_step llmcb_await_any(llmcb_task *t, llmcb_op *const *ops,
 /* Until llmcb_op_next(op) would not wait: LLMCB_OK, also at the end. */
 LLMCB_API llmcb_step llmcb_await_chunk(llmcb_task *t, llmcb_op *op);
 
+/* Until every handler is done with what the run has told them so far; then
+ * its window is empty. LLMCB_ESTATE from a handler of that run, LLMCB_EBUSY
+ * while another coroutine awaits the same. */
+LLMCB_API llmcb_step llmcb_await_run(llmcb_task *t, llmcb_run *run);
+
 /* Until fn(arg) has run on the pool: what it returned, if 0 or negative. A
  * cancel ends the await at once, though fn goes on: arg must outlive it. */
 LLMCB_API llmcb_step llmcb_await_blocking(llmcb_task *t, int (*fn)(void *arg),
@@ -518,9 +531,9 @@ typedef struct llmcb_pair {
     const char *value;
 } llmcb_pair;
 
-/* One execution of a model. Read-only; valid as long as the event that
- * shows it, or the operation that it belongs to. */
-typedef struct llmcb_run {
+/* One execution of a model, chain, tool or retriever. Read-only; valid as
+ * long as the event that shows it, or the operation that it belongs to. */
+struct llmcb_run {
     char id[37];        /* a UUID, version 4 unless the caller chose it */
     char parent_id[37]; /* "" for a root */
     const char *name;   /* the run's name, else the model's class */
@@ -528,7 +541,9 @@ typedef struct llmcb_run {
     size_t n_tags;
     const llmcb_pair *metadata;
     size_t n_metadata;
-} llmcb_run;
+    int64_t started_ms;  /* on the loop's clock */
+    int64_t finished_ms; /* when its end or error event was made; else 0 */
+};
 
 /* The configuration of one call. It is copied when the call is made. What
  * is "local" serves this call's own runs and not its children. */
@@ -549,7 +564,18 @@ typedef struct llmcb_config {
     const char *run_id;       /* a UUID for the first run; default random */
     const char *parent_id;    /* the UUID of a parent run; default none */
     unsigned max_concurrency; /* open requests of a batch; default no limit */
+    const char *step;         /* one more local tag, such as "seq:step:1" */
+    llmcb_run *parent;        /* set by llmcb_run_child; wins over parent_id */
+    const char *extra;        /* JSON object whose members go into this call's
+                          requests, last: they win over the chat's extra */
 } llmcb_config;
+
+/* A handler that all runs of the loop are told to that start from now on,
+ * behind those of their configuration and at most once each. It must outlive
+ * the runs that began before llmcb_loop_unhook. LLMCB_EINVAL: see
+ * llmcb_handler. LLMCB_ENOMEM. */
+LLMCB_API llmcb_code llmcb_loop_hook(llmcb_loop *loop, llmcb_handler *h);
+LLMCB_API void llmcb_loop_unhook(llmcb_loop *loop, llmcb_handler *h);
 
 /* Adds an on_text or on_custom_event to a run that has started and is not
  * finished. The bytes are copied; it is delivered later, never inside this
@@ -654,17 +680,46 @@ typedef struct llmcb_result {
     llmcb_str id;
     llmcb_str system_fingerprint;
     llmcb_usage usage;
+    bool cached; /* it comes from the chat's cache */
 } llmcb_result;
 
 /* Payloads of events. */
 typedef struct llmcb_start {
     const llmcb_message *messages; /* with content_len set */
     size_t n_messages;
-    llmcb_str prompt;  /* "Human: ..." lines, for on_llm_start */
-    const char *model; /* the model asked for */
-    size_t batch_size; /* prompts of the same call */
-    llmcb_str params;  /* JSON text: what is sent but the messages */
+    llmcb_str prompt;        /* "Human: ..." lines, for on_llm_start */
+    const char *model;       /* the model asked for */
+    size_t batch_size;       /* prompts of the same call */
+    llmcb_str params;        /* JSON text: what is sent but the messages */
+    llmcb_str input;         /* a chain's input, a tool's arguments, a query */
+    const char *description; /* of a tool; else "" */
+    llmcb_str tool_call_id;  /* of a tool that a model called; else "" */
 } llmcb_start;
+
+/* One document that a retriever found. */
+typedef struct llmcb_document {
+    llmcb_str content;
+    llmcb_str id;
+    const llmcb_pair *metadata;
+    size_t n_metadata;
+} llmcb_document;
+
+/* What a chain, tool, retriever or agent has brought. */
+typedef struct llmcb_output {
+    llmcb_str text;
+    llmcb_str log; /* AGENT_FINISH: what the model said */
+    const llmcb_document *documents;
+    size_t n_documents;
+    bool failed; /* TOOL_END: text is an error that goes to the model */
+} llmcb_output;
+
+/* A tool call that an agent is about to make. */
+typedef struct llmcb_action {
+    llmcb_str tool;
+    llmcb_str input; /* JSON text, as the model wrote it */
+    llmcb_str log;   /* what the model said beside it */
+    llmcb_str tool_call_id;
+} llmcb_action;
 
 typedef struct llmcb_retry {
     int attempt; /* the try that failed, 1 the first */
@@ -691,6 +746,9 @@ struct llmcb_event {
     const llmcb_error *error;   /* *_ERROR */
     const llmcb_retry *retry;   /* RETRY */
     const llmcb_data *data;     /* TEXT, CUSTOM_EVENT */
+    const llmcb_output *output; /* CHAIN_END, TOOL_END, RETRIEVER_END,
+                                   AGENT_FINISH */
+    const llmcb_action *action; /* AGENT_ACTION */
 };
 
 /* A sync function runs on the pool and may block. Not 0: it failed, which
@@ -1008,8 +1066,9 @@ LLMCB_API llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
  * also means none now; llmcb_await_chunk waits. */
 LLMCB_API bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk);
 
-/* The result, whole or partial; of an op that is no chat call, is NULL or is
- * still under way, an empty one. Valid until llmcb_op_free. Never NULL. */
+/* The result, whole or partial, of an agent that of its last model call; of
+ * an op that has none, is NULL or is still under way, an empty one. Valid
+ * until llmcb_op_free. Never NULL. */
 LLMCB_API const llmcb_result *llmcb_op_result(const llmcb_op *op);
 
 /* The same for prompt i of a batch, with its own error and run. */
@@ -1018,8 +1077,177 @@ LLMCB_API const llmcb_result *llmcb_op_result_at(const llmcb_op *op, size_t i);
 LLMCB_API const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i);
 LLMCB_API llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i);
 
-/* The usage of all prompts added up; known if all are. */
+/* The op's own run, of a batch the first; NULL: it has none. Valid until
+ * llmcb_op_free. */
+LLMCB_API llmcb_run *llmcb_op_run(const llmcb_op *op);
+
+/* The usage of all prompts, or of all turns of an agent, added up; known if
+ * all are. */
 LLMCB_API llmcb_usage llmcb_op_usage(const llmcb_op *op);
+
+/* ==== [AGENT] runs of the program, tools, the agent loop =============== */
+
+#ifndef LLMCB_NO_AGENT
+typedef enum llmcb_run_kind {
+    LLMCB_RUN_CHAIN, /* any work that has parts, or a group of calls */
+    LLMCB_RUN_TOOL,
+    LLMCB_RUN_RETRIEVER
+} llmcb_run_kind;
+
+/* Zero is the default of every member. */
+typedef struct llmcb_run_desc {
+    llmcb_run_kind kind;
+    const char *name; /* "chain", "tool" or "retriever" */
+    llmcb_str input;
+    const char *description; /* of a tool */
+    /* The work as a coroutine. It begins when the start event has been told;
+     * when it ends, so does the run, with what it returned. NULL: the program
+     * ends the run with one of the functions below. */
+    llmcb_task_fn body;
+    size_t frame_size; /* as in llmcb_task_start */
+    void *self;
+    int64_t timeout_ms; /* of the run; default none */
+    int64_t handler_ms; /* as in llmcb_chat_desc */
+} llmcb_run_desc;
+
+/* Starts a run for work of the program's own: its handlers are told, and
+ * calls that are given llmcb_run_child of it become its children.
+ *
+ * It finishes exactly once, after its children: when it is ended, failed or
+ * cancelled, when its body ends, its parent ends or the op is freed. If it
+ * fails or is cancelled, what is under way within it is cancelled; if it
+ * ends well, that is waited for, but runs without a body that were left open
+ * are cancelled. The op is done when all handlers have been told.
+ * config may be NULL. NULL: no memory. */
+LLMCB_API llmcb_op *llmcb_run_start(llmcb_loop *loop,
+                                    const llmcb_run_desc *desc,
+                                    const llmcb_config *config);
+
+/* The configuration of a child: the callbacks, tags and metadata of run's
+ * configuration but not its local ones, and run as the parent. `step` is a
+ * local tag of the child, such as "seq:step:1"; NULL: none. For runs of
+ * llmcb_run_start, tools and agents; else it is empty. Points into run, and
+ * at step. */
+LLMCB_API llmcb_config llmcb_run_child(llmcb_run *run, const char *step);
+
+/* The run whose body this coroutine is; NULL: of none. */
+LLMCB_API llmcb_run *llmcb_task_run(llmcb_task *t);
+
+/* Ends a run of llmcb_run_start well; the output is copied. Inside a body it
+ * says what the run brings, and the body goes on to its end. LLMCB_ESTATE:
+ * its outcome is known already, or it is not such a run. LLMCB_ENOMEM: it
+ * fails with that. */
+LLMCB_API llmcb_code llmcb_run_end(llmcb_run *run, llmcb_str output);
+
+/* The same for a retriever. */
+LLMCB_API llmcb_code llmcb_run_end_documents(llmcb_run *run,
+                                             const llmcb_document *documents,
+                                             size_t n);
+
+/* Ends it with an error, such as the one of a child. A code that is
+ * LLMCB_OK is taken for LLMCB_EINVAL. */
+LLMCB_API llmcb_code llmcb_run_fail(llmcb_run *run, const llmcb_error *error);
+
+/* on_agent_action and on_agent_finish of an agent of the program's own, as
+ * llmcb_run_text. Loop thread. */
+LLMCB_API llmcb_code llmcb_run_action(llmcb_run *run,
+                                      const llmcb_action *action);
+LLMCB_API llmcb_code llmcb_run_agent_finish(llmcb_run *run, llmcb_str output,
+                                            llmcb_str log);
+
+/* What a run of llmcb_run_start, a tool or an agent has brought; empty while
+ * it is under way. Valid until llmcb_op_free. Never NULL. */
+LLMCB_API const llmcb_output *llmcb_op_output(const llmcb_op *op);
+
+/* One call of a tool, in the tool's hands until it returns. */
+typedef struct llmcb_tool_use {
+    const struct llmcb_tool *tool;
+    llmcb_str arguments; /* one JSON object, checked */
+    llmcb_str id;        /* of the model's call; may be "" */
+    llmcb_run *run;      /* for llmcb_run_text, llmcb_run_child ... */
+} llmcb_tool_use;
+
+/* A tool that a model may call. It is not copied and must outlive its
+ * calls. */
+typedef struct llmcb_tool {
+    const char *name;
+    const char *description; /* for the model; may be NULL */
+    /* JSON schema of the arguments, an object; NULL: there are none. What it
+     * says of types, of required members and of additional ones is checked,
+     * on the first level, before the tool is called. */
+    const char *parameters;
+    /* One of the two. A blocking function, on the thread pool; or a coroutine
+     * on the loop, with `user` at t->self and frame_size bytes at t->frame.
+     * Not 0: it failed, see llmcb_tool_fail. */
+    int (*call)(llmcb_tool_use *use);
+    llmcb_step (*step)(llmcb_task *t, llmcb_tool_use *use);
+    size_t frame_size;
+    int64_t timeout_ms; /* default none; a blocking function goes on */
+    bool handle_errors; /* tell the model what went wrong, and go on; else the
+                           agent fails with it */
+    void *user;
+} llmcb_tool;
+
+/* Inside a tool, on its own thread: an argument by its name. false: it is not
+ * there, or is no such value. _text is decoded, NUL-terminated and valid
+ * until the call is over; _json is the value as it stands, of any kind. */
+LLMCB_API bool llmcb_tool_text(llmcb_tool_use *use, const char *name,
+                               llmcb_str *value);
+LLMCB_API bool llmcb_tool_int(llmcb_tool_use *use, const char *name,
+                              int64_t *value);
+LLMCB_API bool llmcb_tool_number(llmcb_tool_use *use, const char *name,
+                                 double *value);
+LLMCB_API bool llmcb_tool_bool(llmcb_tool_use *use, const char *name,
+                               bool *value);
+LLMCB_API bool llmcb_tool_json(llmcb_tool_use *use, const char *name,
+                               llmcb_str *value);
+
+/* What the tool answers; copied, the last one counts. LLMCB_ENOMEM, or LLMCB_OK
+ * for `return llmcb_tool_answer(...)`. */
+LLMCB_API llmcb_code llmcb_tool_answer(llmcb_tool_use *use, llmcb_str text);
+
+/* Why the tool fails, in words for the model or for people: always
+ * LLMCB_ETOOL, for `return llmcb_tool_fail(...)`. */
+LLMCB_API llmcb_code llmcb_tool_fail(llmcb_tool_use *use, const char *why);
+
+/* Calls a tool as a run of its own. Of `call` the name is not looked at; all
+ * is copied. config may be NULL. NULL: no memory. */
+LLMCB_API llmcb_op *llmcb_tool_start(llmcb_loop *loop, const llmcb_tool *tool,
+                                     const llmcb_tool_call *call,
+                                     const llmcb_config *config);
+
+/* Zero is the default of every member. */
+typedef struct llmcb_agent_desc {
+    llmcb_chat *chat;
+    const llmcb_tool *tools; /* not copied */
+    size_t n_tools;
+    int max_turns;    /* calls of the model; 15 */
+    int64_t total_ms; /* none */
+    /* Asked before each call of a tool, as a coroutine with `user` at t->self
+     * and approve_frame bytes at t->frame. LLMCB_DONE lets it go on, any
+     * other end refuses it, which the model is told. */
+    llmcb_step (*approve)(llmcb_task *t, const llmcb_tool_use *use);
+    size_t approve_frame;
+    void *user;
+    int64_t handler_ms; /* as in llmcb_chat_desc */
+} llmcb_agent_desc;
+
+/* Lets the model call tools, those of one turn in parallel, until it answers.
+ * Its run is a chain, "AgentExecutor", with a chain for each turn and a run
+ * for each tool. llmcb_op_output is the answer. At max_turns or total_ms it
+ * ends in good order, as LangChain's does, but the op's code is LLMCB_ELIMIT
+ * or LLMCB_ETIMEDOUT, so that the text is not taken for an answer. The chat
+ * must not be freed before the op is done. NULL: no memory. */
+LLMCB_API llmcb_op *llmcb_agent_start(const llmcb_agent_desc *desc,
+                                      const llmcb_message *messages, size_t n,
+                                      const llmcb_config *config);
+
+/* The conversation of an agent, with what it added: the model's messages and
+ * the tools' answers, not the last answer of all. Valid until llmcb_op_free;
+ * NULL while it is under way. */
+LLMCB_API const llmcb_message *llmcb_agent_messages(const llmcb_op *op,
+                                                    size_t *n);
+#endif
 
 #ifndef LLMCB_NO_STDIO
 /* Prints text of a server for a terminal: control characters, but for line
@@ -1140,7 +1368,8 @@ LLMCBI_DEF const char *llmcb_version(void)
     X(LLMCB_EHANDLER, "a handler failed")                              \
     X(LLMCB_EBUSY, "busy")                                             \
     X(LLMCB_ESYS, "a system call failed")                              \
-    X(LLMCB_EFORK, "the loop belongs to the parent process")
+    X(LLMCB_EFORK, "the loop belongs to the parent process")           \
+    X(LLMCB_ETOOL, "a tool failed")
 
 LLMCBI_DEF const char *llmcb_code_name(llmcb_code code)
 {
@@ -1164,7 +1393,7 @@ LLMCBI_DEF const char *llmcb_code_text(llmcb_code code)
 #undef LLMCBI_CASE
 }
 
-static llmcb_str llmcbi_str(const char *s)
+LLMCBI_DEF llmcb_str llmcb_text(const char *s)
 {
     llmcb_str r;
 
@@ -1409,12 +1638,6 @@ static void llmcbi_buf_int(const llmcb_allocator *a, llmcbi_buf *b, int64_t v)
     llmcbi_buf_text(a, b, llmcbi_decimal(digits, v));
 }
 
-static void llmcbi_buf_drop(llmcbi_buf *b, size_t n)
-{
-    memmove(b->ptr, b->ptr + n, b->len - n);
-    b->len -= n;
-}
-
 static llmcb_str llmcbi_buf_str(const llmcbi_buf *b)
 {
     return b->len ? llmcbi_slice(b->ptr, b->len) : llmcbi_slice("", 0);
@@ -1522,7 +1745,7 @@ static const llmcb_error *llmcbi_error_const(llmcb_code code)
 /* What a function of the program returned, if it is one of our codes. */
 static llmcb_code llmcbi_code_of(int value)
 {
-    return value <= LLMCB_OK && value >= LLMCB_EFORK ? (llmcb_code)value
+    return value <= LLMCB_OK && value >= LLMCB_ETOOL ? (llmcb_code)value
                                                      : LLMCB_EHANDLER;
 }
 
@@ -2045,6 +2268,17 @@ static bool llmcbi_json_whole(llmcbi_json *j)
     return llmcbi_json_next(j) == LLMCBI_JSON_END;
 }
 
+/* Whether the program's text is one JSON value of a type, or NULL. */
+static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
+{
+    llmcbi_json j;
+
+    if (!text) return true;
+    llmcbi_json_init(&j, text, strlen(text));
+    return llmcbi_json_raw(&j) == type && llmcbi_json_whole(&j) &&
+           llmcbi_utf8_valid(text, strlen(text));
+}
+
 /* Decodes the inside of a JSON string to UTF-8. Writes at most
  * 3 * len + 6 bytes and returns how many. What is incomplete at the end
  * stays in the carry. */
@@ -2404,6 +2638,8 @@ typedef struct llmcbi_fired {
 typedef struct llmcbi_pool llmcbi_pool;
 /* upward: llmcbi_cursor */
 typedef struct llmcbi_cursor llmcbi_cursor;
+/* upward: llmcbi_job */
+typedef struct llmcbi_job llmcbi_job;
 /* upward: llmcbi_block */
 typedef struct llmcbi_block llmcbi_block;
 
@@ -2448,6 +2684,8 @@ struct llmcb_loop {
     llmcbi_cursor *unpublished; /* whose news the pool must be told */
     llmcbi_block *spare;        /* blocks of logs, for use again */
     size_t n_spare;
+    llmcb_handler **hooks; /* told of all runs */
+    size_t n_hooks, hooks_cap;
 
     /* Shared with other threads, under the mutex. */
     pthread_mutex_t mutex;
@@ -2455,6 +2693,7 @@ struct llmcb_loop {
     bool closed;   /* no more posts */
     llmcbi_post *posts, **last_post;
     llmcbi_pool *pool;       /* set once, by the loop */
+    llmcbi_job *finished;    /* blocking functions that have returned */
     llmcbi_cursor *progress; /* cursors that workers have moved */
     bool progress_due;       /* one of them has reached its mark */
 };
@@ -2976,7 +3215,7 @@ static void llmcbi_run_posts(llmcb_loop *loop, llmcbi_post *p)
  * upward: llmcbi_take_cancels */
 static void llmcbi_take_cancels(llmcb_loop *loop);
 /* upward: llmcbi_take_jobs */
-static void llmcbi_take_jobs(llmcb_loop *loop);
+static void llmcbi_take_jobs(llmcb_loop *loop, llmcbi_job *finished);
 /* upward: llmcbi_pool_idle */
 static bool llmcbi_pool_idle(const llmcb_loop *loop);
 /* upward: llmcbi_take_progress */
@@ -3022,22 +3261,25 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
 static void llmcbi_process(llmcb_loop *loop, bool woken)
 {
     llmcbi_post *posts;
+    llmcbi_job *finished;
     llmcbi_cursor *progress;
 
     loop->turning = true;
     if (woken) llmcbi_drain_wakeups(loop);
-    /* in one go: what a handler posted must be seen before its progress */
+    /* in one go: what a worker posted must be seen before its progress */
     llmcbi_lock(loop);
     loop->sleeping = false;
     loop->progress_due = false;
     posts = llmcbi_take_posts(loop);
+    finished = loop->finished;
+    loop->finished = NULL;
     progress = loop->progress;
     loop->progress = NULL;
     llmcbi_unlock(loop);
     if (!loop->virtual_clock) loop->now = llmcbi_clock_ms();
     llmcbi_run_posts(loop, posts);
     llmcbi_take_cancels(loop);
-    llmcbi_take_jobs(loop);
+    llmcbi_take_jobs(loop, finished);
     llmcbi_take_progress(loop, progress);
     llmcbi_run_timers(loop);
     llmcbi_run_fired(loop);
@@ -3294,13 +3536,22 @@ struct llmcb_op {
     /* Somebody waits for its end and not for its parts; may be NULL. */
     void (*waited)(llmcb_op *op);
     llmcb_op *prev, *next;
+    /* A tree: what is under way within an op. It ends before that op does,
+     * and begins when that is open. */
+    llmcb_op *parent, *children, *prev_sibling, *next_sibling;
+    void (*begin)(llmcb_op *op); /* the parent is open; may be NULL */
+    void (*child_done)(llmcb_op *op, llmcb_op *child);
+    llmcb_run *run;           /* its first; may be NULL */
+    llmcb_op *answer;         /* the op whose result it shows, if not its own */
+    const llmcb_usage *usage; /* likewise; NULL: its own */
     llmcbi_waiter *waiters;
     llmcbi_task *reader;      /* awaits a chunk */
     const llmcb_error *error; /* of a done op */
+    bool open;                /* children may begin */
     bool done;
     bool detached; /* the program has freed it */
     bool waiting;  /* the loop runs on its behalf: not to be destroyed */
-    llmcbi_flag cancel_wanted;
+    llmcbi_flag cancel_wanted; /* the detail of it */
 };
 
 static void llmcbi_op_init(llmcb_loop *loop, llmcb_op *op,
@@ -3329,6 +3580,37 @@ static void llmcbi_op_destroy(llmcb_op *op)
     op->destroy(op);
 }
 
+/* Makes `child` a part of op until it is done. */
+static void llmcbi_op_adopt(llmcb_op *op, llmcb_op *child)
+{
+    child->parent = op;
+    child->next_sibling = op->children;
+    if (op->children) op->children->prev_sibling = child;
+    op->children = child;
+}
+
+static void llmcbi_op_leave(llmcb_op *child)
+{
+    llmcb_op *op = child->parent;
+
+    if (!op) return;
+    if (child->next_sibling)
+        child->next_sibling->prev_sibling = child->prev_sibling;
+    if (child->prev_sibling)
+        child->prev_sibling->next_sibling = child->next_sibling;
+    else
+        op->children = child->next_sibling;
+    child->parent = NULL;
+    op->child_done(op, child);
+}
+
+/* Has op cancelled in the next turn. */
+static void llmcbi_op_want_cancel(llmcb_op *op, llmcb_detail detail)
+{
+    LLMCBI_FLAG_SET(&op->cancel_wanted, detail);
+    LLMCBI_FLAG_SET(&op->loop->cancels, 1);
+}
+
 static void llmcbi_task_told(llmcbi_waiter *w);
 static void llmcbi_task_wake(llmcbi_task *t, llmcb_code result);
 
@@ -3338,6 +3620,7 @@ static void llmcbi_op_finish(llmcb_op *op, const llmcb_error *error)
     op->error = error;
     op->done = true;
     op->loop->n_alive--;
+    llmcbi_op_leave(op);
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_OK);
     while (op->waiters)
         llmcbi_task_told(op->waiters);
@@ -3364,8 +3647,7 @@ LLMCBI_DEF const llmcb_error *llmcb_op_error(const llmcb_op *op)
 LLMCBI_DEF void llmcb_op_cancel(llmcb_op *op)
 {
     if (!op) return;
-    LLMCBI_FLAG_SET(&op->cancel_wanted, 1);
-    LLMCBI_FLAG_SET(&op->loop->cancels, 1);
+    llmcbi_op_want_cancel(op, LLMCB_DETAIL_CALLER);
     llmcb_loop_wakeup(op->loop);
 }
 
@@ -3376,12 +3658,11 @@ static void llmcbi_take_cancels(llmcb_loop *loop)
     if (!LLMCBI_FLAG_GET(&loop->cancels)) return;
     LLMCBI_FLAG_SET(&loop->cancels, 0);
     for (op = loop->ops; op; op = next) {
+        unsigned char detail = LLMCBI_FLAG_GET(&op->cancel_wanted);
         next = op->next; /* cancel destroys no other op */
-        if (!LLMCBI_FLAG_GET(&op->cancel_wanted)) continue;
+        if (!detail) continue;
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
-        if (!op->done)
-            op->cancel(op, op->detached ? LLMCB_DETAIL_CONSUMER
-                                        : LLMCB_DETAIL_CALLER);
+        if (!op->done) op->cancel(op, (llmcb_detail)detail);
     }
 }
 
@@ -3399,8 +3680,7 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_ECANCELLED);
     while (op->waiters)
         llmcbi_task_told(op->waiters);
-    LLMCBI_FLAG_SET(&op->cancel_wanted, 1);
-    LLMCBI_FLAG_SET(&loop->cancels, 1);
+    llmcbi_op_want_cancel(op, LLMCB_DETAIL_CONSUMER);
     if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
 }
 
@@ -3450,16 +3730,16 @@ struct llmcbi_task {
     llmcbi_waiter *many; /* of llmcb_await_all and llmcb_await_any */
     size_t n_many, n_left;
     llmcbi_watch watch;
-    size_t size;        /* of a handler's task, with its frame */
-    llmcb_op *owned;    /* freed when the await ends */
-    llmcbi_task **slot; /* where it waits for a chunk */
-    void *owner;        /* for step and finish */
-    const void *home;   /* the op that it is, or whose handler it is */
-    bool armed;         /* suspended, or about to be */
-    bool any;           /* one of `many` is enough */
-    bool timing_out;    /* the timer is a limit, not the thing awaited */
-    bool cancelled;     /* told at the next await */
-    bool stepping;      /* its function is on the stack */
+    size_t size;          /* of a handler's task, with its frame */
+    llmcb_op *owned;      /* freed when the await ends */
+    llmcbi_task **slot;   /* where it waits for a chunk, or for handlers */
+    void *owner;          /* for step and finish */
+    const llmcb_op *home; /* what it is, or whose handler it is */
+    bool armed;           /* suspended, or about to be */
+    bool any;             /* one of `many` is enough */
+    bool timing_out;      /* the timer is a limit, not the thing awaited */
+    bool cancelled;       /* told at the next await */
+    bool stepping;        /* its function is on the stack */
 };
 
 static void llmcbi_waiter_leave(llmcbi_waiter *w)
@@ -3665,9 +3945,13 @@ LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *pub, int fd, int events,
 /* Why op cannot be awaited by t, or LLMCB_OK. */
 static llmcb_code llmcbi_awaitable(const llmcbi_task *t, const llmcb_op *op)
 {
+    const llmcb_op *home = t->home;
+
     if (!op) return LLMCB_ENOMEM;
     if (op->loop != t->loop) return LLMCB_EINVAL;
-    return t->home == op ? LLMCB_ESTATE : LLMCB_OK;
+    while (home && home != op) /* it cannot end before what is part of it */
+        home = home->parent;
+    return home ? LLMCB_ESTATE : LLMCB_OK;
 }
 
 LLMCBI_DEF llmcb_step llmcb_await(llmcb_task *pub, llmcb_op *op)
@@ -3819,15 +4103,15 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
 /* ==== [EXEC] thread pool, strands, offload ============================= */
 
 /* A blocking function on its way through the pool. It outlives its op. */
-typedef struct llmcbi_job {
-    struct llmcbi_job *next;
+struct llmcbi_job {
+    llmcbi_job *next;
     int (*fn)(void *arg);
     void *arg;
     int result;
     llmcb_loop *loop;
-    void (*done)(struct llmcbi_job *job); /* on the loop's thread */
-    void *owner;                          /* for done; NULL: gone */
-} llmcbi_job;
+    void (*done)(llmcbi_job *job); /* on the loop's thread */
+    void *owner;                   /* for done; NULL: gone */
+};
 
 /* upward: llmcbi_cursor */
 /* Work that must not run twice at a time: the calls of one handler. Queued
@@ -3848,7 +4132,6 @@ struct llmcbi_pool {
     unsigned n_strands, n_jobs; /* threads that run one of them */
     bool stop;
     llmcbi_job *jobs, **last_job;
-    llmcbi_job *finished;
     llmcbi_strand *strands, **last_strand;
     llmcbi_strand *known;
     pthread_t threads[64];
@@ -3859,7 +4142,7 @@ static bool llmcbi_pool_idle(const llmcb_loop *loop)
 {
     const llmcbi_pool *p = loop->pool;
 
-    return !p || (!p->strands && !p->jobs && !p->finished && !p->n_strands &&
+    return !p || (!p->strands && !p->jobs && !loop->finished && !p->n_strands &&
                   !p->n_jobs);
 }
 
@@ -3889,8 +4172,8 @@ static void llmcbi_pool_job(llmcb_loop *loop, llmcbi_pool *p)
     job->result = job->fn(job->arg);
     llmcbi_lock(loop);
     p->n_jobs--;
-    job->next = p->finished;
-    p->finished = job;
+    job->next = loop->finished;
+    loop->finished = job;
     loop->progress_due = true;
     llmcbi_wake_sleeper(loop);
 }
@@ -3999,16 +4282,31 @@ static llmcbi_job *llmcbi_job_start(llmcb_loop *loop, int (*fn)(void *arg),
     return job;
 }
 
-/* Tells the owners of finished jobs. */
-static void llmcbi_take_jobs(llmcb_loop *loop)
+/* Frees a job that has not begun. false: it has. */
+static bool llmcbi_job_withdraw(llmcb_loop *loop, llmcbi_job *job)
 {
-    llmcbi_job *job = NULL, *next, *in_order = NULL;
+    llmcbi_pool *p = loop->pool;
+    llmcbi_job **at;
+    bool waits;
 
-    if (!loop->pool) return;
     llmcbi_lock(loop);
-    job = loop->pool->finished;
-    loop->pool->finished = NULL;
+    for (at = &p->jobs; *at && *at != job; at = &(*at)->next)
+        continue;
+    waits = *at != NULL;
+    if (waits) {
+        *at = job->next;
+        if (!*at) p->last_job = at;
+    }
     llmcbi_unlock(loop);
+    if (waits) llmcbi_free(&loop->alloc, job, sizeof *job);
+    return waits;
+}
+
+/* Tells the owners of finished jobs. */
+static void llmcbi_take_jobs(llmcb_loop *loop, llmcbi_job *job)
+{
+    llmcbi_job *next, *in_order = NULL;
+
     for (; job; job = next) {
         next = job->next;
         job->next = in_order;
@@ -4038,22 +4336,9 @@ static void llmcbi_offload_done(llmcbi_job *job)
 static void llmcbi_offload_cancel(llmcb_op *op, llmcb_detail detail)
 {
     llmcbi_offload_op *o = (llmcbi_offload_op *)(void *)op;
-    llmcbi_pool *p = op->loop->pool;
-    llmcbi_job **at;
 
     (void)detail;
-    o->job->owner = NULL;
-    llmcbi_lock(op->loop);
-    for (at = &p->jobs; *at && *at != o->job; at = &(*at)->next)
-        continue;
-    if (*at) { /* it has not begun */
-        *at = o->job->next;
-        if (!*at) p->last_job = at;
-    } else {
-        o->job = NULL;
-    }
-    llmcbi_unlock(op->loop);
-    llmcbi_free(&op->loop->alloc, o->job, sizeof *o->job);
+    if (!llmcbi_job_withdraw(op->loop, o->job)) o->job->owner = NULL;
     o->job = NULL;
     llmcbi_op_finish(op, llmcbi_error_const(LLMCB_ECANCELLED));
 }
@@ -4149,6 +4434,7 @@ typedef struct llmcbi_run llmcbi_run;
 struct llmcbi_run {
     llmcb_run pub;
     llmcb_loop *loop;
+    llmcb_op *home; /* the op that it belongs to */
     /* A barrier was reached, there is room again, or a handler failed. */
     void (*told)(llmcbi_run *run);
     llmcbi_ready ready;    /* the pump */
@@ -4163,8 +4449,11 @@ struct llmcbi_run {
     int64_t handler_ms;
     const llmcb_start *start;
     const llmcb_result *result;
+    const llmcb_output *output;
     const llmcb_error *error; /* of the finish event */
-    llmcb_event_kind finish_kind;
+    llmcb_event_kind start_kind, finish_kind;
+    llmcbi_task *flusher; /* waits until handlers have come to flush_at */
+    uint64_t flush_at;
     /* upward: llmcbi_cursor */
     llmcbi_cursor *cursors;
     size_t n_cursors, n_abandoned;
@@ -4178,6 +4467,7 @@ struct llmcbi_run {
     int raised_result;
     uint8_t state;
     bool has_pull;
+    bool withheld;  /* its parent's start is still being told */
     bool lockstep;  /* some handler has LLMCB_AWAIT_EACH */
     bool starved;   /* the owner waits for room */
     bool skipping;  /* cancelled: cursors jump to the finish */
@@ -4500,8 +4790,10 @@ static void llmcbi_cursor_load(llmcbi_cursor *c, const char **pos,
 
     ev->seq = done + 1;
     if (done == 0) {
-        kind = llmcbi_handles_chat_start(c->handler) ? LLMCB_CHAT_MODEL_START
-                                                     : LLMCB_LLM_START;
+        kind = run->start_kind;
+        if (kind == LLMCB_CHAT_MODEL_START &&
+            !llmcbi_handles_chat_start(c->handler))
+            kind = LLMCB_LLM_START;
         ev->start = run->start;
         ev->kind = kind;
         return;
@@ -4518,19 +4810,23 @@ static void llmcbi_cursor_load(llmcbi_cursor *c, const char **pos,
         ev->token = NULL;
         ev->retry = NULL;
         ev->data = NULL;
+        ev->output = NULL;
+        ev->action = NULL;
     }
     if (!rec) {
         ev->result = run->result;
+        ev->output = run->output;
         ev->error = run->error->code == LLMCB_OK ? NULL : run->error;
         return;
     }
     payload = rec + 1;
-    if (kind == LLMCB_LLM_NEW_TOKEN)
-        ev->token = (const llmcb_chunk *)payload;
-    else if (kind == LLMCB_RETRY)
-        ev->retry = (const llmcb_retry *)payload;
-    else
-        ev->data = (const llmcb_data *)payload;
+    switch (kind) {
+    case LLMCB_LLM_NEW_TOKEN: ev->token = (const llmcb_chunk *)payload; break;
+    case LLMCB_RETRY: ev->retry = (const llmcb_retry *)payload; break;
+    case LLMCB_AGENT_ACTION: ev->action = (const llmcb_action *)payload; break;
+    case LLMCB_AGENT_FINISH: ev->output = (const llmcb_output *)payload; break;
+    default: ev->data = (const llmcb_data *)payload; break;
+    }
     *pos += rec->size;
 }
 
@@ -4840,6 +5136,7 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
                         : 0;
     else
         run->mark = UINT64_MAX;
+    if (run->flusher && run->flush_at < run->mark) run->mark = run->flush_at;
 }
 
 /* Whether the window has room. It is counted from the slowest cursor; an
@@ -4931,6 +5228,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
     size_t i;
     bool moved = true;
 
+    if (run->withheld && !run->skipping) return;
     while (moved) {
         uint64_t limit = llmcbi_run_lockstep(run);
         moved = false;
@@ -4945,6 +5243,8 @@ static void llmcbi_run_pump(llmcbi_ready *r)
     }
     run->slowest = llmcbi_run_slowest(run);
     llmcbi_run_recycle(run);
+    if (run->flusher && run->slowest >= run->flush_at)
+        llmcbi_task_wake(run->flusher, LLMCB_OK);
     run->told(run);
     llmcbi_run_set_mark(run);
     for (i = 0; i < run->n_cursors; i++) {
@@ -5066,6 +5366,7 @@ static void llmcbi_run_free(llmcbi_run *run)
     size_t i;
 
     if (!loop) return; /* never begun */
+    if (run->flusher) llmcbi_task_wake(run->flusher, LLMCB_ECANCELLED);
     at = &loop->unpublished;
     while (*at) {
         if ((*at)->run == run)
@@ -5085,7 +5386,7 @@ static void llmcbi_run_free(llmcbi_run *run)
 }
 
 static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
-                                     llmcb_handler *h, const void *home)
+                                     llmcb_handler *h)
 {
     llmcb_loop *loop = run->loop;
 
@@ -5103,7 +5404,7 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
         t->size = size;
         t->step = llmcbi_cursor_task_step;
         t->finish = llmcbi_cursor_task_finish;
-        t->home = home;
+        t->home = run->home;
         t->owner = c;
         t->pub.self = h->user;
         t->pub.frame = (char *)t + LLMCBI_ALIGN(sizeof *t);
@@ -5124,12 +5425,13 @@ static void llmcbi_run_impatient(llmcbi_timer *t);
 /* Everything that the run can need until its finish is reserved here. */
 static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
                                   llmcb_handler *const *handlers, size_t n,
-                                  const void *home)
+                                  llmcb_op *home)
 {
     llmcb_code code = LLMCB_OK;
     size_t i;
 
     run->loop = loop;
+    run->home = home;
     run->ready.fn = llmcbi_run_pump;
     run->mark = UINT64_MAX;
     run->pull_pos = (const char *)&run->anchor;
@@ -5144,17 +5446,56 @@ static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
     for (i = 0; i < n; i++)
         run->cursors[i].handler = handlers[i];
     for (i = 0; i < n && code == LLMCB_OK; i++)
-        code = llmcbi_cursor_init(run, &run->cursors[i], handlers[i], home);
+        code = llmcbi_cursor_init(run, &run->cursors[i], handlers[i]);
     return code;
 }
 
-static void llmcbi_run_begin(llmcbi_run *run, const llmcb_start *start)
+static void llmcbi_run_begin(llmcbi_run *run, llmcb_event_kind kind,
+                             const llmcb_start *start)
 {
+    const llmcb_op *parent = run->home->parent;
+
     llmcbi_run_set_state(run, LLMCBI_RUN_STARTING);
+    run->withheld = parent && !parent->open;
+    run->pub.started_ms = run->loop->now;
+    run->start_kind = kind;
     run->start = start;
     run->head = 1;
     run->pull = 1;
     llmcbi_make_ready(run->loop, &run->ready);
+}
+
+/* The parent's start has been told. */
+static void llmcbi_run_release(llmcbi_run *run)
+{
+    run->withheld = false;
+    run->pub.started_ms = run->loop->now;
+    llmcbi_make_ready(run->loop, &run->ready);
+}
+
+/* The awaits of coroutines that are at it end. */
+static void llmcbi_run_interrupt(llmcbi_run *run)
+{
+    size_t i;
+
+    for (i = 0; i < run->n_cursors; i++)
+        if (run->cursors[i].running) llmcbi_task_cancel(run->cursors[i].task);
+}
+
+/* Whether a worker or a coroutine on the stack is in the run's memory; the
+ * latter will have left it when `again` is served. */
+static bool llmcbi_run_in_use(const llmcbi_run *run, llmcbi_ready *again)
+{
+    size_t i;
+
+    if (!run->loop) return false;
+    if (!llmcbi_run_off_pool(run)) return true;
+    for (i = 0; i < run->n_cursors; i++)
+        if (run->cursors[i].task && run->cursors[i].task->stepping) {
+            llmcbi_make_ready(run->loop, again);
+            return true;
+        }
+    return false;
 }
 
 /* Events handed out already end; the rest is skipped. */
@@ -5163,11 +5504,9 @@ static void llmcbi_run_skip(llmcbi_run *run)
     size_t i;
 
     run->skipping = true;
-    for (i = 0; i < run->n_cursors; i++) {
-        llmcbi_cursor *c = &run->cursors[i];
-        if (c->running) llmcbi_task_cancel(c->task);
-        if (c->on_pool) llmcbi_cursor_unpublish(c);
-    }
+    llmcbi_run_interrupt(run);
+    for (i = 0; i < run->n_cursors; i++)
+        if (run->cursors[i].on_pool) llmcbi_cursor_unpublish(&run->cursors[i]);
     run->pull_end = run->slowest;
     llmcbi_make_ready(run->loop, &run->ready);
 }
@@ -5181,13 +5520,29 @@ static void llmcbi_run_drain(llmcbi_run *run)
     llmcbi_make_ready(run->loop, &run->ready);
 }
 
-static void llmcbi_run_finish(llmcbi_run *run, llmcb_event_kind kind,
-                              const llmcb_result *result,
+/* The event is the end or the error of its kind of run. */
+static void llmcbi_run_finish(llmcbi_run *run, const llmcb_result *result,
+                              const llmcb_output *output,
                               const llmcb_error *error)
 {
+    bool ok = error->code == LLMCB_OK;
+
     llmcbi_run_set_state(run, LLMCBI_RUN_FINISHING);
-    run->finish_kind = kind;
+    switch (run->start_kind) {
+    case LLMCB_CHAIN_START:
+        run->finish_kind = ok ? LLMCB_CHAIN_END : LLMCB_CHAIN_ERROR;
+        break;
+    case LLMCB_TOOL_START:
+        run->finish_kind = ok ? LLMCB_TOOL_END : LLMCB_TOOL_ERROR;
+        break;
+    case LLMCB_RETRIEVER_START:
+        run->finish_kind = ok ? LLMCB_RETRIEVER_END : LLMCB_RETRIEVER_ERROR;
+        break;
+    default: run->finish_kind = ok ? LLMCB_LLM_END : LLMCB_LLM_ERROR; break;
+    }
+    run->pub.finished_ms = run->loop->now;
     run->result = result;
+    run->output = output;
     run->error = error;
     run->finish_seq = ++run->head;
     llmcbi_make_ready(run->loop, &run->ready);
@@ -5221,6 +5576,60 @@ static void llmcbi_run_abandon(llmcbi_run *run)
 static void llmcbi_run_impatient(llmcbi_timer *t)
 {
     llmcbi_run_abandon(LLMCBI_OWNER(llmcbi_run, patience, t));
+}
+
+/* Whether a handler has failed, or was given up, since the last time. */
+static bool llmcbi_run_trouble(llmcbi_run *run, llmcb_error *e)
+{
+    bool raised = run->raised_by != NULL;
+
+    if (!raised && !run->abandoned) return false;
+    llmcbi_error_set(e, raised ? LLMCB_EHANDLER : LLMCB_ETIMEDOUT,
+                     raised ? NULL : "a handler took longer than handler_ms");
+    e->detail = raised ? LLMCB_DETAIL_NONE : LLMCB_DETAIL_HANDLER;
+    e->handler_result = run->raised_result;
+    if (raised && run->raised_by->name) {
+        llmcbi_error_add(e, ": ", 2);
+        llmcbi_error_add(e, run->raised_by->name, strlen(run->raised_by->name));
+    }
+    run->raised_by = NULL;
+    run->abandoned = false;
+    return true;
+}
+
+/* What a failure of handlers makes of an outcome that was known before and
+ * is not being told yet. false: of none, it stays. */
+static bool llmcbi_outcome_replaced(const llmcb_allocator *a,
+                                    const llmcb_error **outcome,
+                                    const llmcb_error *e)
+{
+    if (*outcome && (*outcome)->code != LLMCB_OK) {
+        if (e->code == LLMCB_EHANDLER && !(*outcome)->handler_result &&
+            (*outcome)->code != LLMCB_EHANDLER) {
+            llmcb_error both = **outcome;
+            both.handler_result = e->handler_result;
+            llmcbi_error_drop(a, *outcome);
+            *outcome = llmcbi_error_keep(a, &both);
+        }
+        return false;
+    }
+    llmcbi_error_drop(a, *outcome);
+    *outcome = NULL;
+    return true;
+}
+
+/* The error of an op: its outcome, and a failure that changed no event. */
+static const llmcb_error *llmcbi_outcome_error(const llmcb_allocator *a,
+                                               const llmcb_error *outcome,
+                                               const llmcb_error *late)
+{
+    if (outcome->code != LLMCB_OK && late && !outcome->handler_result) {
+        llmcb_error both = *outcome;
+        both.handler_result = late->handler_result;
+        return llmcbi_error_keep(a, &both);
+    }
+    return llmcbi_error_keep(a, outcome->code == LLMCB_OK && late ? late
+                                                                  : outcome);
 }
 
 /* -- events of the program */
@@ -5301,7 +5710,258 @@ LLMCBI_DEF llmcb_code llmcb_run_custom(llmcb_run *run, const char *name,
                                        llmcb_str data)
 {
     if (!name || !*name) return LLMCB_EINVAL;
-    return llmcbi_run_emit(run, LLMCB_CUSTOM_EVENT, llmcbi_str(name), data);
+    return llmcbi_run_emit(run, LLMCB_CUSTOM_EVENT, llmcb_text(name), data);
+}
+
+LLMCBI_DEF llmcb_step llmcb_await_run(llmcb_task *pub, llmcb_run *of)
+{
+    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_run *run = (llmcbi_run *)(void *)of;
+    llmcb_code code = LLMCB_OK;
+
+    if (!t) return LLMCB_WAIT;
+    if (!run)
+        code = LLMCB_ENOMEM;
+    else if (run->loop != t->loop)
+        code = LLMCB_EINVAL;
+    else if (run->home == t->home)
+        code = LLMCB_ESTATE;
+    else if (run->flusher)
+        code = LLMCB_EBUSY;
+    if (code != LLMCB_OK || run->slowest >= run->head)
+        return llmcbi_await_over(t, code);
+    run->flush_at = run->head;
+    run->flusher = t;
+    t->slot = &run->flusher;
+    llmcbi_make_ready(run->loop, &run->ready); /* sets the mark */
+    return LLMCB_WAIT;
+}
+
+/* -- the configuration of a call */
+
+static bool llmcbi_labels_ok(const char *const *tags, size_t n_tags,
+                             const llmcb_pair *metadata, size_t n_metadata)
+{
+    size_t i;
+
+    for (i = 0; i < n_tags; i++)
+        if (!tags[i]) return false;
+    for (i = 0; i < n_metadata; i++)
+        if (!metadata[i].key || !metadata[i].value) return false;
+    return true;
+}
+
+/* What is wrong with a configuration, or NULL. */
+static const char *llmcbi_config_check(const llmcb_loop *loop,
+                                       const llmcb_config *c, llmcb_code *code)
+{
+    const llmcbi_run *parent = (const llmcbi_run *)(const void *)c->parent;
+    size_t i;
+
+    *code = LLMCB_EINVAL;
+
+    if ((c->n_callbacks && !c->callbacks) ||
+        (c->n_local_callbacks && !c->local_callbacks) ||
+        (c->n_tags && !c->tags) || (c->n_local_tags && !c->local_tags) ||
+        (c->n_metadata && !c->metadata) ||
+        (c->n_local_metadata && !c->local_metadata))
+        return "a list of the configuration is NULL";
+    if (c->run_id && !llmcbi_uuid_valid(c->run_id))
+        return "run_id is not a UUID";
+    if (c->parent_id && !llmcbi_uuid_valid(c->parent_id))
+        return "parent_id is not a UUID";
+    if (!llmcbi_labels_ok(c->tags, c->n_tags, c->metadata, c->n_metadata) ||
+        !llmcbi_labels_ok(c->local_tags, c->n_local_tags, c->local_metadata,
+                          c->n_local_metadata))
+        return "a tag or metadata is NULL";
+    for (i = 0; i < c->n_callbacks + c->n_local_callbacks; i++)
+        if (llmcbi_check_handler(i < c->n_callbacks
+                                     ? c->callbacks[i]
+                                     : c->local_callbacks[i - c->n_callbacks]))
+            return "a handler is NULL, or has one event in both tables";
+    if (parent && parent->loop != loop)
+        return "the parent run belongs to another loop";
+    *code = LLMCB_ESTATE;
+    if (parent && (parent->start_kind == LLMCB_CHAT_MODEL_START ||
+                   parent->state >= LLMCBI_RUN_DRAINING))
+        return "the parent run has ended, or can have no children";
+    *code = LLMCB_OK;
+    return NULL;
+}
+
+/* Later lists win: a tag that comes again moves to the end. */
+static size_t llmcbi_add_tags(const char **out, size_t n,
+                              const char *const *tags, size_t n_tags)
+{
+    size_t i, k;
+
+    for (i = 0; i < n_tags; i++)
+        for (k = 0; k < n; k++)
+            if (strcmp(out[k], tags[i]) == 0) {
+                memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
+                break;
+            }
+    for (i = 0; i < n_tags; i++)
+        out[n++] = tags[i];
+    return n;
+}
+
+static size_t llmcbi_add_pair(llmcb_pair *out, size_t n, const char *key,
+                              const char *value)
+{
+    size_t k;
+
+    for (k = 0; k < n && strcmp(out[k].key, key) != 0;)
+        k++;
+    out[k].key = key;
+    out[k].value = value;
+    return k == n ? n + 1 : n;
+}
+
+static size_t llmcbi_add_pairs(llmcb_pair *out, size_t n,
+                               const llmcb_pair *pairs, size_t n_pairs)
+{
+    size_t i;
+
+    for (i = 0; i < n_pairs; i++)
+        n = llmcbi_add_pair(out, n, pairs[i].key, pairs[i].value);
+    return n;
+}
+
+/* The lists of a configuration as the runs of one call have them. */
+typedef struct llmcbi_setup {
+    llmcb_handler **handlers;
+    size_t n_handlers;
+    const char **tags;
+    size_t n_tags;
+    llmcb_pair *metadata; /* with room for LLMCBI_MORE_PAIRS */
+    size_t n_metadata;
+} llmcbi_setup;
+
+#define LLMCBI_MORE_PAIRS 4
+
+static void llmcbi_setup_add(llmcbi_setup *s, llmcb_handler *const *list,
+                             size_t n)
+{
+    size_t i, k;
+
+    for (i = 0; i < n; i++) {
+        for (k = 0; k < s->n_handlers && s->handlers[k] != list[i];)
+            k++;
+        if (k == s->n_handlers) s->handlers[s->n_handlers++] = list[i];
+    }
+}
+
+static const char *llmcbi_arena_copy(const llmcb_allocator *a,
+                                     llmcbi_arena *arena, const char *s)
+{
+    return s ? llmcbi_arena_text(a, arena, s, strlen(s)) : NULL;
+}
+
+/* First the configuration's lists, then its local ones, then those of the
+ * object that makes the runs (which are not copied), then the loop's hooks.
+ * No memory: the arena has failed. */
+static void llmcbi_setup_make(llmcb_loop *loop, llmcbi_arena *arena,
+                              llmcbi_setup *s, const llmcb_config *c,
+                              const llmcb_config *own)
+{
+    const llmcb_allocator *a = &loop->alloc;
+    size_t i, n;
+
+    memset(s, 0, sizeof *s);
+    s->handlers = (llmcb_handler **)llmcbi_arena_get(
+        a, arena,
+        (c->n_callbacks + c->n_local_callbacks + own->n_callbacks +
+         loop->n_hooks) *
+            sizeof *s->handlers);
+    s->tags = (const char **)llmcbi_arena_get(
+        a, arena,
+        (c->n_tags + c->n_local_tags + own->n_tags + 1) * sizeof *s->tags);
+    s->metadata =
+        (llmcb_pair *)llmcbi_arena_get(a, arena,
+                                       (c->n_metadata + c->n_local_metadata +
+                                        own->n_metadata + LLMCBI_MORE_PAIRS) *
+                                           sizeof *s->metadata);
+    if (arena->failed) return;
+    llmcbi_setup_add(s, c->callbacks, c->n_callbacks);
+    llmcbi_setup_add(s, c->local_callbacks, c->n_local_callbacks);
+    llmcbi_setup_add(s, own->callbacks, own->n_callbacks);
+    llmcbi_setup_add(s, loop->hooks, loop->n_hooks);
+    n = llmcbi_add_tags(s->tags, 0, c->tags, c->n_tags);
+    n = llmcbi_add_tags(s->tags, n, c->local_tags, c->n_local_tags);
+    if (c->step) n = llmcbi_add_tags(s->tags, n, &c->step, 1);
+    for (i = 0; i < n; i++)
+        s->tags[i] = llmcbi_arena_copy(a, arena, s->tags[i]);
+    s->n_tags = llmcbi_add_tags(s->tags, n, own->tags, own->n_tags);
+    n = llmcbi_add_pairs(s->metadata, 0, c->metadata, c->n_metadata);
+    n = llmcbi_add_pairs(s->metadata, n, c->local_metadata,
+                         c->n_local_metadata);
+    for (i = 0; i < n; i++) {
+        s->metadata[i].key = llmcbi_arena_copy(a, arena, s->metadata[i].key);
+        s->metadata[i].value =
+            llmcbi_arena_copy(a, arena, s->metadata[i].value);
+    }
+    s->n_metadata =
+        llmcbi_add_pairs(s->metadata, n, own->metadata, own->n_metadata);
+}
+
+/* What the first run of a call is known by. */
+static void llmcbi_run_name(llmcbi_run *run, llmcbi_arena *arena,
+                            const llmcb_config *c, const llmcbi_setup *s,
+                            const char *otherwise)
+{
+    llmcb_run *pub = &run->pub;
+    const char *parent = c->parent ? c->parent->id : c->parent_id;
+
+    llmcbi_uuid(&run->loop->random, pub->id);
+    if (parent) memcpy(pub->parent_id, parent, sizeof pub->parent_id);
+    pub->name = otherwise;
+    if (c->run_name)
+        pub->name = llmcbi_arena_copy(&run->loop->alloc, arena, c->run_name);
+    pub->tags = s->tags;
+    pub->n_tags = s->n_tags;
+    pub->metadata = s->metadata;
+    pub->n_metadata = s->n_metadata;
+}
+
+static void llmcbi_run_adopt(const llmcb_config *c, llmcb_op *child)
+{
+    if (c->parent)
+        llmcbi_op_adopt(((llmcbi_run *)(void *)c->parent)->home, child);
+}
+
+LLMCBI_DEF void llmcb_loop_unhook(llmcb_loop *loop, llmcb_handler *h)
+{
+    size_t i;
+
+    if (llmcbi_enter(loop) != LLMCB_OK) return;
+    for (i = 0; i < loop->n_hooks && loop->hooks[i] != h;)
+        i++;
+    if (i == loop->n_hooks) return;
+    memmove(loop->hooks + i, loop->hooks + i + 1,
+            (--loop->n_hooks - i) * sizeof *loop->hooks);
+}
+
+LLMCBI_DEF llmcb_code llmcb_loop_hook(llmcb_loop *loop, llmcb_handler *h)
+{
+    llmcb_code code = llmcbi_enter(loop);
+    llmcb_handler **grown;
+    size_t n;
+
+    if (code != LLMCB_OK) return code;
+    if (llmcbi_check_handler(h) != LLMCB_OK) return LLMCB_EINVAL;
+    llmcb_loop_unhook(loop, h); /* at most once */
+    if (loop->n_hooks == loop->hooks_cap) {
+        n = loop->hooks_cap ? 2 * loop->hooks_cap : 4;
+        grown = (llmcb_handler **)llmcbi_resize(&loop->alloc, loop->hooks,
+                                                loop->hooks_cap * sizeof *grown,
+                                                n * sizeof *grown);
+        if (!grown) return LLMCB_ENOMEM;
+        loop->hooks = grown;
+        loop->hooks_cap = n;
+    }
+    loop->hooks[loop->n_hooks++] = h;
+    return LLMCB_OK;
 }
 
 /* -- the end of a loop */
@@ -5369,6 +6029,7 @@ static void llmcbi_loop_release(llmcb_loop *loop, bool stuck)
     }
     llmcbi_poller_close(loop);
     llmcbi_free(&a, loop->heap, loop->heap_cap * sizeof *loop->heap);
+    llmcbi_free(&a, loop->hooks, loop->hooks_cap * sizeof *loop->hooks);
     llmcbi_free(&a, loop->watches, loop->watches_cap * sizeof *loop->watches);
     llmcbi_free(&a, loop->scratch, LLMCBI_SCRATCH);
     if (stuck) return;
@@ -5613,8 +6274,8 @@ static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
         p = url + 5;
         colon = strchr(p, ':');
         u->unix_path = llmcbi_slice(p, colon ? (size_t)(colon - p) : 0);
-        u->target = llmcbi_str(colon ? colon + 1 : NULL);
-        u->host = u->authority = llmcbi_str("localhost");
+        u->target = llmcb_text(colon ? colon + 1 : NULL);
+        u->host = u->authority = llmcb_text("localhost");
         if (!u->unix_path.len || *u->target.ptr != '/')
             return "the address is not of the form unix:/path:/target";
         return NULL;
@@ -5626,7 +6287,7 @@ static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
     end = p + strcspn(p, "/?#");
     u->port = u->tls ? 443 : 80;
     u->authority = llmcbi_slice(p, (size_t)(end - p));
-    u->target = llmcbi_str(*end == '/' ? end : "/");
+    u->target = llmcb_text(*end == '/' ? end : "/");
     if (*end == '?' || *end == '#' || strpbrk(end, "#"))
         return "the address has a query or fragment in the wrong place";
     if (memchr(p, '@', u->authority.len))
@@ -8322,7 +8983,7 @@ static int64_t llmcbi_wire_detail(llmcbi_json *j, const char *name)
         return 0;
     }
     while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is_text(j, llmcbi_str(name)))
+        if (llmcbi_json_is_text(j, llmcb_text(name)))
             v = llmcbi_wire_count(j);
         else
             llmcbi_json_skip(j, llmcbi_json_next(j));
@@ -8568,7 +9229,7 @@ static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
         g->refusal = llmcbi_buf_str(&c->refusal);
         g->reasoning = llmcbi_buf_str(&c->reasoning);
         g->logprobs = llmcbi_buf_str(&c->logprobs);
-        g->finish_reason = llmcbi_str(c->finish_reason);
+        g->finish_reason = llmcb_text(c->finish_reason);
         g->tool_calls = c->calls;
         g->n_tool_calls = c->n_tools;
         for (k = 0; k < c->n_tools; k++) {
@@ -8823,60 +9484,77 @@ static bool llmcbi_has_member(const char *object, const char *name)
     llmcbi_json_init(&j, object, strlen(object));
     if (llmcbi_json_next(&j) != LLMCBI_JSON_OBJECT) return false;
     while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is_text(&j, llmcbi_str(name))) return true;
+        if (llmcbi_json_is_text(&j, llmcb_text(name))) return true;
         llmcbi_json_skip(&j, llmcbi_json_next(&j));
     }
     return false;
 }
 
-/* The members of the request but the messages, as a JSON object. */
-static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
-                               const llmcb_chat_desc *d, bool openai,
-                               bool stream)
+/* Appends the members of a JSON object but for those that `except` has. */
+static void llmcbi_wire_members(const llmcb_allocator *a, llmcbi_buf *b,
+                                const char *object, const char *except)
 {
-    const char *limit = openai ? "max_completion_tokens" : "max_tokens";
-    const char *x = d->extra;
     llmcbi_json j;
 
-    llmcbi_buf_text(a, b, "{");
-    if (!llmcbi_has_member(x, "model"))
-        llmcbi_wire_member(a, b, "\"model\":", d->model);
-    if (!llmcbi_has_member(x, "stream"))
-        llmcbi_buf_text(a, b,
-                        stream ? ",\"stream\":true" : ",\"stream\":false");
-    if (stream && !d->no_usage && !llmcbi_has_member(x, "stream_options"))
-        llmcbi_buf_text(a, b, ",\"stream_options\":{\"include_usage\":true}");
-    if (d->max_tokens > 0 && !llmcbi_has_member(x, "max_tokens") &&
-        !llmcbi_has_member(x, "max_completion_tokens")) {
-        llmcbi_buf_text(a, b, ",\"");
-        llmcbi_buf_text(a, b, limit);
+    if (!object) return;
+    llmcbi_json_init(&j, object, strlen(object));
+    llmcbi_json_next(&j);
+    while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
+        llmcb_str key = llmcbi_slice(j.str, j.len);
+        llmcbi_buf name;
+        bool again;
+        memset(&name, 0, sizeof name);
+        llmcbi_json_text(a, &name, &j);
+        if (name.failed) b->failed = true;
+        again = name.ptr && llmcbi_has_member(except, name.ptr);
+        llmcbi_buf_free(a, &name);
+        llmcbi_json_raw(&j);
+        if (again) continue;
+        llmcbi_buf_text(a, b, b->len > 1 ? ",\"" : "\"");
+        llmcbi_buf_add(a, b, key.ptr, key.len);
         llmcbi_buf_text(a, b, "\":");
+        llmcbi_buf_add(a, b, j.str, j.len);
+    }
+}
+
+/* Appends the name of a member, unless the program's members x and y have
+ * it. */
+static bool llmcbi_wire_own(const llmcb_allocator *a, llmcbi_buf *b,
+                            const char *name, const char *x, const char *y)
+{
+    if (llmcbi_has_member(x, name) || llmcbi_has_member(y, name)) return false;
+    llmcbi_buf_text(a, b, b->len > 1 ? ",\"" : "\"");
+    llmcbi_buf_text(a, b, name);
+    llmcbi_buf_text(a, b, "\":");
+    return true;
+}
+
+/* The members of the request but the messages, as a JSON object; y are those
+ * of the call. */
+static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
+                               const llmcb_chat_desc *d, bool openai,
+                               bool stream, const char *y)
+{
+    const char *x = d->extra;
+    const char *limit = openai ? "max_completion_tokens" : "max_tokens";
+    const char *other = openai ? "max_tokens" : "max_completion_tokens";
+
+    llmcbi_buf_text(a, b, "{");
+    if (llmcbi_wire_own(a, b, "model", x, y))
+        llmcbi_json_quote(a, b, d->model, strlen(d->model));
+    if (llmcbi_wire_own(a, b, "stream", x, y))
+        llmcbi_buf_text(a, b, stream ? "true" : "false");
+    if (stream && !d->no_usage && llmcbi_wire_own(a, b, "stream_options", x, y))
+        llmcbi_buf_text(a, b, "{\"include_usage\":true}");
+    if (d->max_tokens > 0 && !llmcbi_has_member(x, other) &&
+        !llmcbi_has_member(y, other) && llmcbi_wire_own(a, b, limit, x, y))
         llmcbi_buf_int(a, b, d->max_tokens);
-    }
-    if (d->n > 1 && !llmcbi_has_member(x, "n")) {
-        llmcbi_buf_text(a, b, ",\"n\":");
+    if (d->n > 1 && llmcbi_wire_own(a, b, "n", x, y))
         llmcbi_buf_int(a, b, d->n);
-    }
-    if (d->tools && !llmcbi_has_member(x, "tools")) {
-        llmcbi_buf_text(a, b, ",\"tools\":");
+    if (d->tools && llmcbi_wire_own(a, b, "tools", x, y))
         llmcbi_buf_text(a, b, d->tools);
-    }
-    if (b->len > 1 && b->ptr[1] == ',') { /* the model came from extra */
-        llmcbi_buf_drop(b, 1);
-        b->ptr[0] = '{';
-    }
-    if (x) {
-        llmcbi_json_init(&j, x, strlen(x));
-        if (llmcbi_json_raw(&j) == LLMCBI_JSON_OBJECT && j.len > 2) {
-            llmcb_str inner = llmcbi_slice(j.str + 1, j.len - 2);
-            llmcbi_json_init(&j, x, strlen(x));
-            llmcbi_json_next(&j);
-            if (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-                if (b->len > 1) llmcbi_buf_text(a, b, ",");
-                llmcbi_buf_add(a, b, inner.ptr, inner.len);
-            }
-        }
-    }
+    llmcbi_wire_members(a, b, x, y);
+    llmcbi_wire_members(a, b, y, NULL);
     llmcbi_buf_text(a, b, "}");
 }
 
@@ -8954,7 +9632,7 @@ static bool llmcbi_header_name_ok(const char *s)
 {
     size_t i;
 
-    if (llmcbi_str_listed(llmcbi_str(s),
+    if (llmcbi_str_listed(llmcb_text(s),
                           "host content-length transfer-encoding connection "
                           "expect accept-encoding"))
         return false;
@@ -9095,30 +9773,6 @@ static void llmcbi_chat_set_headers(llmcb_chat *chat)
     llmcbi_chat_header(chat, azure ? "api-key" : "Authorization", chat->auth);
 }
 
-static void llmcbi_chat_check_json(llmcb_chat *chat, const char *text,
-                                   llmcbi_json_type type, const char *why)
-{
-    llmcbi_json j;
-
-    if (!text) return;
-    llmcbi_json_init(&j, text, strlen(text));
-    if (llmcbi_json_raw(&j) != type || !llmcbi_json_whole(&j) ||
-        !llmcbi_utf8_valid(text, strlen(text)))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
-}
-
-static bool llmcbi_labels_ok(const char *const *tags, size_t n_tags,
-                             const llmcb_pair *metadata, size_t n_metadata)
-{
-    size_t i;
-
-    for (i = 0; i < n_tags; i++)
-        if (!tags[i]) return false;
-    for (i = 0; i < n_metadata; i++)
-        if (!metadata[i].key || !metadata[i].value) return false;
-    return true;
-}
-
 /* Copies of the lists that serve the chat's own runs. */
 static void llmcbi_chat_copy_lists(llmcb_chat *chat)
 {
@@ -9208,10 +9862,10 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
                            "base_url for a server that needs none");
     if (!llmcbi_utf8_valid(d->model, strlen(d->model)))
         llmcbi_chat_refuse(chat, LLMCB_EUTF8, "model is not valid UTF-8");
-    llmcbi_chat_check_json(chat, d->tools, LLMCBI_JSON_ARRAY,
-                           "tools is not a JSON array");
-    llmcbi_chat_check_json(chat, d->extra, LLMCBI_JSON_OBJECT,
-                           "extra is not a JSON object");
+    if (!llmcbi_json_text_is(d->tools, LLMCBI_JSON_ARRAY))
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "tools is not a JSON array");
+    if (!llmcbi_json_text_is(d->extra, LLMCBI_JSON_OBJECT))
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "extra is not a JSON object");
 #ifndef LLMCB_ALLOW_INSECURE_TLS
     if (d->insecure_tls)
         llmcbi_chat_refuse(chat, LLMCB_EINVAL,
@@ -9333,8 +9987,6 @@ struct llmcbi_call {
     llmcbi_prompt *prompts;
     size_t n;
     size_t max_open;
-    llmcb_handler **handlers;
-    size_t n_handlers;
     const llmcb_error *late; /* a failure that changed no event */
     size_t told;             /* prompts whose error has been told, in order */
     bool stream;             /* the request asks for one */
@@ -10396,35 +11048,15 @@ static void llmcbi_prompt_handler_trouble(llmcbi_prompt *p)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     llmcb_error e;
-    bool raised = p->run.raised_by != NULL;
 
-    llmcbi_error_set(&e, raised ? LLMCB_EHANDLER : LLMCB_ETIMEDOUT,
-                     raised ? NULL : "a handler took longer than handler_ms");
-    e.detail = raised ? LLMCB_DETAIL_NONE : LLMCB_DETAIL_HANDLER;
-    e.handler_result = p->run.raised_result;
-    if (raised && p->run.raised_by->name) {
-        llmcbi_error_add(&e, ": ", 2);
-        llmcbi_error_add(&e, p->run.raised_by->name,
-                         strlen(p->run.raised_by->name));
-    }
+    if (!llmcbi_run_trouble(&p->run, &e)) return;
     if (p->run.state >= LLMCBI_RUN_DRAINED) {
-        if (!p->call->late) {
-            llmcbi_prompt_complete_error(p, &e);
-            p->call->late = llmcbi_error_keep(a, &e);
-        }
-    } else if (!p->outcome || p->outcome->code == LLMCB_OK) {
-        llmcbi_error_drop(a, p->outcome);
-        p->outcome = NULL;
+        if (p->call->late) return;
+        llmcbi_prompt_complete_error(p, &e);
+        p->call->late = llmcbi_error_keep(a, &e);
+    } else if (llmcbi_outcome_replaced(a, &p->outcome, &e)) {
         llmcbi_prompt_decide(p, &e);
-    } else if (raised && !p->outcome->handler_result &&
-               p->outcome->code != LLMCB_EHANDLER) {
-        llmcb_error both = *p->outcome;
-        both.handler_result = p->run.raised_result;
-        llmcbi_error_drop(a, p->outcome);
-        p->outcome = llmcbi_error_keep(a, &both);
     }
-    p->run.raised_by = NULL;
-    p->run.abandoned = false;
 }
 
 /* Chunks follow the handlers. */
@@ -10445,7 +11077,7 @@ static void llmcbi_prompt_told(llmcbi_run *run)
 
     if (c->op.reader && llmcbi_call_chunk_ready(c))
         llmcbi_task_wake(c->op.reader, LLMCB_OK);
-    if (run->raised_by || run->abandoned) llmcbi_prompt_handler_trouble(p);
+    llmcbi_prompt_handler_trouble(p);
     if (run->starved && !p->over) {
         uint64_t from = run->slowest;
         if (run->has_pull && run->pull < from) from = run->pull;
@@ -10521,8 +11153,7 @@ static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
 
     p->answer.result.sentinel = p->sentinel;
     llmcbi_answer_show(&p->answer, ok);
-    llmcbi_run_finish(&p->run, ok ? LLMCB_LLM_END : LLMCB_LLM_ERROR,
-                      &p->answer.result, p->outcome);
+    llmcbi_run_finish(&p->run, &p->answer.result, NULL, p->outcome);
 }
 
 /* When all runs have drained: errors one by one in index order, then the
@@ -10562,14 +11193,9 @@ static const llmcb_error *llmcbi_call_error(llmcbi_call *c)
 
     for (i = 0; i < c->n && !e; i++)
         if (c->prompts[i].outcome->code != LLMCB_OK) e = c->prompts[i].outcome;
-    if (e && c->late && !e->handler_result) {
-        llmcb_error both = *e;
-        both.handler_result = c->late->handler_result;
-        return llmcbi_error_keep(a, &both);
-    }
-    if (!e) e = c->late;
-    if (e) return llmcbi_error_keep(a, e);
-    if (!c->cancelled) return llmcbi_error_const(LLMCB_OK);
+    if (e || c->late || !c->cancelled)
+        return llmcbi_outcome_error(a, e ? e : llmcbi_error_const(LLMCB_OK),
+                                    c->late);
     llmcbi_error_set(&cancelled, LLMCB_ECANCELLED, NULL);
     cancelled.detail = LLMCB_DETAIL_CALLER;
     return llmcbi_error_keep(a, &cancelled);
@@ -10611,11 +11237,7 @@ static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
         llmcbi_prompt *p = &c->prompts[i];
         llmcb_error e;
         if (p->run.state >= LLMCBI_RUN_DRAINED || p->run.skipping) {
-            size_t k; /* the loop ends: so do the awaits */
-            for (k = 0; detail == LLMCB_DETAIL_LOOP && k < p->run.n_cursors;
-                 k++)
-                if (p->run.cursors[k].running)
-                    llmcbi_task_cancel(p->run.cursors[k].task);
+            if (detail == LLMCB_DETAIL_LOOP) llmcbi_run_interrupt(&p->run);
             continue;
         }
         llmcbi_error_set(&e, LLMCB_ECANCELLED, NULL);
@@ -10628,6 +11250,15 @@ static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
         llmcbi_run_skip(&p->run);
     }
     llmcbi_make_ready(op->loop, &c->ready);
+}
+
+static void llmcbi_call_begin(llmcb_op *op)
+{
+    llmcbi_call *c = (llmcbi_call *)(void *)op;
+    size_t i;
+
+    for (i = 0; i < c->n; i++)
+        llmcbi_run_release(&c->prompts[i].run);
 }
 
 static void llmcbi_call_waited(llmcb_op *op)
@@ -10647,21 +11278,10 @@ static void llmcbi_call_free(llmcbi_call *c)
     size_t i;
 
     for (i = 0; i < c->n; i++)
-        if (c->prompts[i].run.loop &&
-            !llmcbi_run_off_pool(&c->prompts[i].run)) {
-            c->orphaned = true; /* a worker is in there: later */
+        if (llmcbi_run_in_use(&c->prompts[i].run, &c->ready)) {
+            c->orphaned = true; /* later */
             return;
         }
-    for (i = 0; i < c->n; i++) {
-        size_t k;
-        for (k = 0; k < c->prompts[i].run.n_cursors; k++) {
-            llmcbi_cursor *cur = &c->prompts[i].run.cursors[k];
-            if (!cur->task || !cur->task->stepping) continue;
-            c->orphaned = true; /* it is its coroutine that calls */
-            llmcbi_make_ready(loop, &c->ready);
-            return;
-        }
-    }
     for (i = 0; i < c->n; i++) {
         llmcbi_prompt *p = &c->prompts[i];
         p->over = true;
@@ -10688,115 +11308,67 @@ static void llmcbi_call_destroy(llmcb_op *op)
 
 /* -- making a call */
 
-/* The request's list, then its local one, then the chat's; each once. */
-static void llmcbi_call_handlers(llmcbi_call *c, const llmcb_config *config)
+/* The lists that all runs of the call share. */
+static void llmcbi_call_setup(llmcbi_call *c, const llmcb_config *config,
+                              llmcbi_setup *s)
 {
-    llmcb_handler *const *lists[3];
-    size_t n[3], i, k, m, all;
+    const llmcb_chat_desc *d = &c->chat->d;
+    const llmcb_allocator *a = &c->op.loop->alloc;
+    llmcb_config own;
+    char digits[24];
 
-    lists[0] = config->callbacks;
-    n[0] = config->n_callbacks;
-    lists[1] = config->local_callbacks;
-    n[1] = config->n_local_callbacks;
-    lists[2] = c->chat->d.callbacks;
-    n[2] = c->chat->d.n_callbacks;
-    all = n[0] + n[1] + n[2];
-    if (!all) return;
-    c->handlers = (llmcb_handler **)llmcbi_arena_get(
-        &c->op.loop->alloc, &c->arena, all * sizeof *c->handlers);
-    for (i = 0; i < 3 && c->handlers; i++)
-        for (k = 0; k < n[i]; k++) {
-            for (m = 0; m < c->n_handlers; m++)
-                if (c->handlers[m] == lists[i][k]) break;
-            if (m == c->n_handlers) c->handlers[c->n_handlers++] = lists[i][k];
-        }
+    memset(&own, 0, sizeof own);
+    own.callbacks = d->callbacks;
+    own.n_callbacks = d->n_callbacks;
+    own.tags = d->tags;
+    own.n_tags = d->n_tags;
+    own.metadata = d->metadata;
+    own.n_metadata = d->n_metadata;
+    llmcbi_setup_make(c->op.loop, &c->arena, s, config, &own);
+    if (c->arena.failed) return;
+    s->n_metadata =
+        llmcbi_add_pair(s->metadata, s->n_metadata, "ls_provider", "openai");
+    s->n_metadata =
+        llmcbi_add_pair(s->metadata, s->n_metadata, "ls_model_name", d->model);
+    s->n_metadata =
+        llmcbi_add_pair(s->metadata, s->n_metadata, "ls_model_type", "chat");
+    if (d->max_tokens > 0)
+        s->n_metadata = llmcbi_add_pair(
+            s->metadata, s->n_metadata, "ls_max_tokens",
+            llmcbi_arena_copy(a, &c->arena,
+                              llmcbi_decimal(digits, d->max_tokens)));
 }
 
-static const char *llmcbi_call_copy(llmcbi_call *c, const char *s)
+/* A copy of a message, with content_len set. */
+static void llmcbi_message_copy(const llmcb_allocator *a, llmcbi_arena *arena,
+                                llmcb_message *to, const llmcb_message *from)
 {
-    return llmcbi_arena_text(&c->op.loop->alloc, &c->arena, s, strlen(s));
-}
-
-/* Later lists win: a tag that comes again moves to the end. */
-static size_t llmcbi_add_tags(const char **out, size_t n,
-                              const char *const *tags, size_t n_tags)
-{
-    size_t i, k;
-
-    for (i = 0; i < n_tags; i++)
-        for (k = 0; k < n; k++)
-            if (strcmp(out[k], tags[i]) == 0) {
-                memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
-                break;
-            }
-    for (i = 0; i < n_tags; i++)
-        out[n++] = tags[i];
-    return n;
-}
-
-static size_t llmcbi_add_pair(llmcb_pair *out, size_t n, const char *key,
-                              const char *value)
-{
-    size_t k;
-
-    for (k = 0; k < n && strcmp(out[k].key, key) != 0;)
-        k++;
-    out[k].key = key;
-    out[k].value = value;
-    return k == n ? n + 1 : n;
-}
-
-static size_t llmcbi_add_pairs(llmcb_pair *out, size_t n,
-                               const llmcb_pair *pairs, size_t n_pairs)
-{
+    llmcb_tool_call *calls;
     size_t i;
 
-    for (i = 0; i < n_pairs; i++)
-        n = llmcbi_add_pair(out, n, pairs[i].key, pairs[i].value);
-    return n;
-}
-
-/* The tags and metadata that all runs of the call share. */
-static void llmcbi_call_labels(llmcbi_call *c, const llmcb_config *config,
-                               llmcb_run *run)
-{
-    const llmcb_allocator *a = &c->op.loop->alloc;
-    const llmcb_chat_desc *d = &c->chat->d;
-    const char **tags = (const char **)llmcbi_arena_get(
-        a, &c->arena,
-        (config->n_tags + config->n_local_tags + d->n_tags + 1) * sizeof *tags);
-    llmcb_pair *pairs = (llmcb_pair *)llmcbi_arena_get(
-        a, &c->arena,
-        (config->n_metadata + config->n_local_metadata + d->n_metadata + 4) *
-            sizeof *pairs);
-    char digits[24];
-    size_t i, n = 0;
-
-    if (!tags || !pairs) return;
-    n = llmcbi_add_tags(tags, n, config->tags, config->n_tags);
-    n = llmcbi_add_tags(tags, n, config->local_tags, config->n_local_tags);
-    /* the call keeps the chat: only the configuration's are copied */
-    for (i = 0; i < n; i++)
-        tags[i] = llmcbi_call_copy(c, tags[i]);
-    run->n_tags = llmcbi_add_tags(tags, n, d->tags, d->n_tags);
-    run->tags = tags;
-    n = llmcbi_add_pairs(pairs, 0, config->metadata, config->n_metadata);
-    n = llmcbi_add_pairs(pairs, n, config->local_metadata,
-                         config->n_local_metadata);
-    for (i = 0; i < n; i++) {
-        pairs[i].key = llmcbi_call_copy(c, pairs[i].key);
-        pairs[i].value = llmcbi_call_copy(c, pairs[i].value);
+    *to = *from;
+    if (!to->content)
+        to->content_len = 0;
+    else if (!to->content_len)
+        to->content_len = strlen(to->content);
+    to->content = llmcbi_arena_text(a, arena, to->content ? to->content : "",
+                                    to->content_len);
+    to->name = llmcbi_arena_copy(a, arena, from->name);
+    to->tool_call_id = llmcbi_arena_copy(a, arena, from->tool_call_id);
+    to->parts = llmcbi_arena_copy(a, arena, from->parts);
+    if (!to->n_tool_calls) return;
+    calls = (llmcb_tool_call *)llmcbi_arena_get(
+        a, arena, to->n_tool_calls * sizeof *calls);
+    to->tool_calls = calls;
+    for (i = 0; calls && i < to->n_tool_calls; i++) {
+        calls[i] = from->tool_calls[i];
+        calls[i].id.ptr =
+            llmcbi_arena_text(a, arena, calls[i].id.ptr, calls[i].id.len);
+        calls[i].name.ptr =
+            llmcbi_arena_text(a, arena, calls[i].name.ptr, calls[i].name.len);
+        calls[i].arguments.ptr = llmcbi_arena_text(
+            a, arena, calls[i].arguments.ptr, calls[i].arguments.len);
     }
-    n = llmcbi_add_pairs(pairs, n, d->metadata, d->n_metadata);
-    n = llmcbi_add_pair(pairs, n, "ls_provider", "openai");
-    n = llmcbi_add_pair(pairs, n, "ls_model_name", d->model);
-    n = llmcbi_add_pair(pairs, n, "ls_model_type", "chat");
-    if (d->max_tokens > 0)
-        n = llmcbi_add_pair(
-            pairs, n, "ls_max_tokens",
-            llmcbi_call_copy(c, llmcbi_decimal(digits, d->max_tokens)));
-    run->metadata = pairs;
-    run->n_metadata = n;
 }
 
 /* A copy of the conversation for the start event. */
@@ -10808,41 +11380,11 @@ static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
     llmcb_message *m =
         (llmcb_message *)llmcbi_arena_get(a, talk, (prompt->n + 1) * sizeof *m);
     llmcbi_buf text;
-    size_t i, k;
+    size_t i;
 
     if (!m) return;
-    for (i = 0; i < prompt->n; i++) {
-        llmcb_tool_call *calls;
-        m[i] = prompt->messages[i];
-        if (!m[i].content)
-            m[i].content_len = 0;
-        else if (!m[i].content_len)
-            m[i].content_len = strlen(m[i].content);
-        m[i].content = llmcbi_arena_text(
-            a, talk, m[i].content ? m[i].content : "", m[i].content_len);
-        if (m[i].name)
-            m[i].name =
-                llmcbi_arena_text(a, talk, m[i].name, strlen(m[i].name));
-        if (m[i].tool_call_id)
-            m[i].tool_call_id = llmcbi_arena_text(a, talk, m[i].tool_call_id,
-                                                  strlen(m[i].tool_call_id));
-        if (m[i].parts)
-            m[i].parts =
-                llmcbi_arena_text(a, talk, m[i].parts, strlen(m[i].parts));
-        if (!m[i].n_tool_calls) continue;
-        calls = (llmcb_tool_call *)llmcbi_arena_get(
-            a, talk, m[i].n_tool_calls * sizeof *calls);
-        for (k = 0; calls && k < m[i].n_tool_calls; k++) {
-            calls[k] = m[i].tool_calls[k];
-            calls[k].id.ptr =
-                llmcbi_arena_text(a, talk, calls[k].id.ptr, calls[k].id.len);
-            calls[k].name.ptr = llmcbi_arena_text(a, talk, calls[k].name.ptr,
-                                                  calls[k].name.len);
-            calls[k].arguments.ptr = llmcbi_arena_text(
-                a, talk, calls[k].arguments.ptr, calls[k].arguments.len);
-        }
-        m[i].tool_calls = calls;
-    }
+    for (i = 0; i < prompt->n; i++)
+        llmcbi_message_copy(a, talk, &m[i], &prompt->messages[i]);
     memset(&text, 0, sizeof text);
     if (!talk->failed) llmcbi_wire_prompt(a, &text, m, prompt->n);
     p->start.prompt = llmcbi_slice(
@@ -10856,7 +11398,8 @@ static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
 
 static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
                                      const llmcb_prompt *prompt,
-                                     const llmcb_config *config)
+                                     const llmcb_config *config,
+                                     const llmcbi_setup *setup)
 {
     llmcb_loop *loop = c->op.loop;
     llmcb_chat *chat = c->chat;
@@ -10872,14 +11415,15 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     p->run.handler_ms = chat->d.handler_ms;
     if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
         return LLMCB_ENOMEM;
-    code = llmcbi_run_init(loop, &p->run, c->handlers, c->n_handlers, &c->op);
+    code = llmcbi_run_init(loop, &p->run, setup->handlers, setup->n_handlers,
+                           &c->op);
     if (code != LLMCB_OK) return code;
-    llmcbi_uuid(&loop->random, p->run.pub.id);
-    p->run.pub.name =
-        config->run_name ? llmcbi_call_copy(c, config->run_name) : "ChatOpenAI";
-    if (config->parent_id) memcpy(p->run.pub.parent_id, config->parent_id, 37);
+    llmcbi_run_name(&p->run, &c->arena, config, setup, "ChatOpenAI");
     llmcbi_wire_body(&loop->alloc, &p->body, prompt->messages, prompt->n,
-                     llmcbi_buf_str(&c->params), chat->d.extra);
+                     llmcbi_buf_str(&c->params),
+                     llmcbi_has_member(config->extra, "messages")
+                         ? config->extra
+                         : chat->d.extra);
     p->headers = (llmcb_pair *)llmcbi_arena_get(
         &loop->alloc, &c->arena, (chat->n_headers + 1) * sizeof *p->headers);
     if (p->body.failed || !p->headers) return LLMCB_ENOMEM;
@@ -10901,8 +11445,10 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     q->insecure_tls = chat->d.insecure_tls;
     p->start.model = chat->d.model;
     p->start.batch_size = c->n;
+    p->start.description = "";
+    p->start.input = p->start.tool_call_id = llmcbi_slice("", 0);
     p->start.params = llmcbi_buf_str(&c->params);
-    if (c->n_handlers) llmcbi_prompt_copy_talk(p, prompt);
+    if (setup->n_handlers) llmcbi_prompt_copy_talk(p, prompt);
     return c->talk.failed ? LLMCB_ENOMEM : LLMCB_OK;
 }
 
@@ -10920,36 +11466,12 @@ static llmcb_code llmcbi_call_check(const llmcb_chat *chat,
         *why = chat->error.message;
         return chat->error.code;
     }
-    if ((config->n_callbacks && !config->callbacks) ||
-        (config->n_local_callbacks && !config->local_callbacks) ||
-        (config->n_tags && !config->tags) ||
-        (config->n_local_tags && !config->local_tags) ||
-        (config->n_metadata && !config->metadata) ||
-        (config->n_local_metadata && !config->local_metadata))
-        *why = "a list of the configuration is NULL";
-    else if (config->run_id && !llmcbi_uuid_valid(config->run_id))
-        *why = "run_id is not a UUID";
-    else if (config->parent_id && !llmcbi_uuid_valid(config->parent_id))
-        *why = "parent_id is not a UUID";
-    else if (!prompts || !n)
-        *why = "there is no prompt";
-    else if (!llmcbi_labels_ok(config->tags, config->n_tags, config->metadata,
-                               config->n_metadata) ||
-             !llmcbi_labels_ok(config->local_tags, config->n_local_tags,
-                               config->local_metadata,
-                               config->n_local_metadata))
-        *why = "a tag or metadata is NULL";
+    *why = llmcbi_config_check(chat->loop, config, &code);
+    if (*why) return code;
+    if (!prompts || !n) *why = "there is no prompt";
+    if (!llmcbi_json_text_is(config->extra, LLMCBI_JSON_OBJECT))
+        *why = "extra of the configuration is not a JSON object";
     if (*why) return LLMCB_EINVAL;
-    for (i = 0; i < config->n_callbacks + config->n_local_callbacks; i++) {
-        const llmcb_handler *h =
-            i < config->n_callbacks
-                ? config->callbacks[i]
-                : config->local_callbacks[i - config->n_callbacks];
-        if (llmcbi_check_handler(h) != LLMCB_OK) {
-            *why = "a handler is NULL, or has one event in both tables";
-            return LLMCB_EINVAL;
-        }
-    }
     for (i = 0; i < n; i++) {
         if (!prompts[i].messages || !prompts[i].n) {
             *why = "a prompt has no message";
@@ -10968,28 +11490,25 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
                                     size_t n, const llmcb_config *config)
 {
     const llmcb_allocator *a = &c->op.loop->alloc;
-    llmcb_run labels;
+    llmcbi_setup setup;
     llmcb_code code;
     size_t i;
 
-    memset(&labels, 0, sizeof labels);
     c->max_open = config->max_concurrency ? config->max_concurrency : n;
-    llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai, c->stream);
-    llmcbi_call_handlers(c, config);
-    llmcbi_call_labels(c, config, &labels);
+    llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai, c->stream,
+                       config->extra);
+    llmcbi_call_setup(c, config, &setup);
+    if (c->arena.failed) return LLMCB_ENOMEM;
     if (n > SIZE_MAX / 4 / sizeof *c->prompts) return LLMCB_ENOMEM;
     c->prompts =
         (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
     if (!c->prompts || c->params.failed) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
         c->n = i + 1; /* what has been begun must be freed */
-        code = llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], config);
+        code =
+            llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], config, &setup);
         if (code != LLMCB_OK) return code;
         c->prompts[i].start.batch_size = n;
-        c->prompts[i].run.pub.tags = labels.tags;
-        c->prompts[i].run.pub.n_tags = labels.n_tags;
-        c->prompts[i].run.pub.metadata = labels.metadata;
-        c->prompts[i].run.pub.n_metadata = labels.n_metadata;
     }
     if (config->run_id) memcpy(c->prompts[0].run.pub.id, config->run_id, 37);
     return c->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
@@ -11032,8 +11551,12 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
         return &c->op;
     }
     c->prompts[0].run.has_pull = pull;
+    c->op.run = &c->prompts[0].run.pub;
+    c->op.begin = llmcbi_call_begin;
+    llmcbi_run_adopt(config, &c->op);
     for (i = 0; i < c->n; i++)
-        llmcbi_run_begin(&c->prompts[i].run, &c->prompts[i].start);
+        llmcbi_run_begin(&c->prompts[i].run, LLMCB_CHAT_MODEL_START,
+                         &c->prompts[i].start);
     return &c->op;
 }
 
@@ -11077,8 +11600,8 @@ static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
         llmcbi_call *out;
     } p;
 
-    p.in = op;
-    return op && op->destroy == llmcbi_call_destroy ? p.out : NULL;
+    p.in = op && op->answer ? op->answer : op;
+    return op && p.in->destroy == llmcbi_call_destroy ? p.out : NULL;
 }
 
 /* Passes the record that the pull interface stands at. */
@@ -11152,7 +11675,8 @@ static const llmcb_result *llmcbi_no_result(void)
     static const llmcb_result none = { false,     false,
                                        NULL,      0,
                                        { "", 0 }, { "", 0 },
-                                       { "", 0 }, { false, 0, 0, 0, 0, 0 } };
+                                       { "", 0 }, { false, 0, 0, 0, 0, 0 },
+                                       false };
 
     return &none;
 }
@@ -11187,6 +11711,11 @@ LLMCBI_DEF const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i)
     return c->prompts[i].outcome;
 }
 
+LLMCBI_DEF llmcb_run *llmcb_op_run(const llmcb_op *op)
+{
+    return op ? op->run : NULL;
+}
+
 LLMCBI_DEF llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i)
 {
     llmcbi_call *c = llmcbi_call_of(op);
@@ -11194,21 +11723,26 @@ LLMCBI_DEF llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i)
     return c && i < c->n ? &c->prompts[i].run.pub : NULL;
 }
 
+/* Adds one usage to a sum that begins as known. */
+static void llmcbi_usage_add(llmcb_usage *sum, const llmcb_usage *u)
+{
+    sum->known = sum->known && u->known;
+    sum->input_tokens += u->input_tokens;
+    sum->output_tokens += u->output_tokens;
+    sum->total_tokens += u->total_tokens;
+    sum->cached_tokens += u->cached_tokens;
+    sum->reasoning_tokens += u->reasoning_tokens;
+}
+
 LLMCBI_DEF llmcb_usage llmcb_op_usage(const llmcb_op *op)
 {
     llmcb_usage sum = llmcbi_no_result()->usage;
     size_t i, n = llmcb_op_n_prompts(op);
 
+    if (op && op->usage) return *op->usage;
     sum.known = n > 0;
-    for (i = 0; i < n; i++) {
-        const llmcb_usage *u = &llmcb_op_result_at(op, i)->usage;
-        sum.known = sum.known && u->known;
-        sum.input_tokens += u->input_tokens;
-        sum.output_tokens += u->output_tokens;
-        sum.total_tokens += u->total_tokens;
-        sum.cached_tokens += u->cached_tokens;
-        sum.reasoning_tokens += u->reasoning_tokens;
-    }
+    for (i = 0; i < n; i++)
+        llmcbi_usage_add(&sum, &llmcb_op_result_at(op, i)->usage);
     return sum;
 }
 
@@ -11277,6 +11811,1450 @@ LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
     }
 }
 #endif
+
+/* ==== [AGENT] runs of the program, tools, the agent loop =============== */
+
+#ifndef LLMCB_NO_AGENT
+
+/* -- a run for work of the program's own */
+
+/* The start of op has been told. */
+static void llmcbi_op_open(llmcb_op *op)
+{
+    llmcb_op *child;
+
+    op->open = true;
+    for (child = op->children; child; child = child->next_sibling)
+        if (child->begin) child->begin(child);
+}
+
+typedef struct llmcbi_use llmcbi_use;
+
+/* The work is a body, a tool, or what the program does until it ends it. */
+typedef struct llmcbi_work {
+    llmcb_op op;
+    llmcbi_run run;
+    llmcbi_ready ready; /* looks what can go on */
+    llmcbi_timer limit; /* timeout_ms */
+    llmcbi_arena arena;
+    llmcb_run_desc d;   /* what it points to is not kept */
+    llmcb_config child; /* what children inherit */
+    llmcb_start start;
+    llmcb_output output;
+    llmcb_op *body;
+    llmcbi_use *use;                      /* of a tool */
+    void (*freed)(struct llmcbi_work *w); /* of an agent */
+    const llmcb_error *outcome;           /* NULL: not known yet */
+    const llmcb_error *late;              /* a failure that changed no event */
+    bool orphaned; /* destroyed but for somebody who is in its memory */
+} llmcbi_work;
+
+/* One call of a tool. It belongs to the loop's thread, or while there is a
+ * job to the worker. */
+struct llmcbi_use {
+    llmcb_tool_use pub;
+    const llmcb_allocator *alloc;
+    llmcbi_arena arena; /* arguments that the tool has asked for */
+    llmcbi_buf text;    /* the answer */
+    char why[256];
+    llmcbi_job *job;
+    /* asks first; may be NULL */
+    llmcb_step (*approve)(llmcb_task *t, const llmcb_tool_use *use);
+    void *approver;
+    size_t frame_size; /* of the coroutines */
+    bool asking;
+};
+
+static void llmcbi_work_destroy(llmcb_op *op);
+static void llmcbi_tool_begin(llmcbi_work *w);
+static void llmcbi_tool_body_done(llmcbi_work *w, llmcb_code code);
+
+static llmcbi_work *llmcbi_work_of(const llmcb_op *op)
+{
+    union {
+        const llmcb_op *in;
+        llmcbi_work *out;
+    } p;
+
+    p.in = op;
+    return op && op->destroy == llmcbi_work_destroy ? p.out : NULL;
+}
+
+static llmcbi_work *llmcbi_work_of_run(llmcb_run *run)
+{
+    return run ? llmcbi_work_of(((llmcbi_run *)(void *)run)->home) : NULL;
+}
+
+/* Whether nobody but the program can end it. */
+static bool llmcbi_work_is_manual(const llmcb_op *op)
+{
+    const llmcbi_work *w = llmcbi_work_of(op);
+
+    return w && !w->d.body && !w->use;
+}
+
+/* A failure of a tool that the model is to be told of. */
+static bool llmcbi_work_handles(const llmcbi_work *w, const llmcb_error *e)
+{
+    return w->use && w->use->pub.tool->handle_errors &&
+           e->code != LLMCB_ECANCELLED && e->code != LLMCB_EHANDLER &&
+           e->code != LLMCB_OK;
+}
+
+/* The one place where an outcome becomes known. code LLMCB_OK: success. */
+static void llmcbi_work_decide(llmcbi_work *w, const llmcb_error *e)
+{
+    const llmcb_allocator *a = &w->op.loop->alloc;
+    llmcb_op *child;
+
+    if (w->outcome) return;
+    if (llmcbi_work_handles(w, e)) {
+        size_t n = strlen(e->message);
+        w->output.failed = true;
+        w->output.text =
+            llmcbi_slice(llmcbi_arena_text(a, &w->arena, e->message, n), n);
+        w->outcome = llmcbi_error_const(LLMCB_OK);
+    } else {
+        w->outcome = llmcbi_error_keep(a, e);
+    }
+    for (child = w->op.children; child; child = child->next_sibling)
+        if (e->code != LLMCB_OK || llmcbi_work_is_manual(child))
+            llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
+    if (w->use && w->use->job && llmcbi_job_withdraw(w->op.loop, w->use->job))
+        w->use->job = NULL;
+    llmcbi_timer_stop(w->op.loop, &w->limit);
+    llmcbi_run_drain(&w->run);
+    llmcbi_make_ready(w->op.loop, &w->ready);
+}
+
+static void llmcbi_work_fail(llmcbi_work *w, llmcb_code code,
+                             const char *message)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, code, message);
+    llmcbi_work_decide(w, &e);
+}
+
+static void llmcbi_work_timed_out(llmcbi_timer *t)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, LLMCB_ETIMEDOUT,
+                     "the run took longer than timeout_ms");
+    e.detail = LLMCB_DETAIL_TOTAL;
+    llmcbi_work_decide(LLMCBI_OWNER(llmcbi_work, limit, t), &e);
+}
+
+/* From the pump. */
+static void llmcbi_work_told(llmcbi_run *run)
+{
+    llmcbi_work *w = LLMCBI_OWNER(llmcbi_work, run, run);
+    const llmcb_allocator *a = &run->loop->alloc;
+    llmcb_error e;
+
+    if (llmcbi_run_trouble(run, &e)) {
+        if (run->state >= LLMCBI_RUN_DRAINED) {
+            if (!w->late) w->late = llmcbi_error_keep(a, &e);
+        } else if (llmcbi_outcome_replaced(a, &w->outcome, &e)) {
+            llmcbi_work_decide(w, &e);
+        }
+    }
+    if (run->state != LLMCBI_RUN_OPEN || w->orphaned)
+        llmcbi_make_ready(run->loop, &w->ready);
+}
+
+/* The body has ended, or another part of the run. */
+static void llmcbi_work_child_done(llmcb_op *op, llmcb_op *child)
+{
+    llmcbi_work *w = (llmcbi_work *)(void *)op;
+
+    llmcbi_make_ready(op->loop, &w->ready);
+    if (child != w->body) return;
+    w->body = NULL;
+    child->detached = true; /* its finish destroys it */
+    if (w->use)
+        llmcbi_tool_body_done(w, child->error->code);
+    else
+        llmcbi_work_decide(w, child->error);
+}
+
+static void llmcbi_work_begin_body(llmcbi_work *w)
+{
+    llmcb_loop *loop = w->op.loop;
+
+    if (w->use) {
+        llmcbi_tool_begin(w);
+        return;
+    }
+    if (!w->d.body) return;
+    w->body = llmcb_task_start(loop, w->d.body, w->d.frame_size, w->d.self);
+    if (w->body)
+        llmcbi_op_adopt(&w->op, w->body);
+    else
+        llmcbi_work_fail(w, LLMCB_ENOMEM, NULL);
+}
+
+static void llmcbi_work_free(llmcbi_work *w)
+{
+    llmcb_loop *loop = w->op.loop;
+    const llmcb_allocator *a = &loop->alloc;
+
+    if ((w->use && w->use->job) || llmcbi_run_in_use(&w->run, &w->ready)) {
+        w->orphaned = true; /* later */
+        return;
+    }
+    if (w->use) {
+        llmcbi_arena_free(a, &w->use->arena);
+        llmcbi_buf_free(a, &w->use->text);
+    }
+    if (w->freed) w->freed(w);
+    llmcbi_unready(&w->ready);
+    llmcbi_timer_free(loop, &w->limit);
+    llmcbi_run_free(&w->run);
+    llmcbi_error_drop(a, w->outcome);
+    llmcbi_error_drop(a, w->late);
+    llmcbi_arena_free(a, &w->arena);
+    llmcbi_free(a, w, sizeof *w);
+}
+
+static void llmcbi_work_destroy(llmcb_op *op)
+{
+    llmcbi_work_free((llmcbi_work *)(void *)op);
+}
+
+static void llmcbi_work_step(llmcbi_ready *r)
+{
+    llmcbi_work *w = LLMCBI_OWNER(llmcbi_work, ready, r);
+    llmcbi_run *run = &w->run;
+    const llmcb_allocator *a = &w->op.loop->alloc;
+
+    if (w->orphaned) {
+        llmcbi_work_free(w);
+        return;
+    }
+    if (w->op.done || !llmcbi_run_settled(run)) return;
+    if (run->state == LLMCBI_RUN_STARTING) {
+        llmcbi_run_set_state(run, LLMCBI_RUN_OPEN);
+        if (w->d.timeout_ms > 0)
+            llmcbi_timer_start(w->op.loop, &w->limit, w->d.timeout_ms);
+        llmcbi_op_open(&w->op);
+        llmcbi_work_begin_body(w);
+    }
+    if (run->state == LLMCBI_RUN_DRAINING && !w->op.children) {
+        llmcbi_run_set_state(run, LLMCBI_RUN_DRAINED);
+        llmcbi_run_finish(run, NULL,
+                          w->outcome->code == LLMCB_OK ? &w->output : NULL,
+                          w->outcome);
+        return;
+    }
+    if (run->state != LLMCBI_RUN_FINISHING) return;
+    llmcbi_run_set_state(run, LLMCBI_RUN_DONE);
+    llmcbi_op_finish(&w->op, llmcbi_outcome_error(a, w->outcome, w->late));
+}
+
+static void llmcbi_work_cancel(llmcb_op *op, llmcb_detail detail)
+{
+    llmcbi_work *w = (llmcbi_work *)(void *)op;
+    llmcb_error e;
+
+    if (w->run.state >= LLMCBI_RUN_DRAINED || w->run.skipping) {
+        if (detail == LLMCB_DETAIL_LOOP) llmcbi_run_interrupt(&w->run);
+        return;
+    }
+    llmcbi_error_set(&e, LLMCB_ECANCELLED, NULL);
+    e.detail = detail;
+    if (w->outcome && w->outcome->code == LLMCB_OK) w->outcome = NULL;
+    llmcbi_work_decide(w, &e);
+    llmcbi_run_skip(&w->run);
+}
+
+static void llmcbi_work_begin(llmcb_op *op)
+{
+    llmcbi_run_release(&((llmcbi_work *)(void *)op)->run);
+}
+
+/* What children inherit, copied. */
+static void llmcbi_work_keep_config(llmcbi_work *w, const llmcb_config *c)
+{
+    const llmcb_allocator *a = &w->op.loop->alloc;
+    llmcb_handler **callbacks = (llmcb_handler **)llmcbi_arena_get(
+        a, &w->arena, c->n_callbacks * sizeof *callbacks);
+    const char **tags =
+        (const char **)llmcbi_arena_get(a, &w->arena, c->n_tags * sizeof *tags);
+    llmcb_pair *metadata = (llmcb_pair *)llmcbi_arena_get(
+        a, &w->arena, c->n_metadata * sizeof *metadata);
+    size_t i;
+
+    if (w->arena.failed) return;
+    for (i = 0; i < c->n_callbacks; i++)
+        callbacks[i] = c->callbacks[i];
+    for (i = 0; i < c->n_tags; i++)
+        tags[i] = llmcbi_arena_copy(a, &w->arena, c->tags[i]);
+    for (i = 0; i < c->n_metadata; i++) {
+        metadata[i].key = llmcbi_arena_copy(a, &w->arena, c->metadata[i].key);
+        metadata[i].value =
+            llmcbi_arena_copy(a, &w->arena, c->metadata[i].value);
+    }
+    w->child.callbacks = callbacks;
+    w->child.n_callbacks = c->n_callbacks;
+    w->child.tags = tags;
+    w->child.n_tags = c->n_tags;
+    w->child.metadata = metadata;
+    w->child.n_metadata = c->n_metadata;
+    w->child.max_concurrency = c->max_concurrency;
+    w->child.parent = &w->run.pub;
+}
+
+static llmcb_str llmcbi_work_copy(llmcbi_work *w, llmcb_str s)
+{
+    const llmcb_allocator *a = &w->op.loop->alloc;
+
+    return llmcbi_slice(
+        llmcbi_arena_text(a, &w->arena, s.ptr ? s.ptr : "", s.ptr ? s.len : 0),
+        s.ptr ? s.len : 0);
+}
+
+static llmcb_code llmcbi_work_build(llmcbi_work *w, const llmcb_config *config)
+{
+    llmcb_loop *loop = w->op.loop;
+    const llmcb_allocator *a = &loop->alloc;
+    static const char names[3][10] = { "chain", "tool", "retriever" };
+    llmcb_run_desc *d = &w->d;
+    const char *name = d->name ? d->name : names[d->kind];
+    llmcb_config none;
+    llmcbi_setup setup;
+    llmcb_code code;
+
+    memset(&none, 0, sizeof none);
+    llmcbi_setup_make(loop, &w->arena, &setup, config, &none);
+    llmcbi_work_keep_config(w, config);
+    w->start.input = llmcbi_work_copy(w, d->input);
+    w->start.description =
+        llmcbi_arena_copy(a, &w->arena, d->description ? d->description : "");
+    name = llmcbi_arena_copy(a, &w->arena, name);
+    w->start.prompt = w->start.params = w->output.text = w->output.log =
+        llmcbi_slice("", 0);
+    w->start.model = "";
+    w->start.batch_size = 1;
+    w->run.told = llmcbi_work_told;
+    w->run.window_events = 1024;
+    w->run.window_bytes = (size_t)1 << 20;
+    w->run.handler_ms = d->handler_ms;
+    if (w->arena.failed ||
+        !llmcbi_timer_init(loop, &w->limit, llmcbi_work_timed_out))
+        return LLMCB_ENOMEM;
+    code = llmcbi_run_init(loop, &w->run, setup.handlers, setup.n_handlers,
+                           &w->op);
+    if (code == LLMCB_OK)
+        llmcbi_run_name(&w->run, &w->arena, config, &setup, name);
+    if (config->run_id) memcpy(w->run.pub.id, config->run_id, 37);
+    return w->arena.failed ? LLMCB_ENOMEM : code;
+}
+
+/* A run that is under way, or an op that has failed. What is special of it
+ * may be added, since its start is told in the loop's next turn. */
+static llmcbi_work *llmcbi_work_new(llmcb_loop *loop,
+                                    const llmcb_run_desc *desc,
+                                    const llmcb_config *config,
+                                    const char *refused)
+{
+    static const llmcb_event_kind starts[3] = { LLMCB_CHAIN_START,
+                                                LLMCB_TOOL_START,
+                                                LLMCB_RETRIEVER_START };
+    llmcb_code code = llmcbi_enter(loop);
+    const char *why = refused;
+    llmcb_config none;
+    llmcbi_work *w;
+
+    if (!loop || code == LLMCB_ESTATE) return NULL;
+    w = (llmcbi_work *)llmcbi_alloc(&loop->alloc, sizeof *w);
+    if (!w) return NULL;
+    memset(&none, 0, sizeof none);
+    if (!config) config = &none;
+    if (desc) w->d = *desc;
+    w->ready.fn = llmcbi_work_step;
+    llmcbi_op_init(loop, &w->op, llmcbi_work_cancel, llmcbi_work_destroy);
+    w->op.begin = llmcbi_work_begin;
+    w->op.child_done = llmcbi_work_child_done;
+    if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
+    if (code == LLMCB_OK && refused) code = LLMCB_EINVAL;
+    if (code == LLMCB_OK) why = llmcbi_config_check(loop, config, &code);
+    if (code == LLMCB_OK && (unsigned)w->d.kind > LLMCB_RUN_RETRIEVER)
+        code = LLMCB_EINVAL;
+    if (code == LLMCB_OK) code = llmcbi_work_build(w, config);
+    if (code != LLMCB_OK) {
+        llmcb_error e;
+        llmcbi_error_set(&e, code, why);
+        llmcbi_op_finish(&w->op, llmcbi_error_keep(&loop->alloc, &e));
+        return w;
+    }
+    w->op.run = &w->run.pub;
+    llmcbi_run_adopt(config, &w->op);
+    llmcbi_run_begin(&w->run, starts[w->d.kind], &w->start);
+    return w;
+}
+
+LLMCBI_DEF llmcb_op *llmcb_run_start(llmcb_loop *loop,
+                                     const llmcb_run_desc *desc,
+                                     const llmcb_config *config)
+{
+    llmcbi_work *w = llmcbi_work_new(loop, desc, config, NULL);
+
+    return w ? &w->op : NULL;
+}
+
+LLMCBI_DEF llmcb_config llmcb_run_child(llmcb_run *run, const char *step)
+{
+    llmcbi_work *w = llmcbi_work_of_run(run);
+    llmcb_config c;
+
+    memset(&c, 0, sizeof c);
+    if (w) c = w->child;
+    c.step = step;
+    return c;
+}
+
+LLMCBI_DEF llmcb_run *llmcb_task_run(llmcb_task *t)
+{
+    const llmcb_op *home = t ? ((llmcbi_task *)(void *)t)->home : NULL;
+    llmcbi_work *w = home ? llmcbi_work_of(home->parent) : NULL;
+
+    return w && w->body == home ? &w->run.pub : NULL;
+}
+
+/* The work of a run whose outcome is still open, on the loop's thread. */
+static llmcb_code llmcbi_work_open(llmcb_run *run, llmcbi_work **w)
+{
+    llmcb_code code;
+
+    if (!run) return LLMCB_ENOMEM;
+    *w = llmcbi_work_of_run(run);
+    if (!*w) return LLMCB_ESTATE;
+    code = llmcbi_enter((*w)->op.loop);
+    if (code != LLMCB_OK) return code;
+    return (*w)->outcome || (*w)->use ? LLMCB_ESTATE : LLMCB_OK;
+}
+
+/* Ends it well, or if its output did not fit into memory, with that. */
+static llmcb_code llmcbi_work_end(llmcbi_work *w)
+{
+    llmcb_code code = w->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
+
+    llmcbi_work_fail(w, code, NULL);
+    return code;
+}
+
+LLMCBI_DEF llmcb_code llmcb_run_end(llmcb_run *run, llmcb_str output)
+{
+    llmcbi_work *w;
+    llmcb_code code = llmcbi_work_open(run, &w);
+
+    if (code != LLMCB_OK) return code;
+    w->output.text = llmcbi_work_copy(w, output);
+    return llmcbi_work_end(w);
+}
+
+LLMCBI_DEF llmcb_code llmcb_run_end_documents(llmcb_run *run,
+                                              const llmcb_document *documents,
+                                              size_t n)
+{
+    llmcbi_work *w;
+    llmcb_code code = llmcbi_work_open(run, &w);
+    const llmcb_allocator *a;
+    llmcb_document *to;
+    size_t i, k;
+
+    if (code != LLMCB_OK) return code;
+    if (n && !documents) return LLMCB_EINVAL;
+    for (i = 0; i < n; i++)
+        if (!llmcbi_labels_ok(NULL, 0, documents[i].metadata,
+                              documents[i].n_metadata))
+            return LLMCB_EINVAL;
+    a = &w->op.loop->alloc;
+    to = (llmcb_document *)llmcbi_arena_get(a, &w->arena, n * sizeof *to);
+    for (i = 0; to && i < n; i++) {
+        const llmcb_document *from = &documents[i];
+        llmcb_pair *pairs = (llmcb_pair *)llmcbi_arena_get(
+            a, &w->arena, from->n_metadata * sizeof *pairs);
+        to[i].content = llmcbi_work_copy(w, from->content);
+        to[i].id = llmcbi_work_copy(w, from->id);
+        for (k = 0; pairs && k < from->n_metadata; k++) {
+            pairs[k].key =
+                llmcbi_arena_copy(a, &w->arena, from->metadata[k].key);
+            pairs[k].value =
+                llmcbi_arena_copy(a, &w->arena, from->metadata[k].value);
+        }
+        to[i].metadata = pairs;
+        to[i].n_metadata = from->n_metadata;
+    }
+    w->output.documents = to;
+    w->output.n_documents = n;
+    return llmcbi_work_end(w);
+}
+
+LLMCBI_DEF llmcb_code llmcb_run_fail(llmcb_run *run, const llmcb_error *error)
+{
+    llmcbi_work *w;
+    llmcb_code code = llmcbi_work_open(run, &w);
+    llmcb_error e;
+
+    if (code != LLMCB_OK) return code;
+    if (!error || error->code == LLMCB_OK) {
+        llmcbi_error_set(&e, LLMCB_EINVAL, NULL);
+    } else {
+        e = *error;
+        if (!*e.message) llmcbi_error_set(&e, error->code, NULL);
+    }
+    llmcbi_work_decide(w, &e);
+    return LLMCB_OK;
+}
+
+LLMCBI_DEF const llmcb_output *llmcb_op_output(const llmcb_op *op)
+{
+    static const llmcb_output none = { { "", 0 }, { "", 0 }, NULL, 0, false };
+    const llmcbi_work *w = llmcbi_work_of(op);
+
+    return w && op->done && w->outcome ? &w->output : &none;
+}
+
+/* -- events of agents */
+
+static llmcb_str llmcbi_or_empty(llmcb_str s)
+{
+    return s.ptr ? s : llmcbi_slice("", 0);
+}
+
+/* Whether an event may be appended to the run now. */
+static llmcb_code llmcbi_work_room(llmcb_run *run, llmcbi_work **w)
+{
+    llmcb_code code = llmcbi_work_open(run, w);
+
+    if (code == LLMCB_OK && !llmcbi_run_fits(&(*w)->run)) code = LLMCB_EBUSY;
+    return code;
+}
+
+LLMCBI_DEF llmcb_code llmcb_run_action(llmcb_run *pub,
+                                       const llmcb_action *action)
+{
+    llmcbi_work *w;
+    llmcb_code code = llmcbi_work_room(pub, &w);
+    llmcb_action from, *to;
+    size_t size;
+    char *at;
+
+    if (code != LLMCB_OK) return code;
+    if (!action) return LLMCB_EINVAL;
+    from.tool = llmcbi_or_empty(action->tool);
+    from.input = llmcbi_or_empty(action->input);
+    from.log = llmcbi_or_empty(action->log);
+    from.tool_call_id = llmcbi_or_empty(action->tool_call_id);
+    size = sizeof from + from.tool.len + from.input.len + from.log.len +
+           from.tool_call_id.len + 4;
+    at = llmcbi_run_reserve(&w->run, size);
+    if (!at) return LLMCB_ENOMEM;
+    to = (llmcb_action *)(void *)at;
+    at += sizeof *to;
+    to->tool = llmcbi_record_text(&at, from.tool.ptr, from.tool.len);
+    to->input = llmcbi_record_text(&at, from.input.ptr, from.input.len);
+    to->log = llmcbi_record_text(&at, from.log.ptr, from.log.len);
+    to->tool_call_id =
+        llmcbi_record_text(&at, from.tool_call_id.ptr, from.tool_call_id.len);
+    llmcbi_run_commit(&w->run, LLMCB_AGENT_ACTION, size);
+    return LLMCB_OK;
+}
+
+LLMCBI_DEF llmcb_code llmcb_run_agent_finish(llmcb_run *pub, llmcb_str output,
+                                             llmcb_str log)
+{
+    llmcbi_work *w;
+    llmcb_code code = llmcbi_work_room(pub, &w);
+    llmcb_output *to;
+    size_t size;
+    char *at;
+
+    if (code != LLMCB_OK) return code;
+    output = llmcbi_or_empty(output);
+    log = llmcbi_or_empty(log);
+    size = sizeof *to + output.len + log.len + 2;
+    at = llmcbi_run_reserve(&w->run, size);
+    if (!at) return LLMCB_ENOMEM;
+    to = (llmcb_output *)(void *)at;
+    memset(to, 0, sizeof *to);
+    at += sizeof *to;
+    to->text = llmcbi_record_text(&at, output.ptr, output.len);
+    to->log = llmcbi_record_text(&at, log.ptr, log.len);
+    llmcbi_run_commit(&w->run, LLMCB_AGENT_FINISH, size);
+    return LLMCB_OK;
+}
+
+/* -- the arguments of a tool */
+
+/* Stands before the value of a member. false: there is none. */
+static bool llmcbi_member(llmcb_str object, llmcb_str name, llmcbi_json *j)
+{
+    llmcbi_json_init(j, object.ptr, object.len);
+    if (llmcbi_json_next(j) != LLMCBI_JSON_OBJECT) return false;
+    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
+        if (llmcbi_json_is_text(j, name)) return true;
+        llmcbi_json_skip(j, llmcbi_json_next(j));
+    }
+    return false;
+}
+
+static bool llmcbi_use_value(llmcb_tool_use *use, const char *name,
+                             llmcbi_json *j, llmcbi_json_type type)
+{
+    return use && llmcbi_member(use->arguments, llmcb_text(name), j) &&
+           llmcbi_json_next(j) == type;
+}
+
+LLMCBI_DEF bool llmcb_tool_text(llmcb_tool_use *use, const char *name,
+                                llmcb_str *value)
+{
+    llmcbi_use *u = (llmcbi_use *)(void *)use;
+    llmcbi_carry c;
+    llmcbi_json j;
+    char *to, *end;
+
+    if (!llmcbi_use_value(use, name, &j, LLMCBI_JSON_STRING)) return false;
+    if (j.len > SIZE_MAX / 8) return false;
+    to = (char *)llmcbi_arena_get(u->alloc, &u->arena, 3 * j.len + 13);
+    if (!to) return false;
+    memset(&c, 0, sizeof c);
+    end = llmcbi_carry_flush(to + llmcbi_json_decode(to, j.str, j.len, &c), &c);
+    *value = llmcbi_slice(to, (size_t)(end - to));
+    return true;
+}
+
+LLMCBI_DEF bool llmcb_tool_int(llmcb_tool_use *use, const char *name,
+                               int64_t *value)
+{
+    llmcbi_json j;
+
+    return llmcbi_use_value(use, name, &j, LLMCBI_JSON_NUMBER) &&
+           llmcbi_json_int(&j, value);
+}
+
+LLMCBI_DEF bool llmcb_tool_number(llmcb_tool_use *use, const char *name,
+                                  double *value)
+{
+    char digits[400], *point, *end;
+    llmcbi_json j;
+
+    if (!llmcbi_use_value(use, name, &j, LLMCBI_JSON_NUMBER) ||
+        j.len >= sizeof digits)
+        return false;
+    memcpy(digits, j.str, j.len);
+    digits[j.len] = '\0';
+    *value = strtod(digits, &end);
+    if (*end == '.') { /* the locale has a comma */
+        point = end;
+        *point = ',';
+        *value = strtod(digits, &end);
+    }
+    return *end == '\0';
+}
+
+LLMCBI_DEF bool llmcb_tool_bool(llmcb_tool_use *use, const char *name,
+                                bool *value)
+{
+    llmcbi_json j;
+
+    *value = llmcbi_use_value(use, name, &j, LLMCBI_JSON_TRUE);
+    return *value || llmcbi_use_value(use, name, &j, LLMCBI_JSON_FALSE);
+}
+
+LLMCBI_DEF bool llmcb_tool_json(llmcb_tool_use *use, const char *name,
+                                llmcb_str *value)
+{
+    llmcbi_json j;
+
+    if (!use || !llmcbi_member(use->arguments, llmcb_text(name), &j))
+        return false;
+    llmcbi_json_raw(&j);
+    *value = llmcbi_slice(j.str, j.len);
+    return true;
+}
+
+LLMCBI_DEF llmcb_code llmcb_tool_answer(llmcb_tool_use *use, llmcb_str text)
+{
+    llmcbi_use *u = (llmcbi_use *)(void *)use;
+
+    if (!u) return LLMCB_ENOMEM;
+    u->text.len = 0;
+    if (text.ptr) llmcbi_buf_add(u->alloc, &u->text, text.ptr, text.len);
+    return u->text.failed ? LLMCB_ENOMEM : LLMCB_OK;
+}
+
+LLMCBI_DEF llmcb_code llmcb_tool_fail(llmcb_tool_use *use, const char *why)
+{
+    llmcbi_use *u = (llmcbi_use *)(void *)use;
+
+    if (u && why) llmcbi_copy_clean(u->why, sizeof u->why, why, strlen(why));
+    return LLMCB_ETOOL;
+}
+
+/* -- the schema of the arguments: types and required members */
+
+static bool llmcbi_is_whole(const llmcbi_json *j)
+{
+    size_t i;
+
+    for (i = 0; i < j->len; i++)
+        if (j->str[i] == '.' || j->str[i] == 'e' || j->str[i] == 'E')
+            return false;
+    return true;
+}
+
+/* Whether a value, whose first token j has just read, is of a schema's
+ * type. A type that is not known allows all. */
+static bool llmcbi_is_of_type(const llmcbi_json *j, llmcbi_json_type value,
+                              const llmcbi_json *type)
+{
+    if (llmcbi_json_is(type, "string")) return value == LLMCBI_JSON_STRING;
+    if (llmcbi_json_is(type, "number")) return value == LLMCBI_JSON_NUMBER;
+    if (llmcbi_json_is(type, "integer"))
+        return value == LLMCBI_JSON_NUMBER && llmcbi_is_whole(j);
+    if (llmcbi_json_is(type, "boolean"))
+        return value == LLMCBI_JSON_TRUE || value == LLMCBI_JSON_FALSE;
+    if (llmcbi_json_is(type, "array")) return value == LLMCBI_JSON_ARRAY;
+    if (llmcbi_json_is(type, "object")) return value == LLMCBI_JSON_OBJECT;
+    if (llmcbi_json_is(type, "null")) return value == LLMCBI_JSON_NULL;
+    return true;
+}
+
+/* Whether a value fits a schema's "type", which may be a list. */
+static bool llmcbi_fits(const llmcbi_json *j, llmcbi_json_type value,
+                        llmcb_str schema)
+{
+    llmcbi_json type;
+    llmcbi_json_type t;
+
+    if (!llmcbi_member(schema, llmcb_text("type"), &type)) return true;
+    t = llmcbi_json_next(&type);
+    if (t == LLMCBI_JSON_STRING) return llmcbi_is_of_type(j, value, &type);
+    if (t != LLMCBI_JSON_ARRAY) return true;
+    while (llmcbi_json_next(&type) == LLMCBI_JSON_STRING)
+        if (llmcbi_is_of_type(j, value, &type)) return true;
+    return false;
+}
+
+static bool llmcbi_arguments_wrong(char *why, size_t cap, const char *text,
+                                   const llmcbi_json *name)
+{
+    size_t used;
+
+    llmcbi_copy_clean(why, cap, text, strlen(text));
+    used = strlen(why);
+    if (name) llmcbi_json_clean(why + used, cap - used, name);
+    return false;
+}
+
+/* false: `why` says what is wrong with the arguments. */
+static bool llmcbi_arguments_check(llmcb_str arguments, const char *parameters,
+                                   char *why, size_t cap)
+{
+    llmcb_str schema = llmcb_text(parameters ? parameters : "{}");
+    llmcbi_json j, s, p;
+    bool closed;
+
+    llmcbi_json_init(&j, arguments.ptr, arguments.len);
+    if (llmcbi_json_raw(&j) != LLMCBI_JSON_OBJECT || !llmcbi_json_whole(&j))
+        return llmcbi_arguments_wrong(
+            why, cap, "the arguments are not one JSON object", NULL);
+    if (llmcbi_member(schema, llmcb_text("required"), &s) &&
+        llmcbi_json_next(&s) == LLMCBI_JSON_ARRAY)
+        while (llmcbi_json_next(&s) == LLMCBI_JSON_STRING) {
+            llmcb_str name = llmcbi_slice(s.str, s.len);
+            if (!llmcbi_member(arguments, name, &j))
+                return llmcbi_arguments_wrong(why, cap,
+                                              "missing argument: ", &s);
+        }
+    closed = llmcbi_member(schema, llmcb_text("additionalProperties"), &s) &&
+             llmcbi_json_next(&s) == LLMCBI_JSON_FALSE;
+    if (!llmcbi_member(schema, llmcb_text("properties"), &s)) return true;
+    if (llmcbi_json_raw(&s) != LLMCBI_JSON_OBJECT) return true;
+    schema = llmcbi_slice(s.str, s.len);
+    llmcbi_json_init(&j, arguments.ptr, arguments.len);
+    llmcbi_json_next(&j);
+    while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
+        llmcbi_json name = j;
+        llmcbi_json_type value = llmcbi_json_next(&j);
+        if (!llmcbi_member(schema, llmcbi_slice(name.str, name.len), &p)) {
+            if (closed)
+                return llmcbi_arguments_wrong(why, cap,
+                                              "unknown argument: ", &name);
+        } else if (llmcbi_json_raw(&p) == LLMCBI_JSON_OBJECT &&
+                   !llmcbi_fits(&j, value, llmcbi_slice(p.str, p.len))) {
+            return llmcbi_arguments_wrong(
+                why, cap, "argument of the wrong type: ", &name);
+        }
+        llmcbi_json_skip(&j, value);
+    }
+    return true;
+}
+
+/* -- a call of a tool */
+
+static void llmcbi_tool_ended(llmcbi_work *w, llmcb_code code)
+{
+    llmcbi_use *u = w->use;
+
+    if (w->outcome) return;
+    if (code == LLMCB_OK && u->text.failed) code = LLMCB_ENOMEM;
+    if (code == LLMCB_EHANDLER) code = LLMCB_ETOOL;
+    w->output.text = llmcbi_buf_str(&u->text);
+    llmcbi_work_fail(w, code, code == LLMCB_ETOOL ? u->why : NULL);
+}
+
+static int llmcbi_tool_call(void *arg)
+{
+    llmcbi_use *u = (llmcbi_use *)arg;
+
+    return u->pub.tool->call(&u->pub);
+}
+
+static void llmcbi_tool_called(llmcbi_job *job)
+{
+    llmcbi_work *w = (llmcbi_work *)job->owner;
+
+    w->use->job = NULL;
+    llmcbi_make_ready(w->op.loop, &w->ready);
+    llmcbi_tool_ended(w, llmcbi_code_of(job->result));
+}
+
+/* Calls the tool itself: a job, or the body goes on with it. */
+static void llmcbi_tool_run(llmcbi_work *w)
+{
+    llmcb_code code;
+
+    w->use->job = llmcbi_job_start(w->op.loop, llmcbi_tool_call, w->use,
+                                   llmcbi_tool_called, w, &code);
+    if (!w->use->job) llmcbi_work_fail(w, code, NULL);
+}
+
+/* The approval, then the tool if it is a coroutine. */
+static llmcb_step llmcbi_tool_step(llmcb_task *t)
+{
+    llmcbi_task *task = (llmcbi_task *)(void *)t;
+    llmcbi_work *w = llmcbi_work_of(task->home->parent);
+    llmcbi_use *u = w->use;
+    const llmcb_tool *tool = u->pub.tool;
+    llmcb_step step;
+
+    if (u->asking) {
+        step = u->approve(t, &u->pub);
+        if (step == LLMCB_WAIT || w->outcome) return step;
+        u->asking = false;
+        if (step != LLMCB_DONE) {
+            w->output.failed = true;
+            w->output.text = llmcb_text("The call was refused.");
+            llmcbi_work_fail(w, LLMCB_OK, NULL);
+            return LLMCB_DONE;
+        }
+        if (tool->call) return LLMCB_DONE;
+        t->at = 0;
+        t->result = LLMCB_OK;
+        t->self = tool->user;
+        if (tool->frame_size) memset(t->frame, 0, tool->frame_size);
+    }
+    return tool->step(t, &u->pub);
+}
+
+static void llmcbi_tool_body_done(llmcbi_work *w, llmcb_code code)
+{
+    if (w->outcome) return;
+    if (w->use->pub.tool->call && code == LLMCB_OK)
+        llmcbi_tool_run(w);
+    else
+        llmcbi_tool_ended(w, code);
+}
+
+/* The start has been told. */
+static void llmcbi_tool_begin(llmcbi_work *w)
+{
+    llmcbi_use *u = w->use;
+    const llmcb_tool *tool = u->pub.tool;
+
+    if (!llmcbi_arguments_check(u->pub.arguments, tool->parameters, u->why,
+                                sizeof u->why)) {
+        llmcbi_work_fail(w, LLMCB_ETOOL, u->why);
+        return;
+    }
+    if (!u->approve && tool->call) {
+        llmcbi_tool_run(w);
+        return;
+    }
+    u->asking = u->approve != NULL;
+    w->body = llmcb_task_start(w->op.loop, llmcbi_tool_step, u->frame_size,
+                               u->asking ? u->approver : tool->user);
+    if (w->body)
+        llmcbi_op_adopt(&w->op, w->body);
+    else
+        llmcbi_work_fail(w, LLMCB_ENOMEM, NULL);
+}
+
+static const char *llmcbi_tool_wrong(const llmcb_tool *tool)
+{
+    if (!tool || !tool->name || !*tool->name) return "a tool has no name";
+    if (!tool->call == !tool->step)
+        return "a tool needs a call function or a step function";
+    if (!llmcbi_json_text_is(tool->parameters, LLMCBI_JSON_OBJECT))
+        return "the parameters of a tool are not a JSON object";
+    if (!llmcbi_utf8_valid(tool->name, strlen(tool->name)) ||
+        (tool->description &&
+         !llmcbi_utf8_valid(tool->description, strlen(tool->description))))
+        return "a tool's name or description is not valid UTF-8";
+    return NULL;
+}
+
+static llmcbi_work *llmcbi_tool_new(llmcb_loop *loop, const llmcb_tool *tool,
+                                    const llmcb_tool_call *call,
+                                    const llmcb_agent_desc *agent,
+                                    const llmcb_config *config)
+{
+    const char *wrong = llmcbi_tool_wrong(tool);
+    llmcb_run_desc d;
+    llmcbi_work *w;
+    llmcbi_use *u;
+
+    memset(&d, 0, sizeof d);
+    d.kind = LLMCB_RUN_TOOL;
+    d.handler_ms = agent ? agent->handler_ms : 0;
+    d.input = llmcb_text("{}");
+    if (call && call->arguments.len) d.input = call->arguments;
+    if (!wrong) {
+        d.name = tool->name;
+        d.description = tool->description;
+        d.timeout_ms = tool->timeout_ms;
+    }
+    w = llmcbi_work_new(loop, &d, config, wrong);
+    if (!w || w->op.done) return w;
+    u = (llmcbi_use *)llmcbi_arena_get(&loop->alloc, &w->arena, sizeof *u);
+    if (call && call->id.len)
+        w->start.tool_call_id = llmcbi_work_copy(w, call->id);
+    if (w->arena.failed) {
+        llmcbi_work_fail(w, LLMCB_ENOMEM, NULL);
+        return w;
+    }
+    u->pub.tool = tool;
+    u->pub.arguments = w->start.input;
+    u->pub.id = w->start.tool_call_id;
+    u->pub.run = &w->run.pub;
+    u->alloc = &loop->alloc;
+    u->frame_size = tool->frame_size;
+    if (agent && agent->approve) {
+        u->approve = agent->approve;
+        u->approver = agent->user;
+        if (u->frame_size < agent->approve_frame)
+            u->frame_size = agent->approve_frame;
+    }
+    w->use = u;
+    return w;
+}
+
+LLMCBI_DEF llmcb_op *llmcb_tool_start(llmcb_loop *loop, const llmcb_tool *tool,
+                                      const llmcb_tool_call *call,
+                                      const llmcb_config *config)
+{
+    llmcbi_work *w = llmcbi_tool_new(loop, tool, call, NULL, config);
+
+    return w ? &w->op : NULL;
+}
+
+/* -- the agent loop */
+
+typedef struct llmcbi_agent {
+    llmcbi_work *w;
+    llmcb_agent_desc d;
+    llmcbi_arena arena;      /* the texts of the messages */
+    llmcb_message *messages; /* the conversation so far */
+    size_t n, cap;
+    llmcbi_buf extra;             /* what goes into each request: the tools */
+    llmcb_op *turn, *ask;         /* the run of this turn, the model's call */
+    const llmcb_tool_call *calls; /* of this turn, in the answer of `ask` */
+    size_t n_calls, i;
+    llmcb_op **tools;   /* their runs */
+    llmcb_op **waiting; /* those that are under way */
+    size_t n_waiting;
+    int turns;
+    int64_t due; /* total_ms; 0: none */
+    llmcb_usage usage;
+} llmcbi_agent;
+
+static const llmcb_allocator *llmcbi_agent_alloc(const llmcbi_agent *g)
+{
+    return &g->w->op.loop->alloc;
+}
+
+/* What the model is told of the tools, and what the caller wishes. */
+static void llmcbi_agent_extra(llmcbi_agent *g, const char *extra)
+{
+    const llmcb_allocator *a = llmcbi_agent_alloc(g);
+    llmcbi_buf *b = &g->extra;
+    size_t i;
+
+    llmcbi_buf_text(a, b, "{");
+    llmcbi_wire_members(a, b, extra, NULL);
+    if (g->d.n_tools && llmcbi_wire_own(a, b, "tools", extra, NULL)) {
+        for (i = 0; i < g->d.n_tools; i++) {
+            const llmcb_tool *t = &g->d.tools[i];
+            llmcbi_buf_text(a, b, i ? ",{" : "[{");
+            llmcbi_buf_text(a, b, "\"type\":\"function\",\"function\":{");
+            llmcbi_wire_member(a, b, "\"name\":", t->name);
+            llmcbi_wire_member(a, b, ",\"description\":", t->description);
+            llmcbi_buf_text(a, b, ",\"parameters\":");
+            llmcbi_buf_text(a, b,
+                            t->parameters ? t->parameters
+                                          : "{\"type\":\"object\","
+                                            "\"properties\":{}}");
+            llmcbi_buf_text(a, b, "}}");
+        }
+        llmcbi_buf_text(a, b, "]");
+    }
+    llmcbi_buf_text(a, b, "}");
+}
+
+/* Room for n more messages. */
+static bool llmcbi_agent_grow(llmcbi_agent *g, size_t n)
+{
+    size_t cap = g->cap ? g->cap : 8;
+    llmcb_message *grown;
+
+    while (cap < g->n + n)
+        cap *= 2;
+    if (cap == g->cap) return true;
+    grown = (llmcb_message *)llmcbi_resize(llmcbi_agent_alloc(g), g->messages,
+                                           g->cap * sizeof *grown,
+                                           cap * sizeof *grown);
+    if (!grown) return false;
+    g->messages = grown;
+    g->cap = cap;
+    return true;
+}
+
+static llmcb_message *llmcbi_agent_say(llmcbi_agent *g, llmcb_role role,
+                                       llmcb_str text)
+{
+    llmcb_message *m = &g->messages[g->n++];
+
+    memset(m, 0, sizeof *m);
+    m->role = role;
+    m->content =
+        llmcbi_arena_text(llmcbi_agent_alloc(g), &g->arena, text.ptr, text.len);
+    m->content_len = text.len;
+    return m;
+}
+
+/* The run's error, and what the body returns. */
+static llmcb_step llmcbi_agent_fail(llmcbi_agent *g, const llmcb_error *e)
+{
+    llmcbi_work_decide(g->w, e);
+    return e->code;
+}
+
+static void llmcbi_agent_drop_tools(llmcbi_agent *g)
+{
+    const llmcb_allocator *a = llmcbi_agent_alloc(g);
+    size_t i;
+
+    for (i = 0; i < g->n_calls && !g->w->op.loop->closed; i++)
+        llmcb_op_free(g->tools[i]);
+    llmcbi_free(a, g->tools, g->n_calls * sizeof *g->tools);
+    llmcbi_free(a, g->waiting, g->n_calls * sizeof *g->waiting);
+    g->tools = g->waiting = NULL;
+    g->n_calls = g->n_waiting = 0;
+}
+
+/* A loop that is being released destroys all operations by itself. */
+static void llmcbi_agent_drop_turn(llmcbi_agent *g)
+{
+    g->w->op.answer = NULL;
+    if (!g->w->op.loop->closed) {
+        llmcb_op_free(g->ask);
+        llmcb_op_free(g->turn);
+    }
+    g->ask = g->turn = NULL;
+}
+
+static void llmcbi_agent_freed(llmcbi_work *w)
+{
+    llmcbi_agent *g = (llmcbi_agent *)w->d.self;
+    const llmcb_allocator *a = &w->op.loop->alloc;
+
+    llmcbi_agent_drop_tools(g);
+    llmcbi_agent_drop_turn(g);
+    llmcbi_arena_free(a, &g->arena);
+    llmcbi_buf_free(a, &g->extra);
+    llmcbi_free(a, g->messages, g->cap * sizeof *g->messages);
+    llmcbi_free(a, g, sizeof *g);
+}
+
+/* Asks the model, in a run for the turn. */
+static llmcb_code llmcbi_agent_ask(llmcbi_agent *g)
+{
+    const llmcb_allocator *a = llmcbi_agent_alloc(g);
+    const llmcb_message *last = &g->messages[g->n - 1];
+    llmcb_config config = llmcb_run_child(&g->w->run.pub, NULL);
+    llmcb_run_desc d;
+    llmcbi_buf prompt;
+
+    llmcbi_agent_drop_turn(g);
+    memset(&d, 0, sizeof d);
+    d.name = "RunnableSequence";
+    d.input = llmcbi_slice(last->content, last->content_len);
+    d.handler_ms = g->d.handler_ms;
+    g->turn = llmcb_run_start(g->w->op.loop, &d, &config);
+    if (!g->turn) return LLMCB_ENOMEM;
+    if (g->turn->done) return g->turn->error->code;
+    memset(&prompt, 0, sizeof prompt);
+    llmcbi_wire_prompt(a, &prompt, g->messages, g->n);
+    llmcb_run_text(g->turn->run, llmcbi_buf_str(&prompt));
+    llmcbi_buf_free(a, &prompt);
+    config = llmcb_run_child(g->turn->run, "seq:step:1");
+    config.extra = g->extra.ptr;
+    g->ask = llmcb_chat_generate(g->d.chat, g->messages, g->n, &config);
+    return g->ask ? LLMCB_OK : LLMCB_ENOMEM;
+}
+
+/* Ends the run of the turn as the model's call has ended. */
+static void llmcbi_agent_answered(llmcbi_agent *g)
+{
+    const llmcb_result *r;
+
+    g->w->op.answer = g->ask;
+    if (g->ask->error->code != LLMCB_OK) {
+        llmcb_run_fail(g->turn->run, g->ask->error);
+        return;
+    }
+    r = llmcb_op_result(g->ask);
+    llmcbi_usage_add(&g->usage, &r->usage);
+    llmcb_run_end(g->turn->run, r->generations[0].text);
+    g->calls = r->generations[0].tool_calls;
+    g->n_calls = r->generations[0].n_tool_calls;
+}
+
+static llmcb_code llmcbi_agent_act(llmcbi_agent *g, size_t i)
+{
+    llmcb_action action;
+
+    action.tool = g->calls[i].name;
+    action.input = g->calls[i].arguments;
+    action.log = llmcb_op_result(g->ask)->generations[0].text;
+    action.tool_call_id = g->calls[i].id;
+    return llmcb_run_action(&g->w->run.pub, &action);
+}
+
+/* A tool that the model made up is answered by one of ours. */
+static llmcb_step llmcbi_invalid_tool_step(llmcb_task *t, llmcb_tool_use *use)
+{
+    llmcbi_use *u = (llmcbi_use *)(void *)use;
+    llmcb_str name, names;
+
+    (void)t;
+    if (!llmcb_tool_text(use, "requested_tool_name", &name) ||
+        !llmcb_tool_text(use, "available_tool_names", &names))
+        return LLMCB_ENOMEM;
+    llmcbi_buf_add(u->alloc, &u->text, name.ptr, name.len);
+    llmcbi_buf_text(u->alloc, &u->text, " is not a valid tool, try one of [");
+    llmcbi_buf_add(u->alloc, &u->text, names.ptr, names.len);
+    llmcbi_buf_text(u->alloc, &u->text, "].");
+    return LLMCB_DONE;
+}
+
+static llmcbi_work *llmcbi_agent_invalid(llmcbi_agent *g,
+                                         const llmcb_tool_call *call,
+                                         const llmcb_config *config)
+{
+    static const llmcb_tool tool = { "invalid_tool",
+                                     "Called when a tool's name is not valid.",
+                                     NULL,
+                                     NULL,
+                                     llmcbi_invalid_tool_step,
+                                     0,
+                                     0,
+                                     false,
+                                     NULL };
+    const llmcb_allocator *a = llmcbi_agent_alloc(g);
+    llmcb_tool_call instead = *call;
+    llmcbi_buf names, arguments;
+    llmcbi_work *w = NULL;
+    size_t i;
+
+    memset(&names, 0, sizeof names);
+    memset(&arguments, 0, sizeof arguments);
+    for (i = 0; i < g->d.n_tools; i++) {
+        if (i) llmcbi_buf_text(a, &names, ", ");
+        llmcbi_buf_text(a, &names, g->d.tools[i].name);
+    }
+    llmcbi_buf_text(a, &arguments, "{\"requested_tool_name\":");
+    llmcbi_json_quote(a, &arguments, call->name.ptr, call->name.len);
+    llmcbi_buf_text(a, &arguments, ",\"available_tool_names\":");
+    llmcbi_json_quote(a, &arguments, names.ptr, names.len);
+    llmcbi_buf_text(a, &arguments, "}");
+    instead.arguments = llmcbi_buf_str(&arguments);
+    if (!names.failed && !arguments.failed)
+        w = llmcbi_tool_new(g->w->op.loop, &tool, &instead, NULL, config);
+    llmcbi_buf_free(a, &names);
+    llmcbi_buf_free(a, &arguments);
+    return w;
+}
+
+/* Starts the tools of this turn. */
+static llmcb_code llmcbi_agent_call(llmcbi_agent *g)
+{
+    const llmcb_allocator *a = llmcbi_agent_alloc(g);
+    llmcb_config config = llmcb_run_child(&g->w->run.pub, NULL);
+    size_t i, k, n = g->n_calls;
+
+    g->tools = (llmcb_op **)llmcbi_alloc(a, n * sizeof *g->tools);
+    g->waiting = (llmcb_op **)llmcbi_alloc(a, n * sizeof *g->waiting);
+    if (!g->tools || !g->waiting) return LLMCB_ENOMEM;
+    for (i = 0; i < n; i++) {
+        const llmcb_tool_call *call = &g->calls[i];
+        llmcbi_work *w;
+        for (k = 0; k < g->d.n_tools; k++)
+            if (llmcbi_str_is(call->name, g->d.tools[k].name)) break;
+        w = k < g->d.n_tools ? llmcbi_tool_new(g->w->op.loop, &g->d.tools[k],
+                                               call, &g->d, &config)
+                             : llmcbi_agent_invalid(g, call, &config);
+        if (!w) return LLMCB_ENOMEM;
+        g->tools[i] = g->waiting[g->n_waiting++] = &w->op;
+    }
+    return LLMCB_OK;
+}
+
+/* The id of a call, for the model: servers that give none get a number. */
+static llmcb_str llmcbi_agent_id(llmcbi_agent *g, size_t i)
+{
+    const llmcb_allocator *a = llmcbi_agent_alloc(g);
+    char text[40] = "call_", digits[24];
+
+    if (g->calls[i].id.len) {
+        llmcb_str id = g->calls[i].id;
+        id.ptr = llmcbi_arena_text(a, &g->arena, id.ptr, id.len);
+        return id;
+    }
+    strcat(text, llmcbi_decimal(digits, (int64_t)(g->n + i)));
+    return llmcb_text(llmcbi_arena_copy(a, &g->arena, text));
+}
+
+/* Adds what the model said, and the tools in the order of the calls. */
+static llmcb_code llmcbi_agent_hear(llmcbi_agent *g)
+{
+    const llmcb_allocator *a = llmcbi_agent_alloc(g);
+    const llmcb_generation *said = &llmcb_op_result(g->ask)->generations[0];
+    size_t i, n = g->n_calls;
+    llmcb_tool_call *calls =
+        (llmcb_tool_call *)llmcbi_arena_get(a, &g->arena, n * sizeof *calls);
+    llmcb_message *m;
+
+    if (!calls || !llmcbi_agent_grow(g, n + 1)) return LLMCB_ENOMEM;
+    for (i = 0; i < n; i++) {
+        const llmcb_tool_call *from = &g->calls[i];
+        calls[i] = *from;
+        calls[i].id = llmcbi_agent_id(g, i);
+        calls[i].name.ptr =
+            llmcbi_arena_text(a, &g->arena, from->name.ptr, from->name.len);
+        calls[i].arguments.ptr = llmcbi_arena_text(
+            a, &g->arena, from->arguments.ptr, from->arguments.len);
+    }
+    m = llmcbi_agent_say(g, LLMCB_ASSISTANT, said->text);
+    m->tool_calls = calls;
+    m->n_tool_calls = n;
+    for (i = 0; i < n; i++) {
+        m = llmcbi_agent_say(g, LLMCB_TOOL, llmcb_op_output(g->tools[i])->text);
+        m->tool_call_id = calls[i].id.ptr;
+    }
+    llmcbi_agent_drop_tools(g);
+    return g->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
+}
+
+/* It did not come to an answer, but ends in good order: first what is still
+ * under way. */
+static void llmcbi_agent_stop(llmcbi_agent *g, llmcb_code code)
+{
+    llmcb_op *child;
+    llmcb_error e;
+
+    llmcbi_error_set(&e, code,
+                     code == LLMCB_ELIMIT
+                         ? "the agent made max_turns calls of the "
+                           "model and came to no answer"
+                         : "the agent took longer than total_ms");
+    if (code == LLMCB_ETIMEDOUT) e.detail = LLMCB_DETAIL_TOTAL;
+    g->w->late = llmcbi_error_keep(llmcbi_agent_alloc(g), &e);
+    for (child = g->w->op.children; child; child = child->next_sibling)
+        if (child != g->w->body)
+            llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
+}
+
+static int64_t llmcbi_agent_left(const llmcbi_agent *g)
+{
+    int64_t left = g->due - g->w->op.loop->now;
+
+    return !g->due ? -1 : left > 0 ? left : 0;
+}
+
+static llmcb_step llmcbi_agent_finish(llmcbi_agent *g, llmcb_str text)
+{
+    llmcb_code code = llmcb_run_agent_finish(&g->w->run.pub, text, text);
+
+    if (code == LLMCB_OK) code = llmcb_run_end(&g->w->run.pub, text);
+    return code;
+}
+
+static llmcb_step llmcbi_agent_body(llmcb_task *t)
+{
+    llmcbi_agent *g = (llmcbi_agent *)t->self;
+    llmcb_run *run = &g->w->run.pub;
+    llmcb_code code;
+
+    LLMCB_BEGIN(t);
+    if (g->d.total_ms > 0) g->due = g->w->op.loop->now + g->d.total_ms;
+    for (; g->turns < g->d.max_turns; g->turns++) {
+        code = llmcbi_agent_ask(g);
+        if (code != LLMCB_OK) return code;
+        LLMCB_AWAIT(t, llmcb_await_any(t, &g->ask, 1, llmcbi_agent_left(g)));
+        if (g->w->outcome) return LLMCB_ECANCELLED;
+        if (!g->ask->done) break;
+        llmcbi_agent_answered(g);
+        LLMCB_AWAIT(t, llmcb_await(t, g->turn));
+        if (g->w->outcome) return LLMCB_ECANCELLED;
+        if (g->turn->error->code != LLMCB_OK)
+            return llmcbi_agent_fail(g, g->turn->error);
+        for (g->i = 0; g->i < g->n_calls;) {
+            code = llmcbi_agent_act(g, g->i);
+            if (code == LLMCB_OK)
+                g->i++;
+            else if (code != LLMCB_EBUSY)
+                return code;
+            else
+                LLMCB_AWAIT(t, llmcb_await_run(t, run));
+        }
+        LLMCB_AWAIT(t, llmcb_await_run(t, run));
+        if (g->w->outcome) return LLMCB_ECANCELLED;
+        if (!g->n_calls)
+            return llmcbi_agent_finish(
+                g, llmcb_op_result(g->ask)->generations[0].text);
+        code = llmcbi_agent_call(g);
+        if (code != LLMCB_OK) return code;
+        while (g->n_waiting) {
+            LLMCB_AWAIT(t, llmcb_await_any(t, g->waiting, g->n_waiting,
+                                           llmcbi_agent_left(g)));
+            if (g->w->outcome) return LLMCB_ECANCELLED;
+            if (t->index >= g->n_waiting || !g->waiting[t->index]->done) break;
+            if (g->waiting[t->index]->error->code != LLMCB_OK)
+                return llmcbi_agent_fail(g, g->waiting[t->index]->error);
+            g->waiting[t->index] = g->waiting[--g->n_waiting];
+        }
+        if (g->n_waiting) break;
+        code = llmcbi_agent_hear(g);
+        if (code != LLMCB_OK) return code;
+    }
+    llmcbi_agent_stop(g, g->turns == g->d.max_turns ? LLMCB_ELIMIT
+                                                    : LLMCB_ETIMEDOUT);
+    while (g->w->op.children != g->w->body || g->w->body->next_sibling) {
+        LLMCB_AWAIT(t, llmcb_await(t, g->w->op.children == g->w->body
+                                          ? g->w->body->next_sibling
+                                          : g->w->op.children));
+        if (g->w->outcome) return LLMCB_ECANCELLED;
+    }
+    LLMCB_AWAIT(t, llmcb_await_run(t, run));
+    return llmcbi_agent_finish(
+        g, llmcb_text("The agent stopped: it reached its limit of turns or "
+                      "of time."));
+    LLMCB_END(t);
+}
+
+/* The agent of a run that has begun. false: no memory. */
+static bool llmcbi_agent_init(llmcbi_agent *g, llmcbi_work *w,
+                              const llmcb_agent_desc *desc,
+                              const llmcb_message *messages, size_t n,
+                              const llmcb_config *config)
+{
+    const llmcb_allocator *a = &w->op.loop->alloc;
+    size_t i;
+
+    g->w = w;
+    g->d = *desc;
+    if (g->d.max_turns <= 0) g->d.max_turns = 15;
+    g->usage.known = true;
+    w->d.self = g;
+    w->freed = llmcbi_agent_freed;
+    w->op.usage = &g->usage;
+    llmcbi_agent_extra(g, config ? config->extra : NULL);
+    if (!llmcbi_agent_grow(g, n)) return false;
+    for (i = 0; i < n; i++)
+        llmcbi_message_copy(a, &g->arena, &g->messages[i], &messages[i]);
+    g->n = n;
+    return !g->arena.failed && !g->extra.failed;
+}
+
+static const char *llmcbi_agent_wrong(const llmcb_agent_desc *d,
+                                      const llmcb_message *messages, size_t n,
+                                      const llmcb_config *config)
+{
+    const char *why;
+    size_t i, k;
+
+    if (d->n_tools && !d->tools) return "the list of tools is NULL";
+    for (i = 0; i < d->n_tools; i++) {
+        why = llmcbi_tool_wrong(&d->tools[i]);
+        if (why) return why;
+        for (k = 0; k < i; k++)
+            if (strcmp(d->tools[i].name, d->tools[k].name) == 0)
+                return "two tools have the same name";
+    }
+    if (!n || !messages) return "there is no message";
+    for (i = 0; i < n; i++)
+        if (llmcbi_message_check(&messages[i], &why) != LLMCB_OK) return why;
+    if (config && !llmcbi_json_text_is(config->extra, LLMCBI_JSON_OBJECT))
+        return "extra of the configuration is not a JSON object";
+    return NULL;
+}
+
+LLMCBI_DEF llmcb_op *llmcb_agent_start(const llmcb_agent_desc *desc,
+                                       const llmcb_message *messages, size_t n,
+                                       const llmcb_config *config)
+{
+    const char *wrong;
+    llmcb_run_desc d;
+    llmcbi_agent *g;
+    llmcbi_work *w;
+
+    if (!desc || !desc->chat) return NULL;
+    wrong = llmcbi_agent_wrong(desc, messages, n, config);
+    memset(&d, 0, sizeof d);
+    d.name = "AgentExecutor";
+    d.body = llmcbi_agent_body;
+    d.handler_ms = desc->handler_ms;
+    if (!wrong) {
+        const llmcb_message *last = &messages[n - 1];
+        d.input = llmcbi_slice(last->content, last->content_len);
+        if (!d.input.len) d.input = llmcb_text(last->content);
+    }
+    w = llmcbi_work_new(desc->chat->loop, &d, config, wrong);
+    if (!w || w->op.done) return w ? &w->op : NULL;
+    g = (llmcbi_agent *)llmcbi_alloc(&w->op.loop->alloc, sizeof *g);
+    if (!g || !llmcbi_agent_init(g, w, desc, messages, n, config))
+        llmcbi_work_fail(w, LLMCB_ENOMEM, NULL);
+    return &w->op;
+}
+
+LLMCBI_DEF const llmcb_message *llmcb_agent_messages(const llmcb_op *op,
+                                                     size_t *n)
+{
+    const llmcbi_work *w = llmcbi_work_of(op);
+    const llmcbi_agent *g = NULL;
+
+    if (w && w->freed == llmcbi_agent_freed && op->done)
+        g = (const llmcbi_agent *)w->d.self;
+    if (n) *n = g ? g->n : 0;
+    return g ? g->messages : NULL;
+}
+#endif /* LLMCB_NO_AGENT */
 
 #ifdef __cplusplus
 }

@@ -74,7 +74,7 @@ TEST(every_code_has_its_name_and_a_text)
                  ROW(LLMCB_EJSON),     ROW(LLMCB_EUTF8),
                  ROW(LLMCB_ELIMIT),    ROW(LLMCB_EHANDLER),
                  ROW(LLMCB_EBUSY),     ROW(LLMCB_ESYS),
-                 ROW(LLMCB_EFORK) };
+                 ROW(LLMCB_EFORK),     ROW(LLMCB_ETOOL) };
 #undef ROW
 
     for (int i = 0; i < (int)(sizeof rows / sizeof *rows); i++) {
@@ -90,7 +90,7 @@ TEST(every_code_has_its_name_and_a_text)
         for (int k = 0; k < i; k++)
             CHECK(strcmp(e->message, llmcb_code_text(rows[k].code)) != 0);
     }
-    for (int code = -23; code < 2; code += 24) {
+    for (int code = -24; code < 2; code += 25) {
         CHECK_STR(llmcb_code_name((llmcb_code)code), "LLMCB_UNKNOWN");
         CHECK_STR(llmcb_code_text((llmcb_code)code), "unknown error");
     }
@@ -126,7 +126,7 @@ TEST(strings_are_compared_with_their_length)
             llmcbi_str_is_nocase(s, rows[i].other) != rows[i].nocase)
             TEST_FAIL("row %d", (int)i);
     }
-    CHECK_INT(llmcbi_str(NULL).len, 0);
+    CHECK_INT(llmcb_text(NULL).len, 0);
 }
 
 TEST(decimal_digits)
@@ -200,8 +200,6 @@ TEST(a_buffer_grows_and_a_failure_sticks)
     CHECK(all > 500 && b.cap < 4 * all); /* doubled, not more */
     calls = h.calls;
     CHECK(calls <= 8);
-    llmcbi_buf_drop(&b, 1);
-    CHECK(b.len == all - 1 && b.ptr[0] == pattern(1));
     llmcbi_buf_free(&a, &b);
     CHECK(!b.ptr && !b.cap && !b.len && !b.failed);
     check_heap(&h);

@@ -772,9 +772,9 @@ TEST(retry_after_is_seconds_or_a_date)
     memset(digits, '0', 4096);
     CHECK_INT(wish(digits, 0), 0);
     free(digits);
-    CHECK_INT(llmcbi_parse_seconds(llmcbi_str("250"), 1), 250);
-    CHECK_INT(llmcbi_parse_seconds(llmcbi_str("250.9"), 1), 250);
-    CHECK_INT(llmcbi_parse_seconds(llmcbi_str("x"), 1), LLMCBI_NO_WISH);
+    CHECK_INT(llmcbi_parse_seconds(llmcb_text("250"), 1), 250);
+    CHECK_INT(llmcbi_parse_seconds(llmcb_text("250.9"), 1), 250);
+    CHECK_INT(llmcbi_parse_seconds(llmcb_text("x"), 1), LLMCBI_NO_WISH);
 }
 
 TEST(dates_are_those_of_timegm)
@@ -793,7 +793,7 @@ TEST(dates_are_those_of_timegm)
         sprintf(s, "%.3s, %02d %.3s %04d %02d:%02d:%02d GMT",
                 days + 3 * tm.tm_wday, tm.tm_mday, months + 3 * tm.tm_mon,
                 tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
-        if (llmcbi_parse_date(llmcbi_str(s)) != t) TEST_FAIL("%s", s);
+        if (llmcbi_parse_date(llmcb_text(s)) != t) TEST_FAIL("%s", s);
     }
 }
 

@@ -988,7 +988,7 @@ TEST(parameters_are_sent_once_and_extra_wins)
         { { .model = "m", .extra = " { \n} " },
           "'model':'m','stream':false}" },
         { { .model = "m", .extra = " {\"seed\":1, \"stop\":[\"}\"]} " },
-          "'model':'m','stream':false,'seed':1, 'stop':['}']}" },
+          "'model':'m','stream':false,'seed':1,'stop':['}']}" },
         { { .model = "m", .extra = "{\"model\":\"x\"}" },
           "'stream':false,'model':'x'}" },
         { { .model = "m", .extra = "{\"m\\u006fdel\":\"x\"}" },
