@@ -62,6 +62,7 @@
  *   [WIRE]   the OpenAI dialect: request body out, stream events in
  *   [CHAT]   generate, batch, stream, cancel
  *   [AGENT]  runs of the program, tools, the agent loop
+ *   [KIT]    ready-made handlers: tokens, tree, trace, usage, timing ...
  *
  * GUARANTEES
  *
@@ -121,6 +122,7 @@
  *   LLMCB_NO_SOCKETS   no plain-socket transport
  *   LLMCB_NO_EPOLL     poll(2) on Linux too
  *   LLMCB_NO_AGENT     no [AGENT]
+ *   LLMCB_NO_KIT       no [KIT]
  *   LLMCB_NO_STDIO     no llmcb_result_print and llmcb_str_print, no files
  *                      in [REPLAY]; define it wherever included
  *   LLMCB_ALLOW_INSECURE_TLS   makes llmcb_chat_desc.insecure_tls work
@@ -982,6 +984,31 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path);
 
 typedef struct llmcb_chat llmcb_chat;
 
+/* A bucket of tokens that fills up with time. Each request takes one, or
+ * waits for it in order of arrival; retries and answers from a cache take
+ * none. It may serve several chats of its loop, and lives as long as they
+ * do. Starts empty. */
+typedef struct llmcb_limiter llmcb_limiter;
+
+/* burst: what the bucket holds at most, 0 for 1. NULL: no memory, or
+ * per_minute is 0. */
+LLMCB_API llmcb_limiter *llmcb_limiter_new(llmcb_loop *loop,
+                                           unsigned per_minute, unsigned burst);
+LLMCB_API void llmcb_limiter_free(llmcb_limiter *limiter);
+
+/* Answers by the request that brought them, in memory. A call whose address
+ * and request are the same to the byte gets the answer without any request,
+ * after its start event: no tokens, then the end event with result->cached.
+ * llmcb_chat_stream does not look there, and answers with log-probabilities
+ * are not kept. It may serve several chats of its loop, and lives as long as
+ * they do. */
+typedef struct llmcb_cache llmcb_cache;
+
+/* max_bytes of requests and answers, 0 for 16 MiB; the oldest go first.
+ * NULL: no memory. */
+LLMCB_API llmcb_cache *llmcb_cache_new(llmcb_loop *loop, size_t max_bytes);
+LLMCB_API void llmcb_cache_free(llmcb_cache *cache);
+
 /* Zero is the default of every member. */
 typedef struct llmcb_chat_desc {
     const char *model;        /* "gpt-4o-mini" */
@@ -1019,6 +1046,8 @@ typedef struct llmcb_chat_desc {
     size_t n_tags;
     const llmcb_pair *metadata;
     size_t n_metadata;
+    llmcb_limiter *limiter; /* default: none */
+    llmcb_cache *cache;     /* default: none */
 } llmcb_chat_desc;
 
 /* A client for one server and model. NULL: no memory. A descriptor that is
@@ -1247,6 +1276,82 @@ LLMCB_API llmcb_op *llmcb_agent_start(const llmcb_agent_desc *desc,
  * NULL while it is under way. */
 LLMCB_API const llmcb_message *llmcb_agent_messages(const llmcb_op *op,
                                                     size_t *n);
+#endif
+
+/* ==== [KIT] ready-made handlers ======================================== */
+
+#ifndef LLMCB_NO_KIT
+/* Each is made with the loop's allocator, and is to be freed when no run uses
+ * it any more, before or after the loop. They lock what they keep: one may
+ * serve several loops. NULL: no memory. */
+LLMCB_API void llmcb_handler_free(llmcb_handler *h);
+
+/* Usage by the model that served, read at any time. Answers from a cache do
+ * not count. model NULL: all. known: all of them said. */
+LLMCB_API llmcb_handler *llmcb_usage_handler(llmcb_loop *loop);
+LLMCB_API llmcb_usage llmcb_usage_of(llmcb_handler *h, const char *model);
+
+/* The i-th model that was seen; NULL: there are no more. Valid until the
+ * handler is freed. */
+LLMCB_API const char *llmcb_usage_model(llmcb_handler *h, size_t i);
+
+/* One run, as a collector has seen it. */
+typedef struct llmcb_run_record {
+    char id[37];
+    char parent_id[37]; /* "" for a root */
+    const char *name;
+    llmcb_event_kind kind; /* of its start */
+    int64_t started_ms, finished_ms;
+    bool finished;
+    bool cached;
+    llmcb_code code;
+    uint64_t tokens; /* that had text */
+    llmcb_usage usage;
+    const char *output; /* what it brought, or the error's message; NULL: not
+                           finished, or no memory */
+} llmcb_run_record;
+
+/* Collects all runs, in the order of their starts. The array is valid until
+ * the next event; clear forgets what has finished. Both on the loop's
+ * thread. */
+LLMCB_API llmcb_handler *llmcb_collector(llmcb_loop *loop);
+LLMCB_API const llmcb_run_record *llmcb_collector_runs(llmcb_handler *h,
+                                                       size_t *n);
+LLMCB_API void llmcb_collector_clear(llmcb_handler *h);
+
+/* The pace of one model run. */
+typedef struct llmcb_timing {
+    uint64_t runs;   /* that have ended */
+    uint64_t tokens; /* of the last of them, as the following; with text */
+    int64_t first_token_ms; /* after the start; -1: there was none */
+    int64_t longest_gap_ms; /* between two tokens */
+    int64_t total_ms;
+    double tokens_per_second; /* from the first token to the last */
+} llmcb_timing;
+
+LLMCB_API llmcb_handler *llmcb_timing_handler(llmcb_loop *loop);
+LLMCB_API llmcb_timing llmcb_timing_of(llmcb_handler *h);
+
+/* Appends one JSON object a line to a file, in one write: event, time, ids,
+ * names, tags, metadata, lengths, usage and errors. What was said only with
+ * `content`; the key never. The file is made with mode 0600. NULL: it cannot
+ * be opened; see errno. */
+LLMCB_API llmcb_handler *llmcb_jsonl_handler(llmcb_loop *loop, const char *path,
+                                             bool content);
+
+#ifndef LLMCB_NO_STDIO
+/* Prints the text of tokens as they come, as llmcb_str_print does, or as it
+ * is. `out` must outlive the handler, here and below. */
+LLMCB_API llmcb_handler *llmcb_token_handler(llmcb_loop *loop, FILE *out,
+                                             bool raw);
+
+/* Prints each tree of runs with their durations when its root has ended. */
+LLMCB_API llmcb_handler *llmcb_tree_handler(llmcb_loop *loop, FILE *out);
+
+/* Appends what chains, tools and agents do to a file, for people. NULL: it
+ * cannot be opened; see errno. */
+LLMCB_API llmcb_handler *llmcb_file_handler(llmcb_loop *loop, const char *path);
+#endif
 #endif
 
 #ifndef LLMCB_NO_STDIO
@@ -2399,14 +2504,13 @@ static char llmcbi_json_letter(unsigned char c)
     }
 }
 
-/* A JSON string with its quotes. Bytes must be UTF-8. */
-static void llmcbi_json_quote(const llmcb_allocator *a, llmcbi_buf *b,
-                              const char *s, size_t len)
+/* The inside of a JSON string. Bytes must be UTF-8. */
+static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
+                               const char *s, size_t len)
 {
     static const char hex[] = "0123456789abcdef";
     size_t i, plain = 0;
 
-    llmcbi_buf_add(a, b, "\"", 1);
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
         char esc[6] = { '\\', 'u', '0', '0', 0, 0 };
@@ -2421,6 +2525,13 @@ static void llmcbi_json_quote(const llmcb_allocator *a, llmcbi_buf *b,
         llmcbi_buf_add(a, b, esc, letter ? 2 : 6);
     }
     if (len) llmcbi_buf_add(a, b, s + plain, len - plain);
+}
+
+static void llmcbi_json_quote(const llmcb_allocator *a, llmcbi_buf *b,
+                              const char *s, size_t len)
+{
+    llmcbi_buf_add(a, b, "\"", 1);
+    llmcbi_json_escape(a, b, s, len);
     llmcbi_buf_add(a, b, "\"", 1);
 }
 
@@ -9596,7 +9707,234 @@ static void llmcbi_wire_prompt(const llmcb_allocator *a, llmcbi_buf *b,
     }
 }
 
+/* -- an answer that is kept */
+
+static void llmcbi_wire_text(const llmcb_allocator *a, llmcbi_buf *b,
+                             const char *name, llmcb_str s)
+{
+    llmcbi_buf_text(a, b, name);
+    llmcbi_json_quote(a, b, s.ptr, s.len);
+}
+
+static void llmcbi_wire_number(const llmcb_allocator *a, llmcbi_buf *b,
+                               const char *name, int64_t v)
+{
+    llmcbi_buf_text(a, b, name);
+    llmcbi_buf_int(a, b, v);
+}
+
+/* Writes a result as the completion that brings it. */
+static void llmcbi_wire_result(const llmcb_allocator *a, llmcbi_buf *b,
+                               const llmcb_result *r)
+{
+    const llmcb_usage *u = &r->usage;
+    size_t i, k;
+
+    llmcbi_wire_text(a, b, "{\"id\":", r->id);
+    llmcbi_wire_text(a, b, ",\"model\":", r->model_name);
+    llmcbi_wire_text(a, b, ",\"system_fingerprint\":", r->system_fingerprint);
+    if (u->known) {
+        llmcbi_wire_number(a, b,
+                           ",\"usage\":{\"prompt_tokens\":", u->input_tokens);
+        llmcbi_wire_number(a, b, ",\"completion_tokens\":", u->output_tokens);
+        llmcbi_wire_number(a, b, ",\"total_tokens\":", u->total_tokens);
+        llmcbi_wire_number(
+            a, b,
+            ",\"prompt_tokens_details\":{\"cached_tokens\":", u->cached_tokens);
+        llmcbi_wire_number(
+            a, b, "},\"completion_tokens_details\":{\"reasoning_tokens\":",
+            u->reasoning_tokens);
+        llmcbi_buf_text(a, b, "}}");
+    }
+    for (i = 0; i < r->n_generations; i++) {
+        const llmcb_generation *g = &r->generations[i];
+        llmcbi_wire_number(
+            a, b, i ? ",{\"index\":" : ",\"choices\":[{\"index\":", (int64_t)i);
+        llmcbi_wire_text(a, b, ",\"finish_reason\":", g->finish_reason);
+        llmcbi_wire_text(a, b, ",\"message\":{\"content\":", g->text);
+        llmcbi_wire_text(a, b, ",\"refusal\":", g->refusal);
+        llmcbi_wire_text(a, b, ",\"reasoning_content\":", g->reasoning);
+        for (k = 0; k < g->n_tool_calls; k++) {
+            const llmcb_tool_call *call = &g->tool_calls[k];
+            llmcbi_wire_number(
+                a, b, k ? ",{\"index\":" : ",\"tool_calls\":[{\"index\":",
+                (int64_t)k);
+            llmcbi_wire_text(a, b, ",\"id\":", call->id);
+            llmcbi_wire_text(a, b, ",\"function\":{\"name\":", call->name);
+            llmcbi_wire_text(a, b, ",\"arguments\":", call->arguments);
+            llmcbi_buf_text(a, b, "}}");
+        }
+        llmcbi_buf_text(a, b, k ? "]}}" : "}}");
+    }
+    llmcbi_buf_text(a, b, i ? "]}" : "}");
+}
+
 /* ==== [CHAT] generate, batch, stream, cancel =========================== */
+
+/* -- answers by request */
+
+/* The key and then the answer stand behind it. */
+typedef struct llmcbi_kept {
+    struct llmcbi_kept *next;
+    uint64_t hash;
+    size_t key_len, len;
+} llmcbi_kept;
+
+struct llmcb_cache {
+    llmcb_allocator alloc;
+    size_t refs; /* the program's and each chat's */
+    size_t bytes, max_bytes;
+    llmcbi_kept *first, **last; /* the oldest first */
+};
+
+LLMCBI_DEF llmcb_cache *llmcb_cache_new(llmcb_loop *loop, size_t max_bytes)
+{
+    llmcb_cache *c;
+
+    if (llmcbi_enter(loop) != LLMCB_OK) return NULL;
+    c = (llmcb_cache *)llmcbi_alloc(&loop->alloc, sizeof *c);
+    if (!c) return NULL;
+    c->alloc = loop->alloc;
+    c->refs = 1;
+    c->max_bytes = max_bytes ? max_bytes : (size_t)16 << 20;
+    c->last = &c->first;
+    return c;
+}
+
+static size_t llmcbi_kept_size(const llmcbi_kept *k)
+{
+    return sizeof *k + k->key_len + k->len;
+}
+
+static void llmcbi_cache_drop_oldest(llmcb_cache *c)
+{
+    llmcbi_kept *k = c->first;
+
+    c->first = k->next;
+    if (!c->first) c->last = &c->first;
+    c->bytes -= llmcbi_kept_size(k);
+    llmcbi_free(&c->alloc, k, llmcbi_kept_size(k));
+}
+
+LLMCBI_DEF void llmcb_cache_free(llmcb_cache *c)
+{
+    llmcb_allocator a;
+
+    if (!c || --c->refs) return;
+    while (c->first)
+        llmcbi_cache_drop_oldest(c);
+    a = c->alloc;
+    llmcbi_free(&a, c, sizeof *c);
+}
+
+/* FNV-1a, to tell most keys apart at a glance. */
+static uint64_t llmcbi_hash(llmcb_str s)
+{
+    uint64_t h = 0xCBF29CE484222325u;
+    size_t i;
+
+    for (i = 0; i < s.len; i++)
+        h = (h ^ (unsigned char)s.ptr[i]) * 0x100000001B3u;
+    return h;
+}
+
+static const llmcbi_kept *llmcbi_cache_find(const llmcb_cache *c, llmcb_str key)
+{
+    uint64_t hash = llmcbi_hash(key);
+    const llmcbi_kept *k = c->first;
+
+    while (k && (k->hash != hash || k->key_len != key.len ||
+                 memcmp(k + 1, key.ptr, key.len) != 0))
+        k = k->next;
+    return k;
+}
+
+/* Keeps it if it fits; that there is no memory for it is no failure. */
+static void llmcbi_cache_keep(llmcb_cache *c, llmcb_str key, llmcb_str answer)
+{
+    llmcbi_kept head, *k;
+
+    memset(&head, 0, sizeof head);
+    head.hash = llmcbi_hash(key);
+    head.key_len = key.len;
+    head.len = answer.len;
+    if (llmcbi_kept_size(&head) > c->max_bytes || llmcbi_cache_find(c, key))
+        return;
+    k = (llmcbi_kept *)llmcbi_resize(&c->alloc, NULL, 0,
+                                     llmcbi_kept_size(&head));
+    if (!k) return;
+    *k = head;
+    memcpy(k + 1, key.ptr, key.len);
+    memcpy((char *)(k + 1) + key.len, answer.ptr, answer.len);
+    c->bytes += llmcbi_kept_size(k);
+    *c->last = k;
+    c->last = &k->next;
+    while (c->bytes > c->max_bytes)
+        llmcbi_cache_drop_oldest(c);
+}
+
+/* -- requests a minute */
+
+typedef struct llmcbi_prompt llmcbi_prompt;
+
+/* One token is 60,000 units, so that a millisecond brings per_minute. */
+#define LLMCBI_TOKEN 60000
+
+struct llmcb_limiter {
+    llmcb_loop *loop;
+    size_t refs; /* the program's and each chat's */
+    int64_t per_minute, most, level, at;
+    llmcbi_timer timer;
+    llmcbi_prompt *first, **last; /* who waits */
+};
+
+static void llmcbi_limiter_timer(llmcbi_timer *t);
+
+LLMCBI_DEF llmcb_limiter *llmcb_limiter_new(llmcb_loop *loop,
+                                            unsigned per_minute, unsigned burst)
+{
+    llmcb_limiter *l;
+
+    if (llmcbi_enter(loop) != LLMCB_OK || !per_minute) return NULL;
+    l = (llmcb_limiter *)llmcbi_alloc(&loop->alloc, sizeof *l);
+    if (!l) return NULL;
+    if (!llmcbi_timer_init(loop, &l->timer, llmcbi_limiter_timer)) {
+        llmcbi_free(&loop->alloc, l, sizeof *l);
+        return NULL;
+    }
+    l->loop = loop;
+    l->refs = 1;
+    l->per_minute = per_minute;
+    l->most = (int64_t)LLMCBI_TOKEN * (burst ? burst : 1);
+    l->at = loop->now;
+    l->last = &l->first;
+    return l;
+}
+
+LLMCBI_DEF void llmcb_limiter_free(llmcb_limiter *l)
+{
+    if (!l || --l->refs) return;
+    llmcbi_timer_free(l->loop, &l->timer);
+    llmcbi_free(&l->loop->alloc, l, sizeof *l);
+}
+
+/* Takes a token, or says in how many milliseconds there will be one. */
+static int64_t llmcbi_limiter_take(llmcb_limiter *l)
+{
+    int64_t now = l->loop->now, gone = now - l->at;
+
+    l->at = now;
+    if (gone >= (l->most - l->level) / l->per_minute + 1)
+        l->level = l->most;
+    else if (gone > 0)
+        l->level += gone * l->per_minute;
+    if (l->level < LLMCBI_TOKEN)
+        return (LLMCBI_TOKEN - l->level + l->per_minute - 1) / l->per_minute;
+    l->level -= LLMCBI_TOKEN;
+    return 0;
+}
+
+/* -- chats */
 
 struct llmcb_chat {
     llmcb_loop *loop;
@@ -9876,6 +10214,13 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     llmcbi_chat_set_headers(chat);
     llmcbi_chat_copy_lists(chat);
     d->api_key = NULL; /* the caller's; ours is in auth */
+    if (d->limiter && d->limiter->loop != chat->loop) {
+        d->limiter = NULL;
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "the limiter belongs to another loop");
+    }
+    if (d->limiter) d->limiter->refs++;
+    if (d->cache) d->cache->refs++;
 }
 
 static void llmcbi_chat_unref(llmcb_chat *chat)
@@ -9885,6 +10230,8 @@ static void llmcbi_chat_unref(llmcb_chat *chat)
     if (--chat->refs) return;
     if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
     llmcbi_free(a, chat->auth, chat->auth_size);
+    llmcb_limiter_free(chat->d.limiter);
+    llmcb_cache_free(chat->d.cache);
     llmcbi_arena_free(a, &chat->arena);
     llmcbi_free(a, chat, sizeof *chat);
 }
@@ -9940,7 +10287,7 @@ typedef enum llmcbi_body_kind {
 typedef struct llmcbi_call llmcbi_call;
 
 /* One prompt. */
-typedef struct llmcbi_prompt {
+struct llmcbi_prompt {
     llmcbi_run run; /* first, so that a run leads here */
     llmcbi_call *call;
     llmcbi_buf body; /* of the request */
@@ -9974,7 +10321,10 @@ typedef struct llmcbi_prompt {
     bool launched; /* its first request has been made */
     bool over;     /* the exchange is to be let go of */
     bool orderly;  /* and its response was complete */
-} llmcbi_prompt;
+    bool limited;  /* it waits for the limiter */
+    bool cached;   /* the answer comes from the cache */
+    llmcbi_prompt *next_limited;
+};
 
 struct llmcbi_call {
     llmcb_op op;
@@ -9991,6 +10341,7 @@ struct llmcbi_call {
     size_t told;             /* prompts whose error has been told, in order */
     bool stream;             /* the request asks for one */
     bool shown; /* the record at pull_pos is in the program's hands */
+    bool pull;
     bool cancelled;
     bool orphaned; /* destroyed but for a worker inside a handler */
 };
@@ -10053,6 +10404,7 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
 /* A character that was cut in two and will not be completed becomes one
  * last token. */
 static void llmcbi_prompt_flush_carries(llmcbi_prompt *p);
+static void llmcbi_prompt_unlimit(llmcbi_prompt *p);
 static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e);
 
 /* The one place where an outcome becomes known. code LLMCB_OK: success. */
@@ -10063,6 +10415,7 @@ static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e)
     if (llmcbi_prompt_retry(p, e)) return;
     if (e->code != LLMCB_ECANCELLED && p->run.state == LLMCBI_RUN_OPEN)
         llmcbi_prompt_flush_carries(p);
+    if (p->limited) llmcbi_prompt_unlimit(p);
     p->outcome = llmcbi_error_keep(llmcbi_prompt_alloc(p), e);
     p->over = true;
     llmcbi_timer_stop(p->call->op.loop, &p->timer);
@@ -10398,7 +10751,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
     } else {
         chunk->text = llmcbi_slice("", 0);
     }
-    if (p->call->stream)
+    if (p->call->stream && !p->cached)
         llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
     return true;
 }
@@ -10510,7 +10863,7 @@ static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
     chunk->parts = &p->call->no_parts;
     chunk->text = llmcbi_raw_decode(&at, raw, &c->text_carry);
     if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return;
-    if (p->call->stream)
+    if (p->call->stream && !p->cached)
         llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
 }
 
@@ -10932,9 +11285,6 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     llmcb_transport *tr = chat->d.transport;
     llmcb_code code;
 
-    if (!p->launched && chat->d.total_ms > 0)
-        p->total_due = loop->now + chat->d.total_ms;
-    p->launched = true;
     p->attempt++;
     p->over = p->orderly = p->html = p->encoded = false;
     p->status = 0;
@@ -10955,6 +11305,121 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     llmcbi_exchange_free(p->x, LLMCBI_PART_UNSTARTED);
     p->x = NULL;
     llmcbi_prompt_fail(p, code, NULL);
+}
+
+/* Waits for a token of the limiter, behind the others. */
+static void llmcbi_prompt_limit(llmcbi_prompt *p)
+{
+    llmcb_limiter *l = p->call->chat->d.limiter;
+    int64_t ms = l->first ? 1 : llmcbi_limiter_take(l);
+
+    if (!ms) {
+        llmcbi_prompt_launch(p);
+        return;
+    }
+    p->limited = true;
+    if (!l->first) llmcbi_timer_start(l->loop, &l->timer, ms);
+    *l->last = p;
+    l->last = &p->next_limited;
+}
+
+static void llmcbi_prompt_unlimit(llmcbi_prompt *p)
+{
+    llmcb_limiter *l = p->call->chat->d.limiter;
+    llmcbi_prompt **at = &l->first;
+
+    while (*at != p)
+        at = &(*at)->next_limited;
+    *at = p->next_limited;
+    if (!*at) l->last = at;
+    p->limited = false;
+    p->next_limited = NULL;
+    if (!l->first) llmcbi_timer_stop(l->loop, &l->timer);
+}
+
+static void llmcbi_limiter_timer(llmcbi_timer *t)
+{
+    llmcb_limiter *l = LLMCBI_OWNER(llmcb_limiter, timer, t);
+    int64_t ms = 0;
+
+    while (l->first && (ms = llmcbi_limiter_take(l)) == 0) {
+        llmcbi_prompt *p = l->first;
+        llmcbi_prompt_unlimit(p);
+        llmcbi_prompt_launch(p);
+    }
+    if (l->first) llmcbi_timer_start(l->loop, &l->timer, ms);
+}
+
+/* What an answer is kept by: the address and the request. */
+static void llmcbi_prompt_key(const llmcbi_prompt *p, llmcbi_buf *key)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+
+    memset(key, 0, sizeof *key);
+    llmcbi_buf_text(a, key, p->request.url);
+    llmcbi_buf_text(a, key, "\n");
+    llmcbi_buf_add(a, key, p->request.body, p->request.body_len);
+}
+
+/* Whether the cache has the answer; then the outcome is known. */
+static bool llmcbi_prompt_cached(llmcbi_prompt *p)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    const llmcb_cache *cache = p->call->chat->d.cache;
+    const llmcbi_kept *kept = NULL;
+    llmcbi_buf key;
+
+    if (!cache || p->call->pull) return false;
+    llmcbi_prompt_key(p, &key);
+    if (!key.failed) kept = llmcbi_cache_find(cache, llmcbi_buf_str(&key));
+    llmcbi_buf_free(a, &key);
+    if (!kept) return false;
+    llmcbi_buf_add(a, &p->text, (const char *)(kept + 1) + kept->key_len,
+                   kept->len);
+    p->cached = p->answer.result.cached = true;
+    if (p->text.failed)
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    else
+        llmcbi_prompt_whole(p, false);
+    llmcbi_buf_free(a, &p->text);
+    return true;
+}
+
+static void llmcbi_prompt_keep_answer(llmcbi_prompt *p)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    const llmcb_result *r = &p->answer.result;
+    llmcbi_buf key, answer;
+    size_t i;
+
+    if (!p->call->chat->d.cache || p->call->pull || p->cached) return;
+    for (i = 0; i < r->n_generations; i++)
+        if (r->generations[i].logprobs.len) return;
+    llmcbi_prompt_key(p, &key);
+    memset(&answer, 0, sizeof answer);
+    llmcbi_wire_result(a, &answer, r);
+    if (!key.failed && !answer.failed)
+        llmcbi_cache_keep(p->call->chat->d.cache, llmcbi_buf_str(&key),
+                          llmcbi_buf_str(&answer));
+    llmcbi_buf_free(a, &key);
+    llmcbi_buf_free(a, &answer);
+}
+
+/* The first attempt, if one is needed. */
+static void llmcbi_prompt_go(llmcbi_prompt *p)
+{
+    const llmcb_chat *chat = p->call->chat;
+
+    p->launched = true;
+    if (llmcbi_prompt_cached(p)) return;
+    if (chat->d.total_ms > 0) {
+        p->total_due = p->call->op.loop->now + chat->d.total_ms;
+        llmcbi_prompt_arm(p);
+    }
+    if (chat->d.limiter)
+        llmcbi_prompt_limit(p);
+    else
+        llmcbi_prompt_launch(p);
 }
 
 static bool llmcbi_prompt_retryable(const llmcbi_prompt *p,
@@ -11142,7 +11607,7 @@ static void llmcbi_call_launch(llmcbi_call *c)
         llmcbi_prompt *p = &c->prompts[i];
         if (p->run.state != LLMCBI_RUN_OPEN || p->launched || p->outcome)
             continue;
-        llmcbi_prompt_launch(p);
+        llmcbi_prompt_go(p);
         open++;
     }
 }
@@ -11153,6 +11618,7 @@ static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
 
     p->answer.result.sentinel = p->sentinel;
     llmcbi_answer_show(&p->answer, ok);
+    if (ok) llmcbi_prompt_keep_answer(p);
     llmcbi_run_finish(&p->run, &p->answer.result, NULL, p->outcome);
 }
 
@@ -11537,6 +12003,7 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     chat->refs++;
     llmcbi_parts_clear(&c->no_parts);
     c->stream = stream;
+    c->pull = pull;
     c->ready.fn = llmcbi_call_step;
     llmcbi_op_init(loop, &c->op, llmcbi_call_cancel, llmcbi_call_destroy);
     c->op.waited = llmcbi_call_waited;
@@ -13255,6 +13722,803 @@ LLMCBI_DEF const llmcb_message *llmcb_agent_messages(const llmcb_op *op,
     return g ? g->messages : NULL;
 }
 #endif /* LLMCB_NO_AGENT */
+
+/* ==== [KIT] ready-made handlers ======================================== */
+
+#ifndef LLMCB_NO_KIT
+
+/* What an open run of a timing handler has seen. */
+typedef struct llmcbi_pace {
+    struct llmcbi_pace *next;
+    char id[37];
+    llmcb_timing so_far;
+    int64_t first, last; /* on the loop's clock */
+} llmcbi_pace;
+
+typedef struct llmcbi_tally {
+    char *model;
+    llmcb_usage usage;
+} llmcbi_tally;
+
+/* All of them; each uses what it needs. */
+typedef struct llmcbi_kit {
+    llmcb_handler h; /* first */
+    llmcb_allocator alloc;
+    pthread_mutex_t mutex; /* of what follows; several loops may share it */
+    int fd;                /* -1: none */
+    bool content, raw;
+    llmcbi_buf line;
+    llmcbi_tally *tallies;
+    size_t n_tallies, tallies_cap;
+    llmcb_run_record *records;
+    size_t n_records, records_cap;
+    llmcbi_pace *paces;
+    llmcb_timing timing;
+#ifndef LLMCB_NO_STDIO
+    FILE *out, *owned;
+#endif
+} llmcbi_kit;
+
+static llmcbi_kit *llmcbi_kit_new(llmcb_loop *loop, const char *name)
+{
+    llmcbi_kit *k;
+
+    if (!loop) return NULL;
+    k = (llmcbi_kit *)llmcbi_alloc(&loop->alloc, sizeof *k);
+    if (!k) return NULL;
+    k->alloc = loop->alloc;
+    k->h.name = name;
+    k->fd = -1;
+    if (pthread_mutex_init(&k->mutex, NULL) == 0) return k;
+    llmcbi_free(&loop->alloc, k, sizeof *k);
+    return NULL;
+}
+
+static void llmcbi_text_free(const llmcb_allocator *a, const char *s)
+{
+    union {
+        const char *in;
+        void *out;
+    } p;
+
+    p.in = s;
+    if (s) llmcbi_free(a, p.out, strlen(s) + 1);
+}
+
+/* A copy that ends at the first NUL, as the allocator is told its size. */
+static char *llmcbi_text_copy(const llmcb_allocator *a, const char *s)
+{
+    size_t n = strlen(s) + 1;
+    char *copy = (char *)llmcbi_resize(a, NULL, 0, n);
+
+    if (copy) memcpy(copy, s, n);
+    return copy;
+}
+
+static void llmcbi_record_drop(llmcbi_kit *k, size_t i)
+{
+    llmcbi_text_free(&k->alloc, k->records[i].name);
+    llmcbi_text_free(&k->alloc, k->records[i].output);
+    memmove(&k->records[i], &k->records[i + 1],
+            (--k->n_records - i) * sizeof *k->records);
+}
+
+LLMCBI_DEF void llmcb_handler_free(llmcb_handler *h)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    llmcb_allocator a;
+
+    if (!k) return;
+    a = k->alloc;
+    while (k->n_records)
+        llmcbi_record_drop(k, k->n_records - 1);
+    while (k->n_tallies)
+        llmcbi_text_free(&a, k->tallies[--k->n_tallies].model);
+    while (k->paces) {
+        llmcbi_pace *p = k->paces;
+        k->paces = p->next;
+        llmcbi_free(&a, p, sizeof *p);
+    }
+    llmcbi_free(&a, k->records, k->records_cap * sizeof *k->records);
+    llmcbi_free(&a, k->tallies, k->tallies_cap * sizeof *k->tallies);
+    llmcbi_buf_free(&a, &k->line);
+    if (k->fd >= 0) LLMCBI_SYS(close)(k->fd);
+#ifndef LLMCB_NO_STDIO
+    if (k->owned) fclose(k->owned);
+#endif
+    pthread_mutex_destroy(&k->mutex);
+    llmcbi_free(&a, k, sizeof *k);
+}
+
+/* One more place in an array. */
+static bool llmcbi_kit_grow(llmcbi_kit *k, void **array, size_t size, size_t n,
+                            size_t *cap)
+{
+    size_t more = *cap ? 2 * *cap : 8;
+    void *grown;
+
+    if (n < *cap) return true;
+    grown = llmcbi_resize(&k->alloc, *array, *cap * size, more * size);
+    if (!grown) return false;
+    *array = grown;
+    *cap = more;
+    return true;
+}
+
+/* Fills the same function into the places of a table. */
+static void llmcbi_kit_starts(llmcb_sync_table *t, llmcb_sync_fn fn)
+{
+    t->on_chat_model_start = fn;
+    t->on_chain_start = t->on_tool_start = t->on_retriever_start = fn;
+}
+
+static void llmcbi_kit_finishes(llmcb_sync_table *t, llmcb_sync_fn fn)
+{
+    t->on_llm_end = t->on_llm_error = fn;
+    t->on_chain_end = t->on_chain_error = fn;
+    t->on_tool_end = t->on_tool_error = fn;
+    t->on_retriever_end = t->on_retriever_error = fn;
+}
+
+static bool llmcbi_kit_is_start(llmcb_event_kind kind)
+{
+    return kind == LLMCB_CHAT_MODEL_START || kind == LLMCB_CHAIN_START ||
+           kind == LLMCB_TOOL_START || kind == LLMCB_RETRIEVER_START;
+}
+
+/* -- usage by model */
+
+static llmcbi_tally *llmcbi_usage_find(const llmcbi_kit *k, const char *model)
+{
+    size_t i;
+
+    for (i = 0; i < k->n_tallies; i++)
+        if (strcmp(k->tallies[i].model, model) == 0) return &k->tallies[i];
+    return NULL;
+}
+
+static llmcbi_tally *llmcbi_usage_open(llmcbi_kit *k, const char *model)
+{
+    void *array = k->tallies;
+    llmcbi_tally *t = llmcbi_usage_find(k, model);
+
+    if (t) return t;
+    if (!llmcbi_kit_grow(k, &array, sizeof *t, k->n_tallies, &k->tallies_cap))
+        return NULL;
+    k->tallies = (llmcbi_tally *)array;
+    t = &k->tallies[k->n_tallies];
+    memset(t, 0, sizeof *t);
+    t->usage.known = true;
+    t->model = llmcbi_text_copy(&k->alloc, model);
+    if (!t->model) return NULL;
+    k->n_tallies++;
+    return t;
+}
+
+static int llmcbi_usage_told(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    const llmcb_result *r = ev->result;
+    llmcbi_tally *t;
+
+    /* an error that brought no usage has most likely cost nothing */
+    if (r->cached || (ev->kind == LLMCB_LLM_ERROR && !r->usage.known)) return 0;
+    pthread_mutex_lock(&k->mutex);
+    t = llmcbi_usage_open(k, r->model_name.ptr);
+    if (t) llmcbi_usage_add(&t->usage, &r->usage);
+    pthread_mutex_unlock(&k->mutex);
+    return t ? 0 : LLMCB_ENOMEM;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_usage_handler(llmcb_loop *loop)
+{
+    llmcbi_kit *k = llmcbi_kit_new(loop, "usage");
+
+    if (!k) return NULL;
+    k->h.flags = LLMCB_INLINE;
+    k->h.sync.on_llm_end = k->h.sync.on_llm_error = llmcbi_usage_told;
+    return &k->h;
+}
+
+LLMCBI_DEF llmcb_usage llmcb_usage_of(llmcb_handler *h, const char *model)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    llmcb_usage sum;
+    size_t i, n = 0;
+
+    memset(&sum, 0, sizeof sum);
+    if (!k) return sum;
+    pthread_mutex_lock(&k->mutex);
+    for (i = 0; i < k->n_tallies; i++) {
+        if (model && strcmp(model, k->tallies[i].model) != 0) continue;
+        if (!n++) sum.known = true;
+        llmcbi_usage_add(&sum, &k->tallies[i].usage);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    return sum;
+}
+
+LLMCBI_DEF const char *llmcb_usage_model(llmcb_handler *h, size_t i)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    const char *model = NULL;
+
+    if (!k) return NULL;
+    pthread_mutex_lock(&k->mutex);
+    if (i < k->n_tallies) model = k->tallies[i].model;
+    pthread_mutex_unlock(&k->mutex);
+    return model;
+}
+
+/* -- runs: collected, and printed as a tree */
+
+static llmcb_run_record *llmcbi_record_find(const llmcbi_kit *k, const char *id)
+{
+    size_t i = k->n_records; /* it is most likely one of the last */
+
+    while (i--)
+        if (strcmp(k->records[i].id, id) == 0) return &k->records[i];
+    return NULL;
+}
+
+static bool llmcbi_record_begin(llmcbi_kit *k, const llmcb_event *ev)
+{
+    void *array = k->records;
+    llmcb_run_record *r;
+
+    if (!llmcbi_kit_grow(k, &array, sizeof *r, k->n_records, &k->records_cap))
+        return false;
+    k->records = (llmcb_run_record *)array;
+    r = &k->records[k->n_records];
+    memset(r, 0, sizeof *r);
+    memcpy(r->id, ev->run->id, sizeof r->id);
+    memcpy(r->parent_id, ev->run->parent_id, sizeof r->parent_id);
+    r->kind = ev->kind;
+    r->started_ms = ev->run->started_ms;
+    r->name = llmcbi_text_copy(&k->alloc, ev->run->name);
+    if (!r->name) return false;
+    k->n_records++;
+    return true;
+}
+
+static void llmcbi_record_finish(llmcbi_kit *k, llmcb_run_record *r,
+                                 const llmcb_event *ev)
+{
+    const char *text = "";
+
+    r->finished = true;
+    r->finished_ms = ev->run->finished_ms;
+    r->code = ev->error ? ev->error->code : LLMCB_OK;
+    if (ev->result) {
+        r->usage = ev->result->usage;
+        r->cached = ev->result->cached;
+        if (ev->result->n_generations)
+            text = ev->result->generations[0].text.ptr;
+    }
+    if (ev->error)
+        text = ev->error->message;
+    else if (ev->output)
+        text = ev->output->text.ptr;
+    if (k->content) r->output = llmcbi_text_copy(&k->alloc, text);
+}
+
+static int llmcbi_collector_told(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    llmcb_run_record *r;
+    bool ok = true;
+
+    pthread_mutex_lock(&k->mutex);
+    if (llmcbi_kit_is_start(ev->kind)) {
+        ok = llmcbi_record_begin(k, ev);
+    } else if ((r = llmcbi_record_find(k, ev->run->id)) != NULL) {
+        if (ev->kind == LLMCB_LLM_NEW_TOKEN)
+            r->tokens += ev->token->text.len > 0;
+        else
+            llmcbi_record_finish(k, r, ev);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    return ok ? 0 : LLMCB_ENOMEM;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_collector(llmcb_loop *loop)
+{
+    llmcbi_kit *k = llmcbi_kit_new(loop, "collector");
+
+    if (!k) return NULL;
+    k->content = true;
+    k->h.flags = LLMCB_INLINE;
+    llmcbi_kit_starts(&k->h.sync, llmcbi_collector_told);
+    llmcbi_kit_finishes(&k->h.sync, llmcbi_collector_told);
+    k->h.sync.on_llm_new_token = llmcbi_collector_told;
+    return &k->h;
+}
+
+LLMCBI_DEF const llmcb_run_record *llmcb_collector_runs(llmcb_handler *h,
+                                                        size_t *n)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+
+    if (n) *n = k ? k->n_records : 0;
+    return k ? k->records : NULL;
+}
+
+LLMCBI_DEF void llmcb_collector_clear(llmcb_handler *h)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    size_t i = k ? k->n_records : 0;
+
+    while (i--)
+        if (k->records[i].finished) llmcbi_record_drop(k, i);
+}
+
+#ifndef LLMCB_NO_STDIO
+/* The first record from i on whose parent has this id. */
+static size_t llmcbi_tree_child(const llmcbi_kit *k, size_t i, const char *id)
+{
+    while (i < k->n_records && strcmp(k->records[i].parent_id, id) != 0)
+        i++;
+    return i;
+}
+
+/* The lines that lead to a record from its ancestors below the root, from
+ * right to left. */
+static void llmcbi_tree_lead(llmcbi_kit *k, const llmcb_run_record *root,
+                             const llmcb_run_record *r)
+{
+    char lead[4 * 32 + 1], *at = lead + sizeof lead - 1;
+    bool own = true;
+
+    *at = '\0';
+    while (r && r != root && at - lead >= 4) {
+        bool more = llmcbi_tree_child(k, (size_t)(r - k->records) + 1,
+                                      r->parent_id) < k->n_records;
+        at -= 4;
+        memcpy(at, own ? more ? "|-- " : "`-- " : more ? "|   " : "    ", 4);
+        own = false;
+        r = llmcbi_record_find(k, r->parent_id);
+    }
+    fputs(at, k->out);
+}
+
+static void llmcbi_tree_line(llmcbi_kit *k, const llmcb_run_record *root,
+                             const llmcb_run_record *r)
+{
+    char a[24], b[24];
+    int64_t ms = r->finished_ms - r->started_ms;
+
+    llmcbi_tree_lead(k, root, r);
+    llmcb_str_print(llmcb_text(r->name), k->out);
+    if (!r->finished)
+        fputs("  not finished", k->out);
+    else if (ms < 1000)
+        fprintf(k->out, "  %s ms", llmcbi_decimal(a, ms));
+    else
+        fprintf(k->out, "  %s.%s s", llmcbi_decimal(a, ms / 1000),
+                llmcbi_decimal(b, ms % 1000 / 100));
+    if (r->usage.known)
+        fprintf(k->out, ", %s + %s tokens",
+                llmcbi_decimal(a, r->usage.input_tokens),
+                llmcbi_decimal(b, r->usage.output_tokens));
+    if (r->cached) fputs(", cached", k->out);
+    if (r->code != LLMCB_OK) fprintf(k->out, "  %s", llmcb_code_name(r->code));
+    fputs("\n", k->out);
+}
+
+/* Prints the tree under a root, depth first, and forgets it. */
+static void llmcbi_tree_print(llmcbi_kit *k, const llmcb_run_record *root)
+{
+    size_t i, first = (size_t)(root - k->records);
+    const llmcb_run_record *r = root;
+
+    while (r) {
+        const llmcb_run_record *up = r;
+        llmcbi_tree_line(k, root, r);
+        i = llmcbi_tree_child(k, first, r->id);
+        while (i == k->n_records && up != root) {
+            i = llmcbi_tree_child(k, (size_t)(up - k->records) + 1,
+                                  up->parent_id);
+            up = llmcbi_record_find(k, up->parent_id);
+        }
+        r = i < k->n_records ? &k->records[i] : NULL;
+    }
+    fflush(k->out);
+    for (i = k->n_records; i-- > first;) { /* parents after children */
+        const llmcb_run_record *p = &k->records[i];
+        while (p && p != &k->records[first])
+            p = llmcbi_record_find(k, p->parent_id);
+        if (p) llmcbi_record_drop(k, i);
+    }
+}
+
+static int llmcbi_tree_told(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    int result = llmcbi_collector_told(h, ev);
+    llmcb_run_record *r;
+
+    if (llmcbi_kit_is_start(ev->kind)) return result;
+    pthread_mutex_lock(&k->mutex);
+    r = llmcbi_record_find(k, ev->run->id);
+    if (r && !llmcbi_record_find(k, r->parent_id)) llmcbi_tree_print(k, r);
+    pthread_mutex_unlock(&k->mutex);
+    return result;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_tree_handler(llmcb_loop *loop, FILE *out)
+{
+    llmcbi_kit *k = out ? llmcbi_kit_new(loop, "tree") : NULL;
+
+    if (!k) return NULL;
+    k->out = out;
+    llmcbi_kit_starts(&k->h.sync, llmcbi_tree_told);
+    llmcbi_kit_finishes(&k->h.sync, llmcbi_tree_told);
+    return &k->h;
+}
+
+/* -- text for people */
+
+static void llmcbi_kit_put(llmcbi_kit *k, llmcb_str s)
+{
+    if (k->raw)
+        fwrite(s.ptr, 1, s.len, k->out);
+    else
+        llmcb_str_print(s, k->out);
+}
+
+static int llmcbi_stdout_token(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+
+    if (!ev->token->text.len) return 0;
+    pthread_mutex_lock(&k->mutex);
+    llmcbi_kit_put(k, ev->token->text);
+    fflush(k->out);
+    pthread_mutex_unlock(&k->mutex);
+    return ferror(k->out) ? LLMCB_EIO : 0;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_token_handler(llmcb_loop *loop, FILE *out,
+                                              bool raw)
+{
+    llmcbi_kit *k = out ? llmcbi_kit_new(loop, "tokens") : NULL;
+
+    if (!k) return NULL;
+    k->out = out;
+    k->raw = raw;
+    k->h.sync.on_llm_new_token = llmcbi_stdout_token;
+    return &k->h;
+}
+
+static int llmcbi_file_told(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    llmcb_str name = llmcb_text(ev->run->name);
+
+    pthread_mutex_lock(&k->mutex);
+    switch (ev->kind) {
+    case LLMCB_CHAIN_START:
+        fputs("> Entering ", k->out);
+        llmcbi_kit_put(k, name);
+        break;
+    case LLMCB_CHAIN_END:
+        fputs("> Finished ", k->out);
+        llmcbi_kit_put(k, name);
+        break;
+    case LLMCB_TOOL_END:
+        llmcbi_kit_put(k, name);
+        fputs(": ", k->out);
+        llmcbi_kit_put(k, ev->output->text);
+        break;
+    case LLMCB_AGENT_ACTION:
+        fputs("Action: ", k->out);
+        llmcbi_kit_put(k, ev->action->tool);
+        fputs(" ", k->out);
+        llmcbi_kit_put(k, ev->action->input);
+        break;
+    case LLMCB_AGENT_FINISH: llmcbi_kit_put(k, ev->output->log); break;
+    case LLMCB_TEXT: llmcbi_kit_put(k, ev->data->text); break;
+    default: /* an error */
+        llmcbi_kit_put(k, name);
+        fputs(": ", k->out);
+        fputs(ev->error->message, k->out);
+        break;
+    }
+    fputs("\n", k->out);
+    fflush(k->out);
+    pthread_mutex_unlock(&k->mutex);
+    return ferror(k->out) ? LLMCB_EIO : 0;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_file_handler(llmcb_loop *loop, const char *path)
+{
+    llmcbi_kit *k = llmcbi_kit_new(loop, "file");
+    llmcb_sync_table *t;
+    int fd;
+
+    if (!k) return NULL;
+    fd = path ? LLMCBI_SYS(open)(
+                    path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600)
+              : -1;
+    if (fd >= 0) k->out = k->owned = fdopen(fd, "a");
+    if (!k->out) {
+        k->fd = fd;
+        llmcb_handler_free(&k->h);
+        return NULL;
+    }
+    t = &k->h.sync;
+    t->on_chain_start = t->on_chain_end = t->on_chain_error = llmcbi_file_told;
+    t->on_tool_end = t->on_tool_error = t->on_llm_error = llmcbi_file_told;
+    t->on_retriever_error = t->on_text = llmcbi_file_told;
+    t->on_agent_action = t->on_agent_finish = llmcbi_file_told;
+    return &k->h;
+}
+#endif
+
+/* -- timing */
+
+static int llmcbi_timing_told(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    int64_t now = ((const llmcbi_run *)(const void *)ev->run)->loop->now;
+    llmcbi_pace **at, *p;
+    llmcb_timing *t;
+    bool ok = true;
+
+    pthread_mutex_lock(&k->mutex);
+    for (at = &k->paces; *at && strcmp((*at)->id, ev->run->id) != 0;)
+        at = &(*at)->next;
+    p = *at;
+    t = p ? &p->so_far : NULL;
+    if (ev->kind == LLMCB_CHAT_MODEL_START) {
+        p = (llmcbi_pace *)llmcbi_alloc(&k->alloc, sizeof *p);
+        ok = p != NULL;
+        if (p) {
+            memcpy(p->id, ev->run->id, sizeof p->id);
+            p->so_far.first_token_ms = -1;
+            p->next = k->paces;
+            k->paces = p;
+        }
+    } else if (p && ev->kind == LLMCB_LLM_NEW_TOKEN) {
+        if (ev->token->text.len) {
+            if (!t->tokens++) {
+                t->first_token_ms = now - ev->run->started_ms;
+                p->first = now;
+            } else if (now - p->last > t->longest_gap_ms) {
+                t->longest_gap_ms = now - p->last;
+            }
+            p->last = now;
+        }
+    } else if (p) {
+        t->total_ms = ev->run->finished_ms - ev->run->started_ms;
+        if (t->tokens > 1 && p->last > p->first)
+            t->tokens_per_second =
+                (double)(t->tokens - 1) * 1000 / (double)(p->last - p->first);
+        t->runs = k->timing.runs + 1;
+        k->timing = *t;
+        *at = p->next;
+        llmcbi_free(&k->alloc, p, sizeof *p);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    return ok ? 0 : LLMCB_ENOMEM;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_timing_handler(llmcb_loop *loop)
+{
+    llmcbi_kit *k = llmcbi_kit_new(loop, "timing");
+    llmcb_sync_table *t;
+
+    if (!k) return NULL;
+    k->timing.first_token_ms = -1;
+    k->h.flags = LLMCB_INLINE;
+    t = &k->h.sync;
+    t->on_chat_model_start = t->on_llm_new_token = llmcbi_timing_told;
+    t->on_llm_end = t->on_llm_error = llmcbi_timing_told;
+    return &k->h;
+}
+
+LLMCBI_DEF llmcb_timing llmcb_timing_of(llmcb_handler *h)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    llmcb_timing t;
+
+    memset(&t, 0, sizeof t);
+    if (!k) return t;
+    pthread_mutex_lock(&k->mutex);
+    t = k->timing;
+    pthread_mutex_unlock(&k->mutex);
+    return t;
+}
+
+/* -- a trace, one JSON object a line */
+
+/* A JSON string of text that may not be UTF-8. */
+static void llmcbi_jsonl_quote(llmcbi_kit *k, llmcb_str s)
+{
+    const llmcb_allocator *a = &k->alloc;
+    llmcbi_carry c;
+    char piece[12], *end;
+    size_t i;
+
+    llmcbi_buf_add(a, &k->line, "\"", 1);
+    if (llmcbi_utf8_valid(s.ptr, s.len)) {
+        llmcbi_json_escape(a, &k->line, s.ptr, s.len);
+    } else {
+        memset(&c, 0, sizeof c);
+        for (i = 0; i < s.len; i++) {
+            end = llmcbi_put_byte(piece, &c, (unsigned char)s.ptr[i]);
+            llmcbi_json_escape(a, &k->line, piece, (size_t)(end - piece));
+        }
+        end = llmcbi_carry_flush(piece, &c);
+        llmcbi_json_escape(a, &k->line, piece, (size_t)(end - piece));
+    }
+    llmcbi_buf_add(a, &k->line, "\"", 1);
+}
+
+static void llmcbi_jsonl_text(llmcbi_kit *k, const char *name, llmcb_str s)
+{
+    llmcbi_buf_text(&k->alloc, &k->line, ",\"");
+    llmcbi_buf_text(&k->alloc, &k->line, name);
+    llmcbi_buf_text(&k->alloc, &k->line, "\":");
+    llmcbi_jsonl_quote(k, s);
+}
+
+static void llmcbi_jsonl_int(llmcbi_kit *k, const char *name, int64_t v)
+{
+    llmcbi_buf_text(&k->alloc, &k->line, ",\"");
+    llmcbi_buf_text(&k->alloc, &k->line, name);
+    llmcbi_buf_text(&k->alloc, &k->line, "\":");
+    llmcbi_buf_int(&k->alloc, &k->line, v);
+}
+
+/* What was said, or only how long it was. */
+static void llmcbi_jsonl_content(llmcbi_kit *k, const char *name, llmcb_str s)
+{
+    if (k->content)
+        llmcbi_jsonl_text(k, name, s);
+    else
+        llmcbi_jsonl_int(k, "bytes", (int64_t)s.len);
+}
+
+static void llmcbi_jsonl_start(llmcbi_kit *k, const llmcb_event *ev)
+{
+    const llmcb_allocator *a = &k->alloc;
+    const llmcb_run *run = ev->run;
+    size_t i;
+
+    llmcbi_jsonl_text(k, "name", llmcb_text(run->name));
+    for (i = 0; i < run->n_tags; i++) {
+        llmcbi_buf_text(a, &k->line, i ? "," : ",\"tags\":[");
+        llmcbi_jsonl_quote(k, llmcb_text(run->tags[i]));
+    }
+    if (i) llmcbi_buf_text(a, &k->line, "]");
+    for (i = 0; i < run->n_metadata; i++) {
+        llmcbi_buf_text(a, &k->line, i ? "," : ",\"metadata\":{");
+        llmcbi_jsonl_quote(k, llmcb_text(run->metadata[i].key));
+        llmcbi_buf_text(a, &k->line, ":");
+        llmcbi_jsonl_quote(k, llmcb_text(run->metadata[i].value));
+    }
+    if (i) llmcbi_buf_text(a, &k->line, "}");
+    if (*ev->start->model)
+        llmcbi_jsonl_text(k, "model", llmcb_text(ev->start->model));
+    if (ev->kind == LLMCB_CHAT_MODEL_START)
+        llmcbi_jsonl_content(k, "prompt", ev->start->prompt);
+    else
+        llmcbi_jsonl_content(k, "input", ev->start->input);
+}
+
+static void llmcbi_jsonl_result(llmcbi_kit *k, const llmcb_result *r)
+{
+    if (r->n_generations) {
+        llmcbi_jsonl_content(k, "text", r->generations[0].text);
+        llmcbi_jsonl_text(k, "finish_reason", r->generations[0].finish_reason);
+        llmcbi_jsonl_int(k, "tool_calls",
+                         (int64_t)r->generations[0].n_tool_calls);
+    }
+    llmcbi_jsonl_text(k, "model", r->model_name);
+    if (r->usage.known) {
+        llmcbi_jsonl_int(k, "input_tokens", r->usage.input_tokens);
+        llmcbi_jsonl_int(k, "output_tokens", r->usage.output_tokens);
+    }
+    if (r->cached) llmcbi_buf_text(&k->alloc, &k->line, ",\"cached\":true");
+}
+
+static void llmcbi_jsonl_payload(llmcbi_kit *k, const llmcb_event *ev)
+{
+    const llmcb_error *e = ev->retry ? ev->retry->error : ev->error;
+
+    if (ev->start) llmcbi_jsonl_start(k, ev);
+    if (ev->token) llmcbi_jsonl_content(k, "text", ev->token->text);
+    if (ev->result) llmcbi_jsonl_result(k, ev->result);
+    if (ev->output) {
+        llmcbi_jsonl_content(k, "output", ev->output->text);
+        if (ev->output->documents)
+            llmcbi_jsonl_int(k, "documents", (int64_t)ev->output->n_documents);
+        if (ev->output->failed)
+            llmcbi_buf_text(&k->alloc, &k->line, ",\"failed\":true");
+    }
+    if (ev->action) {
+        llmcbi_jsonl_text(k, "tool", ev->action->tool);
+        llmcbi_jsonl_content(k, "input", ev->action->input);
+    }
+    if (ev->data) {
+        if (ev->data->name.len) llmcbi_jsonl_text(k, "name", ev->data->name);
+        llmcbi_jsonl_content(k, "data", ev->data->text);
+    }
+    if (ev->retry) {
+        llmcbi_jsonl_int(k, "attempt", ev->retry->attempt);
+        llmcbi_jsonl_int(k, "delay_ms", ev->retry->delay_ms);
+    }
+    if (e) {
+        llmcbi_jsonl_text(k, "code", llmcb_text(llmcb_code_name(e->code)));
+        llmcbi_jsonl_text(k, "message", llmcb_text(e->message));
+        if (e->http_status) llmcbi_jsonl_int(k, "http_status", e->http_status);
+    }
+    if (ev->skipped) llmcbi_jsonl_int(k, "skipped", (int64_t)ev->skipped);
+}
+
+static bool llmcbi_write_all(int fd, const char *p, size_t n)
+{
+    while (n) {
+        ssize_t done = LLMCBI_SYS(write)(fd, p, n);
+        if (done < 0 && errno == EINTR) continue;
+        if (done <= 0) return false;
+        p += done;
+        n -= (size_t)done;
+    }
+    return true;
+}
+
+static int llmcbi_jsonl_told(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    struct timespec ts;
+    bool failed;
+
+    LLMCBI_SYS(clock_gettime)(CLOCK_REALTIME, &ts);
+    pthread_mutex_lock(&k->mutex);
+    k->line.len = 0;
+    llmcbi_buf_text(&k->alloc, &k->line, "{\"event\":\"");
+    llmcbi_buf_text(&k->alloc, &k->line, llmcb_event_name(ev->kind));
+    llmcbi_buf_text(&k->alloc, &k->line, "\"");
+    llmcbi_jsonl_int(k, "time_ms",
+                     (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000);
+    llmcbi_jsonl_text(k, "run_id", llmcb_text(ev->run->id));
+    if (*ev->run->parent_id)
+        llmcbi_jsonl_text(k, "parent_run_id", llmcb_text(ev->run->parent_id));
+    llmcbi_jsonl_int(k, "seq", (int64_t)ev->seq);
+    llmcbi_jsonl_payload(k, ev);
+    llmcbi_buf_text(&k->alloc, &k->line, "}\n");
+    failed =
+        k->line.failed || !llmcbi_write_all(k->fd, k->line.ptr, k->line.len);
+    k->line.failed = false;
+    pthread_mutex_unlock(&k->mutex);
+    return failed ? LLMCB_EIO : 0;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_jsonl_handler(llmcb_loop *loop,
+                                              const char *path, bool content)
+{
+    llmcbi_kit *k = path ? llmcbi_kit_new(loop, "jsonl") : NULL;
+    llmcb_sync_table *t;
+
+    if (!k) return NULL;
+    k->content = content;
+    k->fd = LLMCBI_SYS(open)(
+        path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (k->fd < 0) {
+        llmcb_handler_free(&k->h);
+        return NULL;
+    }
+    t = &k->h.sync;
+    llmcbi_kit_starts(t, llmcbi_jsonl_told);
+    llmcbi_kit_finishes(t, llmcbi_jsonl_told);
+    t->on_llm_new_token = t->on_text = t->on_retry = llmcbi_jsonl_told;
+    t->on_agent_action = t->on_agent_finish = llmcbi_jsonl_told;
+    t->on_custom_event = llmcbi_jsonl_told;
+    return &k->h;
+}
+#endif /* LLMCB_NO_KIT */
 
 #ifdef __cplusplus
 }

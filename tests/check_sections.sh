@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.." || exit 1
 awk -v public="$2" '
 BEGIN {
     n_order = split("BASE JSON SSE LOOP TASK EXEC RUN CALL HTTP SOCK CURL " \
-                    "REPLAY WIRE CHAT AGENT", order, " ")
+                    "REPLAY WIRE CHAT AGENT KIT", order, " ")
     for (i = 1; i <= n_order; i++) rank[order[i]] = i
     sec = 0; part = "public"; last = 0
     passed = failed = 0
