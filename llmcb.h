@@ -4779,12 +4779,14 @@ struct llmcbi_cursor {
     llmcbi_strand *strand;          /* NULL: nothing runs on the pool */
     llmcbi_task *task;              /* NULL: nothing is async */
     llmcb_event ev;                 /* what the handler is shown */
+    llmcb_sync_fn on_token;         /* of the handler; nearly all are these */
     const char *pos;                /* the next record */
     uint64_t done;                  /* events it is done with */
     uint64_t known;                 /* the loop's copy of done */
     uint64_t told_limit, told_mark; /* what was published last */
     llmcbi_cursor *next_unpublished;
     bool unpublished;
+    uint8_t token_lane; /* llmcbi_lane of a token event */
     bool on_pool;
     bool running; /* its coroutine has begun and not ended */
     bool mute;    /* has not seen the start, or is given up */
@@ -4878,7 +4880,8 @@ static bool llmcbi_handles_chat_start(const llmcb_handler *h)
     return h->sync.on_chat_model_start || h->async.on_chat_model_start;
 }
 
-static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
+static llmcbi_lane llmcbi_lane_find(const llmcbi_cursor *c,
+                                    llmcb_event_kind kind)
 {
     const llmcb_handler *h = c->handler;
 
@@ -4886,6 +4889,21 @@ static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
     if (c->task && llmcbi_async_fn(h, kind)) return LLMCBI_LANE_ASYNC;
     if (!llmcbi_sync_fn(h, kind)) return LLMCBI_LANE_NONE;
     return c->strand ? LLMCBI_LANE_POOL : LLMCBI_LANE_INLINE;
+}
+
+static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
+{
+    return kind == LLMCB_LLM_NEW_TOKEN ? (llmcbi_lane)c->token_lane
+                                       : llmcbi_lane_find(c, kind);
+}
+
+static int llmcbi_cursor_call(llmcbi_cursor *c)
+{
+    llmcb_sync_fn fn = c->ev.kind == LLMCB_LLM_NEW_TOKEN
+                           ? c->on_token
+                           : llmcbi_sync_fn(c->handler, c->ev.kind);
+
+    return fn(c->handler, &c->ev);
 }
 
 /* Fills c->ev with the event behind `done`, which must exist, and moves pos
@@ -4996,8 +5014,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
             handed_back = true;
             break;
         }
-        if (lane == LLMCBI_LANE_POOL)
-            failed = llmcbi_sync_fn(c->handler, c->ev.kind)(c->handler, &c->ev);
+        if (lane == LLMCBI_LANE_POOL) failed = llmcbi_cursor_call(c);
         pos = next;
         done++;
     }
@@ -5146,6 +5163,30 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
     c->run->loop->unpublished = c;
 }
 
+/* More tokens up to `limit` behind one, as far as they follow each other:
+ * what a lone inline handler gets nearly all the time. */
+static void llmcbi_cursor_tokens(llmcbi_cursor *c, uint64_t limit)
+{
+    const llmcbi_run *run = c->run;
+
+    if (c->ev.kind != LLMCB_LLM_NEW_TOKEN ||
+        c->token_lane != LLMCBI_LANE_INLINE)
+        return;
+    if (limit == run->finish_seq) limit--;
+    while (c->done < limit && !c->running && !c->mute && !c->passing &&
+           !run->skipping) {
+        const llmcbi_record *rec = llmcbi_record_at(&c->pos);
+        int result;
+        if (rec->kind != LLMCB_LLM_NEW_TOKEN) return;
+        c->pos += rec->size;
+        c->ev.seq = c->done + 1;
+        c->ev.token = (const llmcb_chunk *)(const void *)(rec + 1);
+        result = c->on_token(c->handler, &c->ev);
+        c->known = ++c->done;
+        if (result) llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
+    }
+}
+
 /* One event of those up to `limit`, if the handler is free. false: it has to
  * wait, for news or for itself. */
 static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
@@ -5173,8 +5214,7 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
     switch (lane) {
     case LLMCBI_LANE_INLINE:
         c->pos = next;
-        llmcbi_cursor_step_done(
-            c, llmcbi_sync_fn(c->handler, c->ev.kind)(c->handler, &c->ev));
+        llmcbi_cursor_step_done(c, llmcbi_cursor_call(c));
         return true;
     case LLMCBI_LANE_ASYNC:
         c->pos = next;
@@ -5346,6 +5386,8 @@ static void llmcbi_run_pump(llmcbi_ready *r)
         for (i = 0; i < run->n_cursors; i++) /* inline, event by event */
             if (run->cursors[i].handler->flags & LLMCB_INLINE)
                 moved |= llmcbi_cursor_advance(&run->cursors[i], limit);
+        if (moved && run->n_cursors == 1)
+            llmcbi_cursor_tokens(run->cursors, limit);
         if (moved) continue;
         run->visible = llmcbi_run_inlined(run, limit);
         for (i = 0; i < run->n_cursors; i++)
@@ -5528,6 +5570,8 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
         if (!c->strand) return LLMCB_ENOMEM;
     }
     if (h->flags & LLMCB_AWAIT_EACH) run->lockstep = true;
+    c->on_token = h->sync.on_llm_new_token;
+    c->token_lane = (uint8_t)llmcbi_lane_find(c, LLMCB_LLM_NEW_TOKEN);
     return LLMCB_OK;
 }
 
