@@ -1710,7 +1710,8 @@ static bool llmcbi_buf_reserve(const llmcb_allocator *a, llmcbi_buf *b,
 static void llmcbi_buf_add(const llmcb_allocator *a, llmcbi_buf *b,
                            const char *s, size_t len)
 {
-    if (!llmcbi_buf_reserve(a, b, len)) return;
+    if ((b->failed || len >= b->cap - b->len) && !llmcbi_buf_reserve(a, b, len))
+        return;
     if (len) memcpy(b->ptr + b->len, s, len);
     b->len += len;
     b->ptr[b->len] = '\0';
@@ -2133,6 +2134,18 @@ static uint32_t llmcbi_hex4(const char *s)
 #define LLMCBI_LITTLE_ENDIAN 0
 #endif
 
+/* Of eight bytes read as one word, the first whose top bit is set, if that
+ * can be told at once; else 0. */
+static size_t llmcbi_first_byte(uint64_t tops)
+{
+#if LLMCBI_LITTLE_ENDIAN && defined(__GNUC__)
+    return (size_t)__builtin_ctzll(tops) / 8;
+#else
+    (void)tops;
+    return 0;
+#endif
+}
+
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
 {
@@ -2152,10 +2165,7 @@ static bool llmcbi_json_string(llmcbi_json *j)
             b = w ^ ones * '\\';
             q = ((w - ones * 0x20) | (q - ones) | (b - ones) | w) & tops;
             if (q) {
-#if LLMCBI_LITTLE_ENDIAN
-                for (; !(q & 0x80); q >>= 8)
-                    p++; /* to the first of them */
-#endif
+                p += llmcbi_first_byte(q);
                 break;
             }
             p += 8;
@@ -4669,38 +4679,46 @@ static void llmcbi_run_drop_first(llmcbi_run *run)
 #define LLMCBI_ALIGN8(n) (((n) + 7) & ~(size_t)7)
 #define LLMCBI_BLOCK_HEAD LLMCBI_ALIGN8(sizeof(llmcbi_block))
 
+/* A block whose first record takes up to `need` bytes. */
+static bool llmcbi_run_extend(llmcbi_run *run, size_t need)
+{
+    size_t all = LLMCBI_BLOCK_HEAD + need + sizeof(llmcbi_jump);
+    llmcbi_block *b;
+    llmcbi_jump *jump;
+
+    if (need > UINT32_MAX) return false;
+    b = llmcbi_block_get(run->loop, all);
+    if (!b) return false;
+    b->first_seq = run->head + 1;
+    jump = run->last ? (llmcbi_jump *)(void *)run->tail : &run->anchor;
+    jump->head.kind = LLMCBI_JUMP;
+    jump->to = (char *)b + LLMCBI_BLOCK_HEAD;
+    if (run->last)
+        run->last->next = b;
+    else
+        run->first = b;
+    run->last = b;
+    run->held += b->size;
+    run->tail = (char *)b + LLMCBI_BLOCK_HEAD;
+    run->tail_end = (char *)b + b->size - sizeof(llmcbi_jump);
+    return true;
+}
+
 /* Room for a record with a payload of at most `size` bytes, which begins
  * where the returned pointer says. Nothing is appended before the commit.
  * NULL: no memory. */
-static char *llmcbi_run_reserve(llmcbi_run *run, size_t size)
+static inline char *llmcbi_run_reserve(llmcbi_run *run, size_t size)
 {
     size_t need = LLMCBI_ALIGN8(sizeof(llmcbi_record) + size);
 
-    if ((size_t)(run->tail_end - run->tail) < need) {
-        size_t all = LLMCBI_BLOCK_HEAD + need + sizeof(llmcbi_jump);
-        llmcbi_block *b;
-        llmcbi_jump *jump;
-        if (need > UINT32_MAX) return NULL;
-        b = llmcbi_block_get(run->loop, all);
-        if (!b) return NULL;
-        b->first_seq = run->head + 1;
-        jump = run->last ? (llmcbi_jump *)(void *)run->tail : &run->anchor;
-        jump->head.kind = LLMCBI_JUMP;
-        jump->to = (char *)b + LLMCBI_BLOCK_HEAD;
-        if (run->last)
-            run->last->next = b;
-        else
-            run->first = b;
-        run->last = b;
-        run->held += b->size;
-        run->tail = (char *)b + LLMCBI_BLOCK_HEAD;
-        run->tail_end = (char *)b + b->size - sizeof(llmcbi_jump);
-    }
+    if ((size_t)(run->tail_end - run->tail) < need &&
+        !llmcbi_run_extend(run, need))
+        return NULL;
     return run->tail + sizeof(llmcbi_record);
 }
 
-static void llmcbi_run_commit(llmcbi_run *run, llmcb_event_kind kind,
-                              size_t size)
+static inline void llmcbi_run_commit(llmcbi_run *run, llmcb_event_kind kind,
+                                     size_t size)
 {
     llmcbi_record *rec = (llmcbi_record *)(void *)run->tail;
 
@@ -5292,7 +5310,7 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
 
 /* Whether the window has room. It is counted from the slowest cursor; an
  * empty log takes anything. */
-static bool llmcbi_run_fits(const llmcbi_run *run)
+static inline bool llmcbi_run_fits(const llmcbi_run *run)
 {
     uint64_t from = run->slowest;
 
@@ -5301,17 +5319,22 @@ static bool llmcbi_run_fits(const llmcbi_run *run)
            (run->held <= run->window_bytes || from == run->head);
 }
 
-/* Whether the next event of the answer may be appended. */
-static bool llmcbi_run_has_room(const llmcbi_run *run)
+/* Whether those in lock step are done with all there is. */
+static bool llmcbi_run_in_step(const llmcbi_run *run)
 {
     size_t i;
 
-    if (run->lockstep)
-        for (i = 0; i < run->n_cursors; i++)
-            if (run->cursors[i].handler->flags & LLMCB_AWAIT_EACH &&
-                !run->cursors[i].mute && run->cursors[i].known < run->head)
-                return false;
-    return llmcbi_run_fits(run);
+    for (i = 0; i < run->n_cursors; i++)
+        if (run->cursors[i].handler->flags & LLMCB_AWAIT_EACH &&
+            !run->cursors[i].mute && run->cursors[i].known < run->head)
+            return false;
+    return true;
+}
+
+/* Whether the next event of the answer may be appended. */
+static inline bool llmcbi_run_has_room(const llmcbi_run *run)
+{
+    return (!run->lockstep || llmcbi_run_in_step(run)) && llmcbi_run_fits(run);
 }
 
 /* A handler takes longer than it may, and the run waits for it. */
@@ -6815,27 +6838,32 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
     return line.len ? llmcbi_h1_header(h, line) : llmcbi_h1_head_end(h);
 }
 
-/* From the end of one chunk to the data of the next, in one go; false: not
- * all of it is there, or it is unusual. */
-static bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p, const char *end)
+/* From the end of one chunk to the data of the next, in one go, if all of it
+ * is there and nothing about it is unusual. */
+static void llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p, const char *end)
 {
-    const char *q = *p;
+    const char *from = *p, *q = from;
     uint64_t size = 0;
-    int digit;
 
-    if (end - q < 12 || q[0] != '\r' || q[1] != '\n') return false;
-    for (q += 2; q < *p + 10 && (digit = llmcbi_hex(*q)) >= 0; q++)
-        size = size << 4 | (uint64_t)digit;
-    if (q == *p + 2 || q[0] != '\r' || q[1] != '\n' || !size ||
+    if (end - q < 13 || q[0] != '\r' || q[1] != '\n') return;
+    for (q += 2; q < from + 10; q++) {
+        unsigned digit = (unsigned)*q - '0';
+        if (digit > 9) {
+            digit = ((unsigned)*q | 0x20) - 'a' + 10;
+            if (digit < 10 || digit > 15) break;
+        }
+        size = size << 4 | digit;
+    }
+    if (q == from + 2 || q[0] != '\r' || q[1] != '\n' || !size ||
         size > h->max_body - h->body ||
-        h->framing + 12 > LLMCBI_H1_FREE_FRAMING)
-        return false;
+        (h->framing + 12 > LLMCBI_H1_FREE_FRAMING &&
+         h->body < (h->framing + 12) / 3))
+        return;
     q += 2;
-    h->framing += (uint64_t)(q - *p);
+    h->framing += (uint64_t)(q - from);
     h->left = size;
     h->state = LLMCBI_H1_AT_CHUNK;
     *p = q;
-    return true;
 }
 
 /* The next thing in the input. After LLMCBI_H1_END, *p shows what is behind
@@ -6849,6 +6877,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
+        if (h->state == LLMCBI_H1_AT_CHUNK_CR) llmcbi_h1_next_chunk(h, p, end);
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
@@ -6865,12 +6894,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
                                ? LLMCBI_H1_AT_CHUNK_CR
                                : LLMCBI_H1_AT_END;
             break;
-        default:
-            if (h->state == LLMCBI_H1_AT_CHUNK_CR &&
-                llmcbi_h1_next_chunk(h, p, end))
-                continue;
-            type = llmcbi_h1_frame(h, *(*p)++);
-            break;
+        default: type = llmcbi_h1_frame(h, *(*p)++); break;
         }
         if (type != LLMCBI_H1_MORE) return type;
     }
@@ -10344,9 +10368,12 @@ struct llmcbi_prompt {
     int64_t paused_at;
     int64_t last_data;
     llmcbi_sse sse;
-    llmcbi_buf text;    /* a body that is no stream; a redirect's target */
-    llmcbi_buf pattern; /* the last event that brought nothing but text */
-    size_t pattern_head, pattern_tail; /* what stands around that text */
+    llmcbi_buf text; /* a body that is no stream; a redirect's target */
+    /* The last event, if it brought nothing but text and the next one begins
+     * where the input stands: what is before its text, what is behind it, and
+     * what is behind its padding if it has such. */
+    llmcbi_buf pattern;
+    size_t pattern_head, pattern_mid;
     llmcbi_buf pending;  /* an event of which some choices must wait */
     size_t pending_done; /* choices of it that have been told */
     bool usage_told;     /* and the usage with them */
@@ -10546,8 +10573,8 @@ static size_t llmcbi_raw_room(const llmcbi_raw *raw)
     return (raw->plain ? raw->len : 3 * raw->len) + 7;
 }
 
-static llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
-                                   llmcbi_carry *carry)
+static inline llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
+                                          llmcbi_carry *carry)
 {
     size_t n;
 
@@ -10571,7 +10598,8 @@ static void llmcbi_parts_clear(llmcb_parts *parts)
 }
 
 /* Adds decoded text to the answer. false: a limit, or no memory. */
-static bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
+static inline bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b,
+                                      llmcb_str s)
 {
     if (!s.len) return true;
     p->answer.total += s.len;
@@ -10912,33 +10940,59 @@ static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
 }
 
 /* Most events of a stream differ from the one before in nothing but their
- * text. If what stands before and behind it is equal, byte for byte, and
- * between is one JSON string, then the whole event has been read before. */
+ * text, and in padding that OpenAI adds. If all around is equal, byte for
+ * byte, and these are JSON strings, then the whole event has been read
+ * before. */
 static bool llmcbi_prompt_same_again(llmcbi_prompt *p, const char **at,
                                      const char *end)
 {
-    size_t head = p->pattern_head, tail = p->pattern_tail;
-    const llmcbi_sse *s = &p->sse;
+    const char *like = p->pattern.ptr, *s = *at;
+    size_t head = p->pattern_head, mid = p->pattern_mid;
+    size_t tail = p->pattern.len - head - mid;
     llmcbi_raw raw;
     llmcbi_json j;
 
-    if (!p->pattern.len || (size_t)(end - *at) < head + tail || s->bom < 3 ||
-        s->line.len || s->skip_lf || s->in_data || s->here.ptr || s->is_error ||
-        memcmp(*at, p->pattern.ptr, head) != 0)
+    if ((size_t)(end - s) < p->pattern.len || memcmp(s, like, head) != 0)
         return false;
-    j.p = *at + head;
+    j.p = s + head;
     j.end = end;
-    if (!llmcbi_json_string(&j) || (size_t)(end - j.p) + 1 < tail ||
-        head + j.len + tail - 2 > s->limit ||
-        memcmp(j.p - 1, p->pattern.ptr + p->pattern.len - tail, tail) != 0)
-        return false;
-    *at = j.p - 1 + tail;
+    if (!llmcbi_json_string(&j)) return false;
     raw.ptr = j.str;
     raw.len = j.len;
     raw.plain = !j.escaped && !j.high;
+    s = j.p - 1;
+    if ((size_t)(end - s) < mid || memcmp(s, like + head, mid) != 0)
+        return false;
+    s += mid;
+    if (tail) {
+        j.p = s;
+        if (!llmcbi_json_string(&j)) return false;
+        s = j.p - 1;
+        if ((size_t)(end - s) < tail || memcmp(s, like + head + mid, tail) != 0)
+            return false;
+        s += tail;
+    }
+    if ((size_t)(s - *at) - 2 > p->sse.limit) return false;
+    *at = s;
     p->last_data = p->call->op.loop->now;
     llmcbi_prompt_text(p, &raw);
     return true;
+}
+
+/* Where the padding of an event begins: a member that nobody reads, of random
+ * length and always the last. NULL: it has none. */
+static const char *llmcbi_prompt_padding(llmcb_str data, const char *text_end)
+{
+    static const char key[] = "\"obfuscation\":\"";
+    const char *s = data.ptr + data.len - 2;
+
+    if (s <= text_end || memcmp(s, "\"}", 2) != 0) return NULL;
+    while (s > text_end && s[-1] != '"')
+        s--;
+    return (size_t)(s - text_end) >= sizeof key &&
+                   memcmp(s - (sizeof key - 1), key, sizeof key - 1) == 0
+               ? s
+               : NULL;
 }
 
 /* Remembers an event that brought nothing but text. */
@@ -10946,20 +11000,28 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
                                 const llmcbi_wire_event *ev)
 {
     const llmcbi_wire_choice *c = &ev->choice;
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcbi_buf *b = &p->pattern;
+    const char *end = data.ptr + data.len, *text_end, *padding;
 
-    p->pattern.len = 0;
     if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
         !c->text.ptr || c->refusal.len || c->reasoning.len ||
         c->finish_reason.len || c->tool_calls.len || c->function_call.len ||
-        c->logprobs.len || data.len > 1024 || memchr(data.ptr, '\n', data.len))
+        c->logprobs.len || data.len > 1024 || p->sse.skip_lf ||
+        memchr(data.ptr, '\n', data.len))
         return;
-    p->pattern_head = 6 + (size_t)(c->text.ptr - data.ptr);
-    p->pattern_tail = data.len + 8 - p->pattern_head - c->text.len;
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pattern, "data: ", 6);
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pattern, data.ptr, data.len);
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pattern, "\n\n", 2);
-    if (p->pattern.failed) p->pattern.len = 0;
-    p->pattern.failed = false; /* it would only have saved time */
+    text_end = c->text.ptr + c->text.len;
+    padding = llmcbi_prompt_padding(data, text_end);
+    llmcbi_buf_add(a, b, "data: ", 6);
+    llmcbi_buf_add(a, b, data.ptr, (size_t)(c->text.ptr - data.ptr));
+    p->pattern_head = b->len;
+    llmcbi_buf_add(a, b, text_end,
+                   (size_t)((padding ? padding : end) - text_end));
+    if (!padding) llmcbi_buf_add(a, b, "\n\n", 2);
+    p->pattern_mid = b->len - p->pattern_head;
+    if (padding) llmcbi_buf_add(a, b, "\"}\n\n", 4);
+    if (b->failed) b->len = 0;
+    b->failed = false; /* it would only have saved time */
 }
 
 static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
@@ -11024,7 +11086,9 @@ static size_t llmcbi_prompt_stream(llmcbi_prompt *p, const char *bytes,
             llmcbi_prompt_event_again(p);
             continue;
         }
-        if (llmcbi_prompt_same_again(p, &at, end)) continue;
+        if (at == end) break;
+        if (p->pattern.len && llmcbi_prompt_same_again(p, &at, end)) continue;
+        p->pattern.len = 0;
         status =
             llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end, &data);
         if (status == LLMCBI_SSE_MORE) break;
