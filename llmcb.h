@@ -1389,6 +1389,7 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #endif
 #ifndef LLMCB_NO_STDIO
@@ -1695,6 +1696,7 @@ static bool llmcbi_buf_reserve(const llmcb_allocator *a, llmcbi_buf *b,
         b->failed = true;
         return false;
     }
+    if (!b->cap && more >= cap) cap = more + 1; /* perhaps that is all */
     while (cap - b->len <= more)
         cap *= 2;
     p = (char *)llmcbi_resize(a, b->ptr, b->cap, cap);
@@ -1764,29 +1766,38 @@ typedef struct llmcbi_arena {
 
 #define LLMCBI_ALIGN(n) (((n) + 15) & ~(size_t)15)
 
+/* A block of exactly that size, for what is known to be needed. */
+static void llmcbi_arena_room(const llmcb_allocator *a, llmcbi_arena *arena,
+                              size_t room)
+{
+    size_t head = LLMCBI_ALIGN(sizeof(llmcbi_arena_block));
+    llmcbi_arena_block *b = NULL;
+
+    if (room <= SIZE_MAX / 4)
+        b = (llmcbi_arena_block *)llmcbi_alloc(a, head + room);
+    if (!b) {
+        arena->failed = true;
+        return;
+    }
+    b->size = head + room;
+    b->next = arena->blocks;
+    arena->blocks = b;
+    arena->at = (char *)b + head;
+    arena->left = room;
+}
+
 /* Zeroed, and aligned for anything. */
 static void *llmcbi_arena_get(const llmcb_allocator *a, llmcbi_arena *arena,
                               size_t size)
 {
-    size_t head = LLMCBI_ALIGN(sizeof(llmcbi_arena_block));
     void *p;
 
     if (size > SIZE_MAX / 4) arena->failed = true;
     if (arena->failed) return NULL;
     size = LLMCBI_ALIGN(size);
     if (size > arena->left) {
-        size_t room = size > 480 ? size : 480;
-        llmcbi_arena_block *b =
-            (llmcbi_arena_block *)llmcbi_alloc(a, head + room);
-        if (!b) {
-            arena->failed = true;
-            return NULL;
-        }
-        b->size = head + room;
-        b->next = arena->blocks;
-        arena->blocks = b;
-        arena->at = (char *)b + head;
-        arena->left = room;
+        llmcbi_arena_room(a, arena, size > 480 ? size : 480);
+        if (arena->failed) return NULL;
     }
     p = arena->at;
     arena->at += size;
@@ -2661,7 +2672,7 @@ static bool llmcbi_sse_bom(const llmcb_allocator *a, llmcbi_sse *s,
 
     while (s->bom < 3 && *p < end) {
         if (**p != bom[s->bom]) {
-            llmcbi_buf_add(a, &s->line, bom, s->bom);
+            if (s->bom) llmcbi_buf_add(a, &s->line, bom, s->bom);
             s->bom = 3;
             break;
         }
@@ -4537,7 +4548,8 @@ struct llmcbi_block {
 };
 
 #define LLMCBI_BLOCK_SIZE 1024u
-#define LLMCBI_MAX_SPARE 64u
+#define LLMCBI_MAX_SPARE 4096u /* while anything is under way */
+#define LLMCBI_MIN_SPARE 64u
 
 /* The life of a run. */
 typedef enum llmcbi_run_state {
@@ -4654,11 +4666,22 @@ static llmcbi_block *llmcbi_block_get(llmcb_loop *loop, size_t size)
 
 static void llmcbi_block_put(llmcb_loop *loop, llmcbi_block *b)
 {
+    /* a pool that falls behind for a moment needs many, again and again */
     if (b->size == LLMCBI_BLOCK_SIZE && loop->n_spare + 1 <= LLMCBI_SPARE) {
         b->next = loop->spare;
         loop->spare = b;
         loop->n_spare++;
     } else {
+        llmcbi_free(&loop->alloc, b, b->size);
+    }
+}
+
+static void llmcbi_block_trim(llmcb_loop *loop, size_t keep)
+{
+    while (loop->n_spare > keep) {
+        llmcbi_block *b = loop->spare;
+        loop->spare = b->next;
+        loop->n_spare--;
         llmcbi_free(&loop->alloc, b, b->size);
     }
 }
@@ -5556,6 +5579,7 @@ static void llmcbi_run_free(llmcbi_run *run)
         llmcbi_cursor_free(loop, &run->cursors[i]);
     llmcbi_free(&loop->alloc, run->cursors,
                 run->n_cursors * sizeof *run->cursors);
+    if (!loop->n_alive) llmcbi_block_trim(loop, LLMCBI_MIN_SPARE);
     llmcbi_unready(&run->ready);
     llmcbi_timer_free(loop, &run->patience);
     run->loop = NULL;
@@ -6200,11 +6224,7 @@ static void llmcbi_loop_release(llmcb_loop *loop, bool stuck)
         loop->ops->done = true;
         llmcbi_op_destroy(loop->ops);
     }
-    while (loop->spare) {
-        llmcbi_block *b = loop->spare;
-        loop->spare = b->next;
-        llmcbi_free(&a, b, b->size);
-    }
+    llmcbi_block_trim(loop, 0);
     llmcbi_poller_close(loop);
     llmcbi_free(&a, loop->heap, loop->heap_cap * sizeof *loop->heap);
     llmcbi_free(&a, loop->hooks, loop->hooks_cap * sizeof *loop->hooks);
@@ -7228,12 +7248,20 @@ static void llmcbi_conn_send(llmcbi_conn *c)
 {
     size_t head = c->head.len, all = head + c->request->body_len;
 
-    while (c->sent < all) {
-        bool in_head = c->sent < head;
-        const char *from = in_head ? c->head.ptr + c->sent
-                                   : c->request->body + (c->sent - head);
-        ssize_t n = LLMCBI_SYS(send)(
-            c->fd, from, (in_head ? head : all) - c->sent, LLMCBI_NOSIGNAL);
+    while (c->sent < all) { /* both in one call: mostly one packet */
+        size_t head_sent = c->sent < head ? c->sent : head;
+        size_t body_sent = c->sent - head_sent;
+        struct iovec parts[2];
+        struct msghdr m;
+        ssize_t n;
+        memset(&m, 0, sizeof m);
+        m.msg_iov = parts;
+        m.msg_iovlen = 2;
+        parts[0].iov_base = c->head.ptr + head_sent;
+        parts[0].iov_len = head - head_sent;
+        parts[1].iov_base = (void *)(uintptr_t)(c->request->body + body_sent);
+        parts[1].iov_len = c->request->body_len - body_sent;
+        n = LLMCBI_SYS(sendmsg)(c->fd, &m, LLMCBI_NOSIGNAL);
         if (n > 0) {
             c->sent += (size_t)n;
             continue;
@@ -10016,7 +10044,8 @@ struct llmcb_chat {
     llmcb_pair *headers; /* one is free for the call's own */
     size_t n_headers;
     uint64_t identity;
-    bool openai; /* OpenAI's or Azure's own servers */
+    llmcb_parts no_parts; /* what chunks of mere text show */
+    bool openai;          /* OpenAI's or Azure's own servers */
 };
 
 /* -- the descriptor */
@@ -10304,6 +10333,14 @@ static void llmcbi_chat_unref(llmcb_chat *chat)
     llmcbi_free(a, chat, sizeof *chat);
 }
 
+/* The parts of a chunk that has none. */
+static void llmcbi_parts_clear(llmcb_parts *parts)
+{
+    memset(parts, 0, sizeof *parts);
+    parts->refusal = parts->reasoning = parts->finish_reason = parts->logprobs =
+        llmcbi_slice("", 0);
+}
+
 LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
                                       const llmcb_chat_desc *desc)
 {
@@ -10317,6 +10354,7 @@ LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
     chat->identity = ++loop->last_identity;
     if (desc) chat->d = *desc;
     llmcbi_error_set(&chat->error, LLMCB_OK, NULL);
+    llmcbi_parts_clear(&chat->no_parts);
     llmcbi_chat_resolve(chat);
     if (chat->arena.failed) {
         llmcbi_chat_unref(chat);
@@ -10403,8 +10441,7 @@ struct llmcbi_call {
     llmcbi_ready ready; /* looks what can go on */
     llmcbi_arena arena;
     llmcbi_arena talk; /* the messages, until the start has been told */
-    llmcbi_buf params;
-    llmcb_parts no_parts; /* what chunks of mere text show */
+    llmcbi_buf params; /* as long */
     llmcbi_prompt *prompts;
     size_t n;
     size_t max_open;
@@ -10587,14 +10624,6 @@ static inline llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
     (*at)[n] = '\0';
     *at += n + 1;
     return llmcbi_slice(*at - n - 1, n);
-}
-
-/* The parts of a chunk that has none. */
-static void llmcbi_parts_clear(llmcb_parts *parts)
-{
-    memset(parts, 0, sizeof *parts);
-    parts->refusal = parts->reasoning = parts->finish_reason = parts->logprobs =
-        llmcbi_slice("", 0);
 }
 
 /* Adds decoded text to the answer. false: a limit, or no memory. */
@@ -10804,7 +10833,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
     at = begin + sizeof *chunk;
     chunk = (llmcb_chunk *)(void *)begin;
     chunk->choice = (int)index;
-    chunk->parts = &p->call->no_parts;
+    chunk->parts = &p->call->chat->no_parts;
     if (has_parts) {
         llmcb_parts *parts = (llmcb_parts *)(void *)at;
         at += sizeof *parts;
@@ -10848,7 +10877,7 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
         chunk = (llmcb_chunk *)(void *)at;
         at += sizeof *chunk;
         chunk->choice = (int)i;
-        chunk->parts = &p->call->no_parts;
+        chunk->parts = &p->call->chat->no_parts;
         chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
         llmcbi_buf_add(llmcbi_prompt_alloc(p), &c->text, lost,
                        (size_t)(end - lost));
@@ -10932,7 +10961,7 @@ static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
     }
     at += sizeof *chunk;
     chunk->choice = 0;
-    chunk->parts = &p->call->no_parts;
+    chunk->parts = &p->call->chat->no_parts;
     chunk->text = llmcbi_raw_decode(&at, raw, &c->text_carry);
     if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return;
     if (p->call->stream && !p->cached)
@@ -11012,6 +11041,7 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
         return;
     text_end = c->text.ptr + c->text.len;
     padding = llmcbi_prompt_padding(data, text_end);
+    llmcbi_buf_reserve(a, b, data.len + 8);
     llmcbi_buf_add(a, b, "data: ", 6);
     llmcbi_buf_add(a, b, data.ptr, (size_t)(c->text.ptr - data.ptr));
     p->pattern_head = b->len;
@@ -11702,6 +11732,7 @@ static void llmcbi_call_open(llmcbi_call *c)
         if (c->prompts[i].run.slowest < 1 || c->prompts[i].run.n_abandoned)
             return;
     llmcbi_arena_free(&c->op.loop->alloc, &c->talk);
+    llmcbi_buf_free(&c->op.loop->alloc, &c->params);
 }
 
 /* Requests, as many at a time as may be open. */
@@ -12059,6 +12090,24 @@ static llmcb_code llmcbi_call_check(const llmcb_chat *chat,
     return LLMCB_OK;
 }
 
+/* One block for what a call of n prompts takes anyway. */
+static void llmcbi_call_room(llmcbi_call *c, size_t n,
+                             const llmcb_config *config)
+{
+    const llmcb_chat_desc *d = &c->chat->d;
+    size_t pointers = config->n_callbacks + config->n_local_callbacks +
+                      d->n_callbacks + c->op.loop->n_hooks + config->n_tags +
+                      config->n_local_tags + d->n_tags + 1;
+    size_t pairs = config->n_metadata + config->n_local_metadata +
+                   d->n_metadata + LLMCBI_MORE_PAIRS +
+                   n * (c->chat->n_headers + 1);
+
+    llmcbi_arena_room(&c->op.loop->alloc, &c->arena,
+                      n * (sizeof *c->prompts + 16) +
+                          pointers * sizeof(void *) + 48 +
+                          pairs * sizeof(llmcb_pair));
+}
+
 /* The runs of a call, ready to begin. */
 static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
                                     size_t n, const llmcb_config *config)
@@ -12069,11 +12118,12 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
     size_t i;
 
     c->max_open = config->max_concurrency ? config->max_concurrency : n;
+    if (n > SIZE_MAX / 8 / sizeof *c->prompts) return LLMCB_ENOMEM;
+    llmcbi_call_room(c, n, config);
     llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai, c->stream,
                        config->extra);
     llmcbi_call_setup(c, config, &setup);
     if (c->arena.failed) return LLMCB_ENOMEM;
-    if (n > SIZE_MAX / 4 / sizeof *c->prompts) return LLMCB_ENOMEM;
     c->prompts =
         (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
     if (!c->prompts || c->params.failed) return LLMCB_ENOMEM;
@@ -12109,7 +12159,6 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     if (!config) config = &none;
     c->chat = chat;
     chat->refs++;
-    llmcbi_parts_clear(&c->no_parts);
     c->stream = stream;
     c->pull = pull;
     c->ready.fn = llmcbi_call_step;
