@@ -16,8 +16,7 @@
  * -f  parses the bytes of a recorded response, handed over in pieces of a
  *     read's size, ROUNDS times; no network
  *
- * The chat of a stream is freed as soon as its call is made: it is there only
- * because the seed, an extra member, belongs to a chat. */
+ * All streams are calls of one chat, each with its seed as an extra member. */
 #include "bench.h"
 
 #include <arpa/inet.h>
@@ -246,6 +245,11 @@ static void run_network(llmcb_loop *loop)
                               : llmcb_socket_transport(loop);
     uint64_t counted = 0;
     char url[64];
+    llmcb_chat_desc desc = { .base_url = url, .api_key = "",
+                             .streaming = true,
+                             .max_tokens = (int)opts.tokens,
+                             .transport = tr, .max_retries = -1 };
+    llmcb_chat *chat;
 
     if (!s || !h || !ops || !tr) {
         fprintf(stderr, "client: no memory, or no such transport\n");
@@ -256,22 +260,17 @@ static void run_network(llmcb_loop *loop)
     if (sets == 2) s[0].sleep_ms = opts.sleep_ms;
     sleeper_others = opts.sleep_ms ? opts.streams - 1 : 0;
     snprintf(url, sizeof url, "http://127.0.0.1:%d/v1", opts.port);
+    chat = llmcb_chat_new(loop, &desc);
     for (i = 0; i < n; i++) {
         llmcb_handler *list[66];
-        llmcb_config config = { .callbacks = list, .n_callbacks = k };
         char extra[32];
-        llmcb_chat_desc desc = { .base_url = url, .api_key = "",
-                                 .streaming = true, .extra = extra,
-                                 .max_tokens = (int)opts.tokens,
-                                 .transport = tr, .max_retries = -1 };
+        llmcb_config config = { .callbacks = list, .n_callbacks = k,
+                                .extra = extra };
         size_t set = opts.own ? i : opts.sleep_ms && i ? 1 : 0;
-        llmcb_chat *chat;
         snprintf(extra, sizeof extra, "{\"seed\":%u}", (unsigned)i);
         for (j = 0; j < k; j++) list[j] = &h[set * k + j];
         if (opts.sleep_ms && i) list[config.n_callbacks++] = &end_watch;
-        chat = llmcb_chat_new(loop, &desc);
         ops[i] = llmcb_chat_generate(chat, &question, 1, &config);
-        llmcb_chat_free(chat);
         if (i % SLICE == SLICE - 1) llmcb_loop_run_once(loop, 0);
     }
     llmcb_loop_run(loop);
@@ -280,6 +279,7 @@ static void run_network(llmcb_loop *loop)
         if (opts.own) check_own(llmcb_op_result(ops[i]), &s[i * k], k);
         llmcb_op_free(ops[i]);
     }
+    llmcb_chat_free(chat);
     take_seen(s, sets * k, k, counted);
     free(s);
     free(h);
