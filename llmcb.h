@@ -112,6 +112,91 @@
  *              LLMCB_ENOMEM, so a program may check once, at the end.
  *   Fork       The child of a fork may only free the loop.
  *
+ * WRITING HANDLERS
+ *
+ *   A handler is a struct of yours with functions for the events it cares
+ *   for. `sync` functions run on the thread pool and may block; `async` ones
+ *   are coroutines on the loop and must not; sync ones flagged LLMCB_INLINE
+ *   run on the loop, before the others, and must not block either. Choose
+ *
+ *     sync    to print, write, call other libraries: the usual choice
+ *     inline  to count or copy, for less than a microsecond
+ *     async   to wait for something: a timer, a descriptor, another call
+ *
+ *   Two handlers may have the same functions; `user` tells them apart, and
+ *   one struct may serve any number of calls and runs. ev->run says which run
+ *   an event is of (id, parent, tags, metadata), ev->seq its place in it.
+ *
+ *       struct counter { llmcb_handler h; long tokens; };
+ *
+ *       static int count(llmcb_handler *h, const llmcb_event *ev)
+ *       {
+ *           ((struct counter *)h)->tokens += ev->token->text.len > 0;
+ *           return 0;
+ *       }
+ *
+ *   An async function keeps what must survive an await in t->frame, zeroed
+ *   for each event, and its locals do not:
+ *
+ *       static llmcb_step notify(llmcb_task *t, llmcb_handler *h,
+ *                                const llmcb_event *ev)
+ *       {
+ *           LLMCB_BEGIN(t);
+ *           LLMCB_AWAIT(t, llmcb_sleep(t, 300));
+ *           show(h->user, ev->error ? ev->error->message : "done");
+ *           LLMCB_END(t);
+ *       }
+ *
+ *   A failure (not 0, or a negative code) is logged; with LLMCB_RAISE it
+ *   fails the run, once the other handlers are done with what came before.
+ *   Callbacks of a config serve a call and all that it calls in turn; local
+ *   ones, and those of a chat, serve only its own runs; llmcb_loop_hook
+ *   serves all runs of a loop. The same handler is told once, however often
+ *   it is named. To see what came, not when: llmcb_chat_stream and
+ *   llmcb_op_next need no handler.
+ *
+ * WHAT IT COSTS
+ *
+ *   A token costs one copy and one call a handler; a burst of 64 costs one
+ *   wake-up of one worker, and nothing is allocated. Tokens that come one by
+ *   one cost what the system takes for reading each from a socket. An inline
+ *   handler is the cheapest, an async one that does not await costs about
+ *   the same, a sync one the hand-over of each batch; LLMCB_AWAIT_EACH costs
+ *   a wake-up both ways for each token. An open stream on plain sockets
+ *   takes a few KiB, with libcurl several times that. Use plain sockets for
+ *   http:// and unix: addresses, libcurl for TLS. Figures, and how they were
+ *   taken: tests/bench/README.md.
+ *
+ * DIFFERENCES FROM LANGCHAIN, each on purpose
+ *
+ *   - A handler's queue is its own: a slow one does not hold back the answer
+ *     until the window is full. LLMCB_AWAIT_EACH is LangChain's way.
+ *   - Sync functions of one handler never overlap: most are not thread-safe.
+ *   - One skip mask a handler, and skipping LLM events skips the chat start:
+ *     an end without its start helps nobody.
+ *   - Every run that started finishes once, also if it is cancelled, times
+ *     out or is dropped; children before parents. Cancelled tools, chains
+ *     and retrievers get an error event.
+ *   - An error event has the partial answer; a consumer that leaves early is
+ *     LLMCB_DETAIL_CONSUMER, and no failure of the server.
+ *   - A raising handler lets the others finish first, and its error does not
+ *     hide the one that was there.
+ *   - A call of several prompts gives back those that succeeded.
+ *   - Retries are told (on_retry). A stream that ends without saying so is an
+ *     error, and silence is a timeout, whatever comments the server sends.
+ *   - Tool arguments that are cut off are invalid, never repaired; refusals
+ *     are kept; finish_reason and model are not doubled; calls with the same
+ *     index and other ids are two.
+ *   - Usage is asked for, and unknown if the server does not say, not 0.
+ *   - A cached answer says so. Usage and model are in the end event of a
+ *     stream as of a whole answer.
+ *   - Configurations are values, copied at the call: no manager that changes
+ *     under way, no context variables. A tag that is local and inherited
+ *     stays inherited. Hooks belong to a loop and leave nothing behind.
+ *   - An agent that runs into a limit ends in order, but its code says so.
+ *     Other tools of a turn are cancelled when one fails the agent.
+ *   - Inline is for sync functions; a coroutine is on the loop already.
+ *
  * SWITCHES (define them in the file that has LLMCB_IMPLEMENTATION)
  *
  *   LLMCB_STATIC       all functions static; for a program of one file, or
