@@ -2871,6 +2871,7 @@ struct llmcb_loop {
     llmcbi_random random;
     unsigned workers;
     size_t worker_stack;
+    int pool_errno; /* why the pool has no thread: of a LLMCB_ESYS */
     pid_t pid;
     pthread_t thread;
     bool thread_known;
@@ -4434,7 +4435,7 @@ static void *llmcbi_worker(void *arg)
 }
 
 /* Threads are made when the first is needed. */
-static llmcb_code llmcbi_pool_start(llmcb_loop *loop, int *sys_errno)
+static llmcb_code llmcbi_pool_start(llmcb_loop *loop)
 {
     llmcbi_pool *p = loop->pool;
     pthread_attr_t attr;
@@ -4467,7 +4468,7 @@ static llmcb_code llmcbi_pool_start(llmcb_loop *loop, int *sys_errno)
     llmcbi_unlock(loop);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attr);
-    if (sys_errno) *sys_errno = p->n_threads ? 0 : failed;
+    loop->pool_errno = p->n_threads ? 0 : failed;
     return p->n_threads ? LLMCB_OK : LLMCB_ESYS;
 }
 
@@ -4478,7 +4479,7 @@ static llmcbi_job *llmcbi_job_start(llmcb_loop *loop, int (*fn)(void *arg),
     llmcbi_pool *p;
     llmcbi_job *job;
 
-    *code = llmcbi_pool_start(loop, NULL);
+    *code = llmcbi_pool_start(loop);
     if (*code != LLMCB_OK) return NULL;
     job = (llmcbi_job *)llmcbi_alloc(&loop->alloc, sizeof *job);
     if (!job) {
@@ -4576,7 +4577,12 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
     if (!o) return NULL;
     llmcbi_op_init(loop, &o->op, llmcbi_offload_cancel, llmcbi_offload_destroy);
     o->job = llmcbi_job_start(loop, fn, arg, llmcbi_offload_done, o, &code);
-    if (!o->job) llmcbi_op_finish(&o->op, llmcbi_error_const(code));
+    if (!o->job) {
+        llmcb_error e;
+        llmcbi_error_set(&e, code, NULL);
+        if (code == LLMCB_ESYS) e.sys_errno = loop->pool_errno;
+        llmcbi_op_finish(&o->op, llmcbi_error_keep(&loop->alloc, &e));
+    }
     return &o->op;
 }
 
@@ -5696,7 +5702,7 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
         if (!llmcbi_task_init(loop, t)) return LLMCB_ENOMEM;
     }
     if (llmcbi_any_sync(h) && !(h->flags & LLMCB_INLINE)) {
-        llmcb_code code = llmcbi_pool_start(loop, NULL);
+        llmcb_code code = llmcbi_pool_start(loop);
         if (code != LLMCB_OK) return code;
         c->strand = llmcbi_strand_get(loop, h);
         if (!c->strand) return LLMCB_ENOMEM;
@@ -6326,6 +6332,10 @@ static void llmcbi_loop_release(llmcb_loop *loop, bool stuck)
     llmcbi_free(&a, loop, sizeof *loop);
 }
 
+/* Closes the connections of a parent in its child.
+ * upward: llmcbi_transports_forked */
+static void llmcbi_transports_forked(llmcb_loop *loop);
+
 LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
 {
     int64_t deadline;
@@ -6334,6 +6344,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
     if (!loop) return LLMCB_OK;
     if (loop->pid != getpid()) {
         /* the threads stayed in the parent; the memory is a copy */
+        llmcbi_transports_forked(loop);
         LLMCBI_SYS(close)(loop->wake_fd[0]);
         LLMCBI_SYS(close)(loop->wake_fd[1]);
         if (loop->epoll_fd >= 0) LLMCBI_SYS(close)(loop->epoll_fd);
@@ -7318,18 +7329,23 @@ static void llmcbi_conn_watch(llmcbi_conn *c)
 {
     bool unsent = c->x && c->sent < c->head.len + c->request->body_len;
     int events = 0;
+    llmcb_code code;
 
     if (c->state == LLMCBI_CONN_CONNECTING)
         events = LLMCB_WRITE;
     else if (c->state != LLMCBI_CONN_IDLE)
         events = (c->x && c->x->paused ? 0 : LLMCB_READ) |
                  (unsent ? LLMCB_WRITE : 0);
-    if (llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, events) !=
-        LLMCB_OK)
-        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+    code = llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, events);
+    if (code == LLMCB_OK) return;
+    if (code == LLMCB_ESYS) c->sys_errno = errno;
+    llmcbi_conn_fail(c, code,
+                     code == LLMCB_ESYS ? "a socket cannot be watched"
+                                        : "out of memory");
 }
 
-static void llmcbi_conn_send(llmcbi_conn *c)
+/* false: the connection is gone. */
+static bool llmcbi_conn_send(llmcbi_conn *c)
 {
     size_t head = c->head.len, all = head + c->request->body_len;
 
@@ -7352,10 +7368,17 @@ static void llmcbi_conn_send(llmcbi_conn *c)
             continue;
         }
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
+        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
+        c->sys_errno = errno;
+        if (errno != EPIPE && errno != ECONNRESET) {
+            /* the server knows nothing of it, and would wait */
+            llmcbi_conn_fail(
+                c, llmcbi_errno_is_local(errno) ? LLMCB_ESYS : LLMCB_EIO,
+                "the request could not be sent");
+            return false;
+        }
         /* The server may have answered and closed: what it said comes with
          * the next read, or the read fails too. */
-        c->sys_errno = errno;
         c->sent = all;
     }
     if (c->head.ptr) {
@@ -7363,6 +7386,7 @@ static void llmcbi_conn_send(llmcbi_conn *c)
         c->sent -= head;
         llmcbi_buf_free(&c->sock->base.loop->alloc, &c->head);
     }
+    return true;
 }
 
 static void llmcbi_conn_established(llmcbi_conn *c)
@@ -7373,8 +7397,7 @@ static void llmcbi_conn_established(llmcbi_conn *c)
     c->state = LLMCBI_CONN_ACTIVE;
     c->sys_errno = 0;
     llmcb_exchange_connected(c->x);
-    llmcbi_conn_send(c);
-    llmcbi_conn_watch(c);
+    if (llmcbi_conn_send(c)) llmcbi_conn_watch(c);
 }
 
 /* A non-blocking socket that begins to connect. */
@@ -7539,6 +7562,7 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
         llmcbi_job_start(loop, llmcbi_dns_work, d, llmcbi_dns_done, c, &code);
     if (c->dns) return;
     llmcbi_free(&loop->alloc, d, size);
+    if (code == LLMCB_ESYS) c->sys_errno = loop->pool_errno;
     llmcbi_conn_fail(c, code, "no thread to resolve the host name");
 }
 
@@ -7736,7 +7760,7 @@ static void llmcbi_conn_event(llmcbi_watch *w, int events)
         return;
     }
     if (events & LLMCB_WRITE) {
-        llmcbi_conn_send(c);
+        if (!llmcbi_conn_send(c)) return;
         if (!(events & LLMCB_READ)) llmcbi_conn_watch(c);
     }
     if (events & LLMCB_READ) llmcbi_conn_read(c);
@@ -7867,6 +7891,8 @@ struct llmcbi_transfer {
     uint64_t body;
     size_t request_len;
     int status;
+    int open_errno;  /* why there is no socket */
+    int watch_errno; /* why it cannot be watched */
     llmcb_code code; /* why a callback of ours stopped it */
     const char *message;
     bool held; /* libcurl waits for curl_easy_pause */
@@ -8049,11 +8075,12 @@ static int llmcbi_transfer_connected(void *user, char *remote, char *local,
 static curl_socket_t llmcbi_curl_open(void *user, curlsocktype purpose,
                                       struct curl_sockaddr *addr)
 {
+    llmcbi_transfer *t = (llmcbi_transfer *)user;
     curl_socket_t fd;
 
-    (void)user;
     (void)purpose;
     fd = LLMCBI_SYS(socket)(addr->family, addr->socktype, addr->protocol);
+    t->open_errno = fd < 0 ? errno : 0; /* libcurl does not keep it */
     if (fd >= 0) LLMCBI_SYS(fcntl)(fd, F_SETFD, FD_CLOEXEC);
     return fd;
 }
@@ -8119,8 +8146,11 @@ static llmcb_code llmcbi_curl_code(const llmcbi_transfer *t, CURLcode code,
     case CURLE_UNSUPPORTED_PROTOCOL: /* HTTP/0.9 */
     case CURLE_WEIRD_SERVER_REPLY:
     case CURLE_BAD_CONTENT_ENCODING: return LLMCB_EPROTO;
-    case CURLE_OUT_OF_MEMORY: /* said of a header that is too long, too */
-        return t->in_body ? LLMCB_ENOMEM : LLMCB_ELIMIT;
+    case CURLE_OUT_OF_MEMORY: { /* said of a header that is too long, too */
+        curl_off_t began = 0;
+        curl_easy_getinfo(t->easy, CURLINFO_STARTTRANSFER_TIME_T, &began);
+        return t->in_body || !began ? LLMCB_ENOMEM : LLMCB_ELIMIT;
+    }
     case CURLE_RECV_ERROR: /* said of bad chunks, too */
         return sys_errno == 0 && t->status && strstr(t->error, "hunk")
                    ? LLMCB_EPROTO
@@ -8138,6 +8168,8 @@ static void llmcbi_transfer_done(llmcbi_transfer *t, CURLcode result)
     long sys_errno = 0;
 
     curl_easy_getinfo(t->easy, CURLINFO_OS_ERRNO, &sys_errno);
+    if (result == CURLE_COULDNT_CONNECT && t->open_errno)
+        sys_errno = t->open_errno;
     llmcbi_curl_note_idle(t);
     if (code == LLMCB_OK && result == CURLE_OK)
         ending = LLMCB_ORDERLY;
@@ -8152,6 +8184,16 @@ static void llmcbi_transfer_done(llmcbi_transfer *t, CURLcode result)
     if (x)
         llmcb_exchange_end(x, ending, code,
                            ending == LLMCB_BROKEN ? (int)sys_errno : 0, text);
+}
+
+/* In a turn of its own, for callbacks of libcurl's. */
+static void llmcbi_transfer_fail(llmcbi_transfer *t, llmcb_code code)
+{
+    if (t->code == LLMCB_OK) {
+        t->code = code;
+        t->message = llmcb_code_text(code);
+    }
+    llmcbi_timer_start(t->curl->base.loop, &t->timer, 0);
 }
 
 static void llmcbi_curl_check(llmcbi_curl *c)
@@ -8171,11 +8213,16 @@ static void llmcbi_curl_check(llmcbi_curl *c)
 static void llmcbi_curl_action(llmcbi_curl *c, curl_socket_t fd, int mask)
 {
     llmcbi_sigpipe pipe_state;
+    llmcbi_transfer *t;
+    CURLMcode failed;
     int running;
 
     llmcbi_sigpipe_block(&pipe_state);
-    curl_multi_socket_action(c->multi, fd, mask, &running);
+    failed = curl_multi_socket_action(c->multi, fd, mask, &running);
     llmcbi_sigpipe_restore(&pipe_state);
+    /* out of memory: whose socket is watched no more, it does not tell */
+    for (t = c->transfers; t && failed != CURLM_OK; t = t->next)
+        llmcbi_transfer_fail(t, LLMCB_ENOMEM);
     llmcbi_curl_check(c);
 }
 
@@ -8194,16 +8241,31 @@ static void llmcbi_curl_event(llmcbi_watch *w, int events)
                            (events & LLMCB_WRITE ? CURL_CSELECT_OUT : 0));
 }
 
+/* A transfer whose descriptor cannot be watched fails, soon. To say so to
+ * libcurl would end all others too, and none before a timer of its own. */
+static int llmcbi_curl_unwatched(llmcbi_curl *c, CURL *easy, llmcb_code code)
+{
+    llmcbi_transfer *t;
+    int saved = errno;
+
+    for (t = c->transfers; t && t->easy != easy;)
+        t = t->next;
+    if (!t) return 0;
+    t->watch_errno = code == LLMCB_ESYS ? saved : 0;
+    llmcbi_transfer_fail(t, code);
+    return 0;
+}
+
 static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
                               void *user, void *assigned)
 {
     llmcbi_curl *c = (llmcbi_curl *)user;
     llmcbi_curl_fd *f = (llmcbi_curl_fd *)assigned, **at;
     llmcb_loop *loop = c->base.loop;
+    llmcb_code code;
     int events = (what & CURL_POLL_IN ? LLMCB_READ : 0) |
                  (what & CURL_POLL_OUT ? LLMCB_WRITE : 0);
 
-    (void)easy;
     if (what == CURL_POLL_REMOVE) {
         if (!f) return 0;
         llmcbi_watch_set(loop, &f->watch, fd, 0);
@@ -8215,14 +8277,16 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
     }
     if (!f) {
         f = (llmcbi_curl_fd *)llmcbi_alloc(&loop->alloc, sizeof *f);
-        if (!f) return -1;
+        if (!f) return llmcbi_curl_unwatched(c, easy, LLMCB_ENOMEM);
         f->watch.fn = llmcbi_curl_event;
+        f->watch.fd = fd;
         f->curl = c;
         f->next = c->fds;
         c->fds = f;
         curl_multi_assign(c->multi, fd, f);
     }
-    return llmcbi_watch_set(loop, &f->watch, fd, events) == LLMCB_OK ? 0 : -1;
+    code = llmcbi_watch_set(loop, &f->watch, fd, events);
+    return code == LLMCB_OK ? 0 : llmcbi_curl_unwatched(c, easy, code);
 }
 
 static int llmcbi_curl_set_timer(CURLM *multi, long ms, void *user)
@@ -8237,10 +8301,15 @@ static int llmcbi_curl_set_timer(CURLM *multi, long ms, void *user)
     return 0;
 }
 
-/* A lingering transfer has had its time. */
+/* A lingering transfer has had its time, or one cannot be watched. */
 static void llmcbi_transfer_timer(llmcbi_timer *timer)
 {
-    llmcbi_transfer_free(LLMCBI_OWNER(llmcbi_transfer, timer, timer));
+    llmcbi_transfer *t = LLMCBI_OWNER(llmcbi_transfer, timer, timer), gone = *t;
+
+    llmcbi_transfer_free(t);
+    if (gone.x)
+        llmcb_exchange_end(gone.x, LLMCB_BROKEN, gone.code, gone.watch_errno,
+                           gone.message);
 }
 
 static bool llmcbi_transfer_headers(llmcbi_transfer *t, const llmcb_request *q)
@@ -8320,6 +8389,7 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
 #endif
     LLMCBI_OPT(CURLOPT_TCP_KEEPALIVE, 1L);
     LLMCBI_OPT(CURLOPT_OPENSOCKETFUNCTION, llmcbi_curl_open);
+    LLMCBI_OPT(CURLOPT_OPENSOCKETDATA, t);
     LLMCBI_OPT(CURLOPT_CLOSESOCKETFUNCTION, llmcbi_curl_close);
     LLMCBI_OPT(CURLOPT_CLOSESOCKETDATA, t->curl);
     if (llmcbi_curl_has_surplus(t->curl)) LLMCBI_OPT(CURLOPT_FRESH_CONNECT, 1L);
@@ -8385,7 +8455,8 @@ static void llmcbi_curl_resume(llmcb_transport *tr, llmcb_exchange *x)
     if (!t->held) return;
     t->held = false;
     llmcbi_sigpipe_block(&pipe_state);
-    curl_easy_pause(t->easy, CURLPAUSE_CONT);
+    if (curl_easy_pause(t->easy, CURLPAUSE_CONT) != CURLE_OK)
+        llmcbi_transfer_fail(t, LLMCB_ENOMEM);
     llmcbi_sigpipe_restore(&pipe_state);
 }
 
@@ -8466,6 +8537,34 @@ LLMCBI_DEF llmcb_transport *llmcb_curl_transport(llmcb_loop *loop)
     return &c->base;
 }
 #endif /* LLMCB_NO_CURL */
+
+/* With a descriptor of it in the child, a connection would not end with the
+ * parent's. Nothing but close: a poller and TLS states are shared. */
+static void llmcbi_transports_forked(llmcb_loop *loop)
+{
+    llmcb_transport *tr;
+
+    for (tr = loop->transports; tr; tr = tr->next) {
+#ifndef LLMCB_NO_SOCKETS
+        if (tr->free == llmcbi_sock_free) {
+            llmcbi_conn *c = ((llmcbi_sock *)(void *)tr)->conns;
+            for (; c; c = c->next)
+                if (c->fd >= 0) LLMCBI_SYS(close)(c->fd);
+        }
+#endif
+#ifndef LLMCB_NO_CURL
+        if (tr->free == llmcbi_curl_free) {
+            llmcbi_curl *c = (llmcbi_curl *)(void *)tr;
+            llmcbi_curl_fd *f;
+            size_t i;
+            for (f = c->fds; f; f = f->next)
+                LLMCBI_SYS(close)(f->watch.fd);
+            for (i = 0; i < c->n_idle; i++)
+                LLMCBI_SYS(close)(c->idle[i]);
+        }
+#endif
+    }
+}
 
 /* ==== [REPLAY] recordings: play them, make them ======================== */
 
@@ -8720,10 +8819,24 @@ static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
 }
 
 #ifndef LLMCB_NO_STDIO
+/* A regular file, or -1: opening a FIFO would wait for its other end. */
+static int llmcbi_open_file(const char *path, int flags)
+{
+    int fd =
+        LLMCBI_SYS(open)(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0600);
+    struct stat st;
+
+    if (fd >= 0 && (LLMCBI_SYS(fstat)(fd, &st) != 0 || !S_ISREG(st.st_mode))) {
+        LLMCBI_SYS(close)(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
 static bool llmcbi_read_file(const llmcb_allocator *a, llmcbi_buf *b,
                              const char *path)
 {
-    int fd = LLMCBI_SYS(open)(path, O_RDONLY | O_CLOEXEC);
+    int fd = llmcbi_open_file(path, O_RDONLY);
     ssize_t n = -1;
 
     b->len = 0;
@@ -8968,8 +9081,7 @@ static size_t llmcbi_take_data(void *owner, const char *bytes, size_t len)
 #ifndef LLMCB_NO_STDIO
 static bool llmcbi_write_file(const char *path, llmcb_str text)
 {
-    int fd = LLMCBI_SYS(open)(
-        path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+    int fd = llmcbi_open_file(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW);
     ssize_t n = 0;
     size_t at = 0;
 
@@ -10408,12 +10520,16 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
 static void llmcbi_chat_unref(llmcb_chat *chat)
 {
     const llmcb_allocator *a = &chat->loop->alloc;
+    llmcbi_arena_block *b;
 
     if (--chat->refs) return;
     if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
     llmcbi_free(a, chat->auth, chat->auth_size);
     llmcb_limiter_free(chat->d.limiter);
     llmcb_cache_free(chat->d.cache);
+    /* further headers may be keys too, such as api-key */
+    for (b = chat->arena.blocks; b; b = b->next)
+        llmcbi_wipe(b + 1, b->size - sizeof *b);
     llmcbi_arena_free(a, &chat->arena);
     llmcbi_free(a, chat, sizeof *chat);
 }
@@ -12256,6 +12372,7 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     if (code != LLMCB_OK) {
         llmcb_error e;
         llmcbi_error_set(&e, code, why);
+        if (code == LLMCB_ESYS) e.sys_errno = loop->pool_errno;
         llmcbi_op_finish(&c->op, llmcbi_error_keep(&loop->alloc, &e));
         return &c->op;
     }
@@ -12618,10 +12735,9 @@ static void llmcbi_work_decide(llmcbi_work *w, const llmcb_error *e)
 
     if (w->outcome) return;
     if (llmcbi_work_handles(w, e)) {
-        size_t n = strlen(e->message);
-        w->output.failed = true;
-        w->output.text =
-            llmcbi_slice(llmcbi_arena_text(a, &w->arena, e->message, n), n);
+        w->output.failed = true; /* no memory: without its words */
+        w->output.text = llmcb_text(
+            llmcbi_arena_text(a, &w->arena, e->message, strlen(e->message)));
         w->outcome = llmcbi_error_const(LLMCB_OK);
     } else {
         w->outcome = llmcbi_error_keep(a, e);
@@ -12842,8 +12958,8 @@ static llmcb_code llmcbi_work_build(llmcbi_work *w, const llmcb_config *config)
     w->start.description =
         llmcbi_arena_copy(a, &w->arena, d->description ? d->description : "");
     name = llmcbi_arena_copy(a, &w->arena, name);
-    w->start.prompt = w->start.params = w->output.text = w->output.log =
-        llmcbi_slice("", 0);
+    w->start.prompt = w->start.params = w->start.tool_call_id = w->output.text =
+        w->output.log = llmcbi_slice("", 0);
     w->start.model = "";
     w->start.batch_size = 1;
     w->run.told = llmcbi_work_told;
@@ -13777,7 +13893,9 @@ static llmcb_code llmcbi_agent_hear(llmcbi_agent *g)
         m->tool_call_id = calls[i].id.ptr;
     }
     llmcbi_agent_drop_tools(g);
-    return g->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
+    if (!g->arena.failed) return LLMCB_OK;
+    g->n -= n + 1; /* lengths without their text */
+    return LLMCB_ENOMEM;
 }
 
 /* It did not come to an answer, but ends in good order: first what is still
@@ -13827,6 +13945,7 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
         if (code != LLMCB_OK) return code;
         LLMCB_AWAIT(t, llmcb_await_any(t, &g->ask, 1, llmcbi_agent_left(g)));
         if (g->w->outcome) return LLMCB_ECANCELLED;
+        if (!g->ask->done && t->result != LLMCB_ETIMEDOUT) return t->result;
         if (!g->ask->done) break;
         llmcbi_agent_answered(g);
         LLMCB_AWAIT(t, llmcb_await(t, g->turn));
@@ -13853,7 +13972,10 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
             LLMCB_AWAIT(t, llmcb_await_any(t, g->waiting, g->n_waiting,
                                            llmcbi_agent_left(g)));
             if (g->w->outcome) return LLMCB_ECANCELLED;
-            if (t->index >= g->n_waiting || !g->waiting[t->index]->done) break;
+            if (t->index >= g->n_waiting) {
+                if (t->result != LLMCB_ETIMEDOUT) return t->result;
+                break;
+            }
             if (g->waiting[t->index]->error->code != LLMCB_OK)
                 return llmcbi_agent_fail(g, g->waiting[t->index]->error);
             g->waiting[t->index] = g->waiting[--g->n_waiting];
@@ -13897,8 +14019,9 @@ static bool llmcbi_agent_init(llmcbi_agent *g, llmcbi_work *w,
     if (!llmcbi_agent_grow(g, n)) return false;
     for (i = 0; i < n; i++)
         llmcbi_message_copy(a, &g->arena, &g->messages[i], &messages[i]);
+    if (g->arena.failed) return false; /* lengths without their text */
     g->n = n;
-    return !g->arena.failed && !g->extra.failed;
+    return !g->extra.failed;
 }
 
 static const char *llmcbi_agent_wrong(const llmcb_agent_desc *d,
