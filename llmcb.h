@@ -209,7 +209,7 @@
  *   LLMCB_NO_AGENT     no [AGENT]
  *   LLMCB_NO_KIT       no [KIT]
  *   LLMCB_NO_STDIO     no llmcb_result_print and llmcb_str_print, no files
- *                      in [REPLAY]; define it wherever included
+ *                      in [REPLAY] and [KIT]; define it wherever included
  *   LLMCB_ALLOW_INSECURE_TLS   makes llmcb_chat_desc.insecure_tls work
  *   LLMCB_MALLOC LLMCB_REALLOC LLMCB_FREE   all three or none
  *
@@ -549,8 +549,9 @@ LLMCB_API llmcb_step llmcb_sleep(llmcb_task *t, int64_t ms);
 LLMCB_API llmcb_step llmcb_await_fd(llmcb_task *t, int fd, int events,
                                     int64_t timeout_ms);
 
-/* Until op is done; its code. LLMCB_ESTATE from op itself, or from a handler
- * of it. */
+/* Until op is done; its code. LLMCB_ESTATE from op itself, from a handler of
+ * it or of what is within it, or from a start handler of the run that it is
+ * within, since it begins behind that. */
 LLMCB_API llmcb_step llmcb_await(llmcb_task *t, llmcb_op *op);
 
 /* Until all n are done: LLMCB_OK, or the first code in the array that is
@@ -1417,14 +1418,15 @@ typedef struct llmcb_timing {
 LLMCB_API llmcb_handler *llmcb_timing_handler(llmcb_loop *loop);
 LLMCB_API llmcb_timing llmcb_timing_of(llmcb_handler *h);
 
+#ifndef LLMCB_NO_STDIO
 /* Appends one JSON object a line to a file, in one write: event, time, ids,
  * names, tags, metadata, lengths, usage and errors. What was said only with
- * `content`; the key never. The file is made with mode 0600. NULL: it cannot
- * be opened; see errno. */
+ * `content`; the key never. The file is made with mode 0600. If it cannot be
+ * written that is logged once, and the trace ends there. NULL: it cannot be
+ * opened, or is no regular file; see errno. */
 LLMCB_API llmcb_handler *llmcb_jsonl_handler(llmcb_loop *loop, const char *path,
                                              bool content);
 
-#ifndef LLMCB_NO_STDIO
 /* Prints the text of tokens as they come, as llmcb_str_print does, or as it
  * is. `out` must outlive the handler, here and below. */
 LLMCB_API llmcb_handler *llmcb_token_handler(llmcb_loop *loop, FILE *out,
@@ -2538,16 +2540,21 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
 /* Whether the last key or string is `text`. */
 static bool llmcbi_json_is_text(const llmcbi_json *j, llmcb_str text)
 {
-    char plain[3 * 40 + 6];
+    const char *s = j->str, *end = s + j->len;
+    char plain[3 * 6 + 6];
     llmcbi_carry c;
-    size_t n;
+    size_t n, unit;
 
     if (!j->escaped)
         return j->len == text.len && memcmp(j->str, text.ptr, text.len) == 0;
-    if (j->len > 40) return false;
     memset(&c, 0, sizeof c);
-    n = llmcbi_json_decode(plain, j->str, j->len, &c);
-    return !c.n && !c.high && llmcbi_str_equal(llmcbi_slice(plain, n), text);
+    for (; s < end; s += unit) { /* a byte or an escape at a time */
+        unit = *s != '\\' ? 1 : s[1] == 'u' ? 6 : 2;
+        n = llmcbi_json_decode(plain, s, unit, &c);
+        if (n > text.len || memcmp(plain, text.ptr, n) != 0) return false;
+        text = llmcbi_slice(text.ptr + n, text.len - n);
+    }
+    return !c.n && !c.high && !text.len;
 }
 
 /* The same with a literal, whose length the compiler knows. */
@@ -4160,6 +4167,15 @@ LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *pub, int fd, int events,
     return llmcbi_await_over(t, code);
 }
 
+/* Whether op, or its run, cannot begin before t has ended: t is a handler of
+ * what it is part of, and that is not open yet. */
+static bool llmcbi_withheld_by(const llmcbi_task *t, const llmcb_op *op)
+{
+    for (; op && op->parent; op = op->parent)
+        if (op->parent == t->home) return !op->parent->open;
+    return false;
+}
+
 /* Why op cannot be awaited by t, or LLMCB_OK. */
 static llmcb_code llmcbi_awaitable(const llmcbi_task *t, const llmcb_op *op)
 {
@@ -4167,6 +4183,7 @@ static llmcb_code llmcbi_awaitable(const llmcbi_task *t, const llmcb_op *op)
 
     if (!op) return LLMCB_ENOMEM;
     if (op->loop != t->loop) return LLMCB_EINVAL;
+    if (llmcbi_withheld_by(t, op)) return LLMCB_ESTATE;
     while (home && home != op) /* it cannot end before what is part of it */
         home = home->parent;
     return home ? LLMCB_ESTATE : LLMCB_OK;
@@ -5451,33 +5468,6 @@ static inline bool llmcbi_run_has_room(const llmcbi_run *run)
     return (!run->lockstep || llmcbi_run_in_step(run)) && llmcbi_run_fits(run);
 }
 
-/* A handler takes longer than it may, and the run waits for it. */
-static void llmcbi_run_watch_patience(llmcbi_run *run)
-{
-    bool waiting = run->slowest < run->head &&
-                   (run->state != LLMCBI_RUN_OPEN || run->starved);
-    int64_t now = run->loop->now, first = INT64_MAX;
-    size_t i;
-
-    if (run->handler_ms <= 0) return;
-    for (i = 0; i < run->n_cursors; i++) {
-        llmcbi_cursor *c = &run->cursors[i];
-        if (!waiting || c->mute || c->known >= run->head) {
-            c->timed = false;
-            continue;
-        }
-        if (!c->timed || c->timed_at != c->known) c->since = now;
-        c->timed = true;
-        c->timed_at = c->known;
-        if (c->since < first) first = c->since;
-    }
-    if (first == INT64_MAX)
-        llmcbi_timer_stop(run->loop, &run->patience);
-    else
-        llmcbi_timer_start(run->loop, &run->patience,
-                           first + run->handler_ms - now);
-}
-
 /* How far handlers may go while some are in lock step: one event beyond the
  * slowest of those. */
 static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
@@ -5493,6 +5483,34 @@ static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
             limit = c->known + 1;
     }
     return limit;
+}
+
+/* A handler takes longer than it may, and the run waits for it. */
+static void llmcbi_run_watch_patience(llmcbi_run *run)
+{
+    bool waiting = run->slowest < run->head &&
+                   (run->state != LLMCBI_RUN_OPEN || run->starved);
+    int64_t now = run->loop->now, first = INT64_MAX;
+    uint64_t limit = llmcbi_run_lockstep(run); /* behind it none is slow */
+    size_t i;
+
+    if (run->handler_ms <= 0) return;
+    for (i = 0; i < run->n_cursors; i++) {
+        llmcbi_cursor *c = &run->cursors[i];
+        if (!waiting || c->mute || c->known >= limit) {
+            c->timed = false;
+            continue;
+        }
+        if (!c->timed || c->timed_at != c->known) c->since = now;
+        c->timed = true;
+        c->timed_at = c->known;
+        if (c->since < first) first = c->since;
+    }
+    if (first == INT64_MAX)
+        llmcbi_timer_stop(run->loop, &run->patience);
+    else
+        llmcbi_timer_start(run->loop, &run->patience,
+                           first + run->handler_ms - now);
 }
 
 /* Events that the inline handlers are done with, up to a limit. */
@@ -6017,7 +6035,7 @@ LLMCBI_DEF llmcb_step llmcb_await_run(llmcb_task *pub, llmcb_run *of)
         code = LLMCB_ENOMEM;
     else if (run->loop != t->loop)
         code = LLMCB_EINVAL;
-    else if (run->home == t->home)
+    else if (run->home == t->home || llmcbi_withheld_by(t, run->home))
         code = LLMCB_ESTATE;
     else if (run->flusher)
         code = LLMCB_EBUSY;
@@ -6075,7 +6093,8 @@ static const char *llmcbi_config_check(const llmcb_loop *loop,
     if (parent && parent->loop != loop)
         return "the parent run belongs to another loop";
     *code = LLMCB_ESTATE;
-    if (parent && (parent->start_kind == LLMCB_CHAT_MODEL_START ||
+    if (parent && (parent->state == LLMCBI_RUN_NEW || /* it never began */
+                   parent->start_kind == LLMCB_CHAT_MODEL_START ||
                    parent->state >= LLMCBI_RUN_DRAINING))
         return "the parent run has ended, or can have no children";
     *code = LLMCB_OK;
@@ -7904,7 +7923,7 @@ struct llmcbi_transfer {
 typedef struct llmcbi_curl_fd {
     llmcbi_watch watch;
     llmcbi_curl *curl;
-    struct llmcbi_curl_fd *next;
+    struct llmcbi_curl_fd *prev, *next;
 } llmcbi_curl_fd;
 
 struct llmcbi_curl {
@@ -7915,6 +7934,7 @@ struct llmcbi_curl {
     llmcbi_curl_fd *fds;
     curl_socket_t idle[LLMCBI_MAX_IDLE]; /* where a response ended last */
     size_t n_idle;
+    bool tls; /* some request was for https:// */
 };
 
 /* TLS libraries write without MSG_NOSIGNAL: SIGPIPE is blocked meanwhile,
@@ -7922,6 +7942,7 @@ struct llmcbi_curl {
 typedef struct llmcbi_sigpipe {
     sigset_t before;
     bool was_pending;
+    bool blocked; /* there is TLS: it matters */
 } llmcbi_sigpipe;
 
 static bool llmcbi_sigpipe_pending(void)
@@ -7933,14 +7954,18 @@ static bool llmcbi_sigpipe_pending(void)
     return sigismember(&pending, SIGPIPE) == 1;
 }
 
-static void llmcbi_sigpipe_block(llmcbi_sigpipe *s)
+static void llmcbi_sigpipe_block(const llmcbi_curl *c, llmcbi_sigpipe *s)
 {
     sigset_t set;
 
-    s->was_pending = llmcbi_sigpipe_pending();
+    s->blocked = c->tls;
+    if (!s->blocked) return;
     sigemptyset(&set);
     sigaddset(&set, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &set, &s->before);
+    /* one that was not blocked before cannot have been waiting */
+    s->was_pending =
+        sigismember(&s->before, SIGPIPE) == 1 && llmcbi_sigpipe_pending();
 }
 
 static void llmcbi_sigpipe_restore(const llmcbi_sigpipe *s)
@@ -7948,6 +7973,7 @@ static void llmcbi_sigpipe_restore(const llmcbi_sigpipe *s)
     sigset_t set;
     int sig;
 
+    if (!s->blocked) return;
     if (!s->was_pending && llmcbi_sigpipe_pending()) {
         sigemptyset(&set);
         sigaddset(&set, SIGPIPE);
@@ -7967,7 +7993,7 @@ static void llmcbi_transfer_free(llmcbi_transfer *t)
     llmcb_loop *loop = t->curl->base.loop;
     llmcbi_sigpipe pipe_state;
 
-    llmcbi_sigpipe_block(&pipe_state);
+    llmcbi_sigpipe_block(t->curl, &pipe_state);
     if (t->easy) {
         curl_multi_remove_handle(t->curl->multi, t->easy);
         curl_easy_cleanup(t->easy);
@@ -8217,7 +8243,7 @@ static void llmcbi_curl_action(llmcbi_curl *c, curl_socket_t fd, int mask)
     CURLMcode failed;
     int running;
 
-    llmcbi_sigpipe_block(&pipe_state);
+    llmcbi_sigpipe_block(c, &pipe_state);
     failed = curl_multi_socket_action(c->multi, fd, mask, &running);
     llmcbi_sigpipe_restore(&pipe_state);
     /* out of memory: whose socket is watched no more, it does not tell */
@@ -8260,7 +8286,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
                               void *user, void *assigned)
 {
     llmcbi_curl *c = (llmcbi_curl *)user;
-    llmcbi_curl_fd *f = (llmcbi_curl_fd *)assigned, **at;
+    llmcbi_curl_fd *f = (llmcbi_curl_fd *)assigned;
     llmcb_loop *loop = c->base.loop;
     llmcb_code code;
     int events = (what & CURL_POLL_IN ? LLMCB_READ : 0) |
@@ -8269,9 +8295,11 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
     if (what == CURL_POLL_REMOVE) {
         if (!f) return 0;
         llmcbi_watch_set(loop, &f->watch, fd, 0);
-        for (at = &c->fds; *at != f; at = &(*at)->next)
-            continue;
-        *at = f->next;
+        if (f->next) f->next->prev = f->prev;
+        if (f->prev)
+            f->prev->next = f->next;
+        else
+            c->fds = f->next;
         llmcbi_free(&loop->alloc, f, sizeof *f);
         return 0;
     }
@@ -8282,6 +8310,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
         f->watch.fd = fd;
         f->curl = c;
         f->next = c->fds;
+        if (f->next) f->next->prev = f;
         c->fds = f;
         curl_multi_assign(c->multi, fd, f);
     }
@@ -8346,6 +8375,7 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
 #define LLMCBI_OPT(option, value) \
     ok = ok && curl_easy_setopt(e, option, value) == CURLE_OK
     if (llmcbi_url_parse(&u, q->url)) return false;
+    if (u.tls) t->curl->tls = true;
     if (u.unix_path.len) {
         const llmcb_allocator *a = &t->curl->base.loop->alloc;
         llmcbi_buf b;
@@ -8454,7 +8484,7 @@ static void llmcbi_curl_resume(llmcb_transport *tr, llmcb_exchange *x)
     (void)tr;
     if (!t->held) return;
     t->held = false;
-    llmcbi_sigpipe_block(&pipe_state);
+    llmcbi_sigpipe_block(t->curl, &pipe_state);
     if (curl_easy_pause(t->easy, CURLPAUSE_CONT) != CURLE_OK)
         llmcbi_transfer_fail(t, LLMCB_ENOMEM);
     llmcbi_sigpipe_restore(&pipe_state);
@@ -8485,10 +8515,13 @@ static void llmcbi_curl_free(llmcb_transport *tr)
 {
     llmcbi_curl *c = (llmcbi_curl *)(void *)tr;
     llmcb_loop *loop = tr->loop;
+    llmcbi_sigpipe pipe_state;
 
     while (c->transfers)
         llmcbi_transfer_free(c->transfers);
-    curl_multi_cleanup(c->multi);
+    llmcbi_sigpipe_block(c, &pipe_state);
+    curl_multi_cleanup(c->multi); /* takes leave of kept connections */
+    llmcbi_sigpipe_restore(&pipe_state);
     while (c->fds) {
         llmcbi_curl_fd *f = c->fds;
         c->fds = f->next;
@@ -8819,6 +8852,8 @@ static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
 }
 
 #ifndef LLMCB_NO_STDIO
+#define LLMCBI_APPEND (O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW)
+
 /* A regular file, or -1: opening a FIFO would wait for its other end. */
 static int llmcbi_open_file(const char *path, int flags)
 {
@@ -10327,7 +10362,11 @@ static bool llmcbi_ends_with(llmcb_str s, const char *tail)
 static void llmcbi_chat_set_url(llmcb_chat *chat, const char *base)
 {
     static const char path[] = "/chat/completions";
-    size_t len = strcspn(base, "?"), n = strlen(base) + sizeof path;
+    const char *colon = llmcbi_str_begins(base, "unix:")
+                            ? strchr(base + 5, ':')
+                            : NULL; /* a socket's path has no query */
+    const char *from = colon ? colon : base, *query = from + strcspn(from, "?");
+    size_t len = (size_t)(query - base), n = strlen(base) + sizeof path;
     llmcbi_url u;
     const char *why;
 
@@ -10337,7 +10376,7 @@ static void llmcbi_chat_set_url(llmcb_chat *chat, const char *base)
     if (!chat->url) return;
     memcpy(chat->url, base, len);
     memcpy(chat->url + len, path, sizeof path);
-    strcpy(chat->url + len + sizeof path - 1, base + strcspn(base, "?"));
+    strcpy(chat->url + len + sizeof path - 1, query);
     why = llmcbi_url_parse(&u, chat->url);
     if (why) {
         llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
@@ -10693,21 +10732,28 @@ static void llmcbi_hide(char *text, const char *secret)
             memset(text + len - n, '*', n);
 }
 
+static void llmcbi_hide_in(llmcb_error *e, const char *secret)
+{
+    llmcbi_hide(e->message, secret);
+    llmcbi_hide(e->type, secret);
+    llmcbi_hide(e->provider_code, secret);
+    llmcbi_hide(e->request_id, secret);
+}
+
 static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
 {
     const llmcb_chat *chat = p->call->chat;
+    size_t i;
 
     e->attempt = p->attempt;
     if (!e->http_status) e->http_status = p->status;
     if (e->retry_after_ms < 0) e->retry_after_ms = p->retry_after;
     memcpy(e->request_id, p->request_id, sizeof e->request_id);
-    if (chat->auth) {
-        const char *key = chat->auth + chat->key_at;
-        llmcbi_hide(e->message, key);
-        llmcbi_hide(e->type, key);
-        llmcbi_hide(e->provider_code, key);
-        llmcbi_hide(e->request_id, key);
-    }
+    if (chat->auth) llmcbi_hide_in(e, chat->auth + chat->key_at);
+    /* behind three of our own: others may be keys too; a short one is none */
+    for (i = 3; i < chat->n_headers; i++)
+        if (strlen(chat->headers[i].value) >= 16)
+            llmcbi_hide_in(e, chat->headers[i].value);
 }
 
 /* A character that was cut in two and will not be completed becomes one
@@ -10827,6 +10873,22 @@ static inline llmcb_str llmcbi_raw_decode(char **at, const llmcbi_raw *raw,
     return llmcbi_slice(*at - n - 1, n);
 }
 
+/* The same for a string that no later piece goes on with. */
+static llmcb_str llmcbi_raw_whole(char **at, const llmcbi_raw *raw)
+{
+    llmcbi_carry c;
+    llmcb_str s;
+    char *end;
+
+    memset(&c, 0, sizeof c);
+    s = llmcbi_raw_decode(at, raw, &c);
+    end = llmcbi_carry_flush(*at - 1, &c);
+    *end = '\0';
+    *at = end + 1;
+    s.len = (size_t)(end - s.ptr);
+    return s;
+}
+
 /* Adds decoded text to the answer. false: a limit, or no memory. */
 static inline bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b,
                                       llmcb_str s)
@@ -10877,20 +10939,18 @@ static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_choice *c,
                                      llmcb_tool_delta *delta, char **at)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    llmcbi_carry none;
     bool opened;
     llmcbi_tool_slot *s = llmcbi_prompt_tool(p, c, piece, &opened);
 
     if (!s) return false;
-    memset(&none, 0, sizeof none);
     delta->index = (size_t)(s - c->tools);
     delta->id = delta->name = delta->arguments = llmcbi_slice("", 0);
     if (piece->id.len && !s->id.len) {
-        delta->id = llmcbi_raw_decode(at, &piece->id, &none);
+        delta->id = llmcbi_raw_whole(at, &piece->id);
         if (!llmcbi_prompt_keep(p, &s->id, delta->id)) return false;
     }
     if (piece->name.len && !s->name.len) {
-        delta->name = llmcbi_raw_decode(at, &piece->name, &none);
+        delta->name = llmcbi_raw_whole(at, &piece->name);
         if (!llmcbi_prompt_keep(p, &s->name, delta->name)) return false;
     }
     if (piece->arguments.len && !(piece->object && s->arguments.len)) {
@@ -10941,23 +11001,43 @@ static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_choice *c,
     return n;
 }
 
+/* One more element of an array, which stays whole if it fails. */
+static bool llmcbi_prompt_logprobs(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    size_t had = b->len;
+
+    if (!llmcbi_buf_reserve(a, b, s.len + 2)) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return false;
+    }
+    if (had) b->len--; /* the bracket */
+    llmcbi_buf_text(a, b, had ? "," : "[");
+    if (!llmcbi_prompt_keep(p, b, s)) {
+        b->len = had;
+        if (had) b->ptr[had - 1] = ']';
+        b->ptr[had] = '\0';
+        return false;
+    }
+    llmcbi_buf_text(a, b, "]");
+    return true;
+}
+
 /* What a choice brings beside text, into the record behind `parts`. */
 static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
                                 const llmcbi_wire_choice *w,
                                 const llmcb_usage *usage, llmcb_parts *parts,
                                 size_t n_tools, char **at)
 {
-    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)*at;
-    llmcbi_carry none;
 
     llmcbi_parts_clear(parts);
-    memset(&none, 0, sizeof none);
     *at += n_tools * sizeof *tools;
     if (n_tools) {
+        n_tools = llmcbi_prompt_tools(p, c, w, tools, at);
+        if (p->outcome) return false; /* other records stand here now */
         parts->tool_calls = tools;
-        parts->n_tool_calls = llmcbi_prompt_tools(p, c, w, tools, at);
-        if (p->outcome) return false;
+        parts->n_tool_calls = n_tools;
     }
     if (w->refusal.len) {
         parts->refusal = llmcbi_raw_decode(at, &w->refusal, &c->refusal_carry);
@@ -10970,7 +11050,7 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
             return false;
     }
     if (w->finish_reason.len) {
-        parts->finish_reason = llmcbi_raw_decode(at, &w->finish_reason, &none);
+        parts->finish_reason = llmcbi_raw_whole(at, &w->finish_reason);
         if (!c->finished)
             llmcbi_copy_clean(c->finish_reason, sizeof c->finish_reason,
                               parts->finish_reason.ptr,
@@ -10979,10 +11059,8 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
     }
     if (w->logprobs.len) {
         parts->logprobs = llmcbi_record_utf8(at, w->logprobs);
-        if (c->logprobs.len) c->logprobs.len--; /* the bracket */
-        llmcbi_buf_text(a, &c->logprobs, c->logprobs.len ? "," : "[");
-        if (!llmcbi_prompt_keep(p, &c->logprobs, parts->logprobs)) return false;
-        llmcbi_buf_text(a, &c->logprobs, "]");
+        if (!llmcbi_prompt_logprobs(p, &c->logprobs, parts->logprobs))
+            return false;
     }
     if (usage) parts->usage = *usage;
     return true;
@@ -11060,6 +11138,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
 
 static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
 {
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     size_t i, k;
 
     for (i = 0; i < p->answer.n; i++) {
@@ -11073,6 +11152,8 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
         memset(&c->reasoning_carry, 0, sizeof c->reasoning_carry);
         end = llmcbi_carry_flush(lost, &c->text_carry);
         if (end == lost) continue;
+        /* told and kept, or neither */
+        if (!llmcbi_buf_reserve(a, &c->text, (size_t)(end - lost))) return;
         at = llmcbi_run_reserve(&p->run, sizeof *chunk + sizeof lost);
         if (!at) return;
         chunk = (llmcb_chunk *)(void *)at;
@@ -11080,8 +11161,7 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
         chunk->choice = (int)i;
         chunk->parts = &p->call->chat->no_parts;
         chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
-        llmcbi_buf_add(llmcbi_prompt_alloc(p), &c->text, lost,
-                       (size_t)(end - lost));
+        llmcbi_buf_add(a, &c->text, lost, (size_t)(end - lost));
         if (p->call->stream)
             llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN,
                               sizeof *chunk + (size_t)(end - lost) + 1);
@@ -11311,6 +11391,9 @@ static size_t llmcbi_prompt_stream(llmcbi_prompt *p, const char *bytes,
         llmcbi_sse_status status;
         if (!llmcbi_run_has_room(&p->run)) {
             llmcbi_prompt_pause(p);
+            /* choices wait: the end of a line that is not taken yet holds
+             * the exchange, and does nothing when it comes again */
+            if (p->pending.len && at == end && len) at--;
             return (size_t)(at - bytes);
         }
         if (p->pending.len) {
@@ -12323,11 +12406,10 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
     llmcbi_call_room(c, n, config);
     llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai, c->stream,
                        config->extra);
-    llmcbi_call_setup(c, config, &setup);
-    if (c->arena.failed) return LLMCB_ENOMEM;
-    c->prompts =
+    c->prompts = /* before labels can have used up the room */
         (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
-    if (!c->prompts || c->params.failed) return LLMCB_ENOMEM;
+    llmcbi_call_setup(c, config, &setup);
+    if (c->arena.failed || c->params.failed) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
         c->n = i + 1; /* what has been begun must be freed */
         code =
@@ -12711,12 +12793,22 @@ static llmcbi_work *llmcbi_work_of_run(llmcb_run *run)
     return run ? llmcbi_work_of(((llmcbi_run *)(void *)run)->home) : NULL;
 }
 
-/* Whether nobody but the program can end it. */
-static bool llmcbi_work_is_manual(const llmcb_op *op)
+/* Whether nobody but the program can end it, and it has not. */
+static bool llmcbi_work_is_left(const llmcb_op *op)
 {
     const llmcbi_work *w = llmcbi_work_of(op);
 
-    return w && !w->d.body && !w->use;
+    return w && !w->d.body && !w->use && !w->outcome;
+}
+
+/* Cancels what is within it, or only what would never end. */
+static void llmcbi_work_reap(llmcbi_work *w, bool all)
+{
+    llmcb_op *child;
+
+    for (child = w->op.children; child; child = child->next_sibling)
+        if (all || llmcbi_work_is_left(child))
+            llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
 }
 
 /* A failure of a tool that the model is to be told of. */
@@ -12724,14 +12816,13 @@ static bool llmcbi_work_handles(const llmcbi_work *w, const llmcb_error *e)
 {
     return w->use && w->use->pub.tool->handle_errors &&
            e->code != LLMCB_ECANCELLED && e->code != LLMCB_EHANDLER &&
-           e->code != LLMCB_OK;
+           e->detail != LLMCB_DETAIL_HANDLER && e->code != LLMCB_OK;
 }
 
 /* The one place where an outcome becomes known. code LLMCB_OK: success. */
 static void llmcbi_work_decide(llmcbi_work *w, const llmcb_error *e)
 {
     const llmcb_allocator *a = &w->op.loop->alloc;
-    llmcb_op *child;
 
     if (w->outcome) return;
     if (llmcbi_work_handles(w, e)) {
@@ -12742,12 +12833,11 @@ static void llmcbi_work_decide(llmcbi_work *w, const llmcb_error *e)
     } else {
         w->outcome = llmcbi_error_keep(a, e);
     }
-    for (child = w->op.children; child; child = child->next_sibling)
-        if (e->code != LLMCB_OK || llmcbi_work_is_manual(child))
-            llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
+    /* a body may yet end what it has begun */
+    if (e->code != LLMCB_OK || !w->body)
+        llmcbi_work_reap(w, e->code != LLMCB_OK);
     if (w->use && w->use->job && llmcbi_job_withdraw(w->op.loop, w->use->job))
         w->use->job = NULL;
-    llmcbi_timer_stop(w->op.loop, &w->limit);
     llmcbi_run_drain(&w->run);
     llmcbi_make_ready(w->op.loop, &w->ready);
 }
@@ -12763,12 +12853,15 @@ static void llmcbi_work_fail(llmcbi_work *w, llmcb_code code,
 
 static void llmcbi_work_timed_out(llmcbi_timer *t)
 {
+    llmcbi_work *w = LLMCBI_OWNER(llmcbi_work, limit, t);
     llmcb_error e;
 
+    if (!w->op.children && w->outcome) return; /* handlers have handler_ms */
+    if (w->outcome && w->outcome->code == LLMCB_OK) w->outcome = NULL;
     llmcbi_error_set(&e, LLMCB_ETIMEDOUT,
                      "the run took longer than timeout_ms");
     e.detail = LLMCB_DETAIL_TOTAL;
-    llmcbi_work_decide(LLMCBI_OWNER(llmcbi_work, limit, t), &e);
+    llmcbi_work_decide(w, &e);
 }
 
 /* From the pump. */
@@ -12802,6 +12895,7 @@ static void llmcbi_work_child_done(llmcb_op *op, llmcb_op *child)
         llmcbi_tool_body_done(w, child->error->code);
     else
         llmcbi_work_decide(w, child->error);
+    if (w->outcome) llmcbi_work_reap(w, false);
 }
 
 static void llmcbi_work_begin_body(llmcbi_work *w)
@@ -12866,7 +12960,11 @@ static void llmcbi_work_step(llmcbi_ready *r)
         llmcbi_op_open(&w->op);
         llmcbi_work_begin_body(w);
     }
+    if (run->state == LLMCBI_RUN_DRAINING && !w->op.open &&
+        w->outcome->code == LLMCB_OK)
+        llmcbi_op_open(&w->op); /* ended before; its parts wait for this */
     if (run->state == LLMCBI_RUN_DRAINING && !w->op.children) {
+        llmcbi_timer_stop(w->op.loop, &w->limit);
         llmcbi_run_set_state(run, LLMCBI_RUN_DRAINED);
         llmcbi_run_finish(run, NULL,
                           w->outcome->code == LLMCB_OK ? &w->output : NULL,
@@ -12883,12 +12981,16 @@ static void llmcbi_work_cancel(llmcb_op *op, llmcb_detail detail)
     llmcbi_work *w = (llmcbi_work *)(void *)op;
     llmcb_error e;
 
-    if (w->run.state >= LLMCBI_RUN_DRAINED || w->run.skipping) {
-        if (detail == LLMCB_DETAIL_LOOP) llmcbi_run_interrupt(&w->run);
-        return;
-    }
     llmcbi_error_set(&e, LLMCB_ECANCELLED, NULL);
     e.detail = detail;
+    if (w->run.state >= LLMCBI_RUN_DRAINED || w->run.skipping) {
+        if (detail == LLMCB_DETAIL_LOOP)
+            llmcbi_run_interrupt(&w->run);
+        else if (detail == LLMCB_DETAIL_CALLER && !w->late) /* as of a call */
+            w->late = llmcbi_error_keep(&op->loop->alloc, &e);
+        llmcbi_work_reap(w, true); /* a body may await more; it is told */
+        return;
+    }
     if (w->outcome && w->outcome->code == LLMCB_OK) w->outcome = NULL;
     llmcbi_work_decide(w, &e);
     llmcbi_run_skip(&w->run);
@@ -12935,9 +13037,10 @@ static llmcb_str llmcbi_work_copy(llmcbi_work *w, llmcb_str s)
 {
     const llmcb_allocator *a = &w->op.loop->alloc;
 
-    return llmcbi_slice(
-        llmcbi_arena_text(a, &w->arena, s.ptr ? s.ptr : "", s.ptr ? s.len : 0),
-        s.ptr ? s.len : 0);
+    if (!s.ptr) s = llmcbi_slice("", 0);
+    s.ptr = llmcbi_arena_text(a, &w->arena, s.ptr, s.len);
+    if (w->arena.failed) s.len = 0;
+    return s;
 }
 
 static llmcb_code llmcbi_work_build(llmcbi_work *w, const llmcb_config *config)
@@ -13093,7 +13196,8 @@ LLMCBI_DEF llmcb_code llmcb_run_end_documents(llmcb_run *run,
     if (code != LLMCB_OK) return code;
     if (n && !documents) return LLMCB_EINVAL;
     for (i = 0; i < n; i++)
-        if (!llmcbi_labels_ok(NULL, 0, documents[i].metadata,
+        if ((documents[i].n_metadata && !documents[i].metadata) ||
+            !llmcbi_labels_ok(NULL, 0, documents[i].metadata,
                               documents[i].n_metadata))
             return LLMCB_EINVAL;
     a = &w->op.loop->alloc;
@@ -13113,8 +13217,10 @@ LLMCBI_DEF llmcb_code llmcb_run_end_documents(llmcb_run *run,
         to[i].metadata = pairs;
         to[i].n_metadata = from->n_metadata;
     }
-    w->output.documents = to;
-    w->output.n_documents = n;
+    if (!w->arena.failed) {
+        w->output.documents = to;
+        w->output.n_documents = n;
+    }
     return llmcbi_work_end(w);
 }
 
@@ -13234,22 +13340,30 @@ static bool llmcbi_use_value(llmcb_tool_use *use, const char *name,
            llmcbi_json_next(j) == type;
 }
 
+/* The last key or string, decoded. false: no memory. */
+static bool llmcbi_use_text(llmcbi_use *u, const llmcbi_json *j,
+                            llmcb_str *value)
+{
+    llmcbi_carry c;
+    char *to, *end;
+
+    if (j->len > SIZE_MAX / 8) return false;
+    to = (char *)llmcbi_arena_get(u->alloc, &u->arena, 3 * j->len + 13);
+    if (!to) return false;
+    memset(&c, 0, sizeof c);
+    end =
+        llmcbi_carry_flush(to + llmcbi_json_decode(to, j->str, j->len, &c), &c);
+    *value = llmcbi_slice(to, (size_t)(end - to));
+    return true;
+}
+
 LLMCBI_DEF bool llmcb_tool_text(llmcb_tool_use *use, const char *name,
                                 llmcb_str *value)
 {
-    llmcbi_use *u = (llmcbi_use *)(void *)use;
-    llmcbi_carry c;
     llmcbi_json j;
-    char *to, *end;
 
-    if (!llmcbi_use_value(use, name, &j, LLMCBI_JSON_STRING)) return false;
-    if (j.len > SIZE_MAX / 8) return false;
-    to = (char *)llmcbi_arena_get(u->alloc, &u->arena, 3 * j.len + 13);
-    if (!to) return false;
-    memset(&c, 0, sizeof c);
-    end = llmcbi_carry_flush(to + llmcbi_json_decode(to, j.str, j.len, &c), &c);
-    *value = llmcbi_slice(to, (size_t)(end - to));
-    return true;
+    return llmcbi_use_value(use, name, &j, LLMCBI_JSON_STRING) &&
+           llmcbi_use_text((llmcbi_use *)(void *)use, &j, value);
 }
 
 LLMCBI_DEF bool llmcb_tool_int(llmcb_tool_use *use, const char *name,
@@ -13264,21 +13378,34 @@ LLMCBI_DEF bool llmcb_tool_int(llmcb_tool_use *use, const char *name,
 LLMCBI_DEF bool llmcb_tool_number(llmcb_tool_use *use, const char *name,
                                   double *value)
 {
-    char digits[400], *point, *end;
+    char digits[400 + 24], exponent[24], *to = digits, *end;
+    bool fraction = false, negative;
+    int64_t e = 0, places = 0;
     llmcbi_json j;
+    size_t i;
+    double v;
 
-    if (!llmcbi_use_value(use, name, &j, LLMCBI_JSON_NUMBER) ||
-        j.len >= sizeof digits)
+    if (!llmcbi_use_value(use, name, &j, LLMCBI_JSON_NUMBER) || j.len >= 400)
         return false;
-    memcpy(digits, j.str, j.len);
-    digits[j.len] = '\0';
-    *value = strtod(digits, &end);
-    if (*end == '.') { /* the locale has a comma */
-        point = end;
-        *point = ',';
-        *value = strtod(digits, &end);
+    /* without a point, which is another one in another locale */
+    for (i = 0; i < j.len && j.str[i] != 'e' && j.str[i] != 'E'; i++) {
+        if (j.str[i] == '.') {
+            fraction = true;
+            continue;
+        }
+        *to++ = j.str[i];
+        places += fraction;
     }
-    return *end == '\0';
+    negative = i + 1 < j.len && j.str[i + 1] == '-';
+    for (i++; i < j.len; i++)
+        if (j.str[i] >= '0' && j.str[i] <= '9' && e < 100000)
+            e = e * 10 + (j.str[i] - '0');
+    *to++ = 'e';
+    strcpy(to, llmcbi_decimal(exponent, (negative ? -e : e) - places));
+    v = strtod(digits, &end);
+    if (*end || v - v != 0) return false; /* or it is infinite */
+    *value = v;
+    return true;
 }
 
 LLMCBI_DEF bool llmcb_tool_bool(llmcb_tool_use *use, const char *name,
@@ -13376,12 +13503,24 @@ static bool llmcbi_arguments_wrong(char *why, size_t cap, const char *text,
     return false;
 }
 
-/* false: `why` says what is wrong with the arguments. */
-static bool llmcbi_arguments_check(llmcb_str arguments, const char *parameters,
-                                   char *why, size_t cap)
+/* A name, to look for. false: no memory. */
+static bool llmcbi_use_name(llmcbi_use *u, const llmcbi_json *j,
+                            llmcb_str *name)
 {
+    *name = llmcbi_slice(j->str, j->len);
+    return !j->escaped || llmcbi_use_text(u, j, name);
+}
+
+/* false: `why` says what is wrong with the arguments, or the arena that there
+ * was no memory. */
+static bool llmcbi_arguments_check(llmcbi_use *u)
+{
+    const char *parameters = u->pub.tool->parameters;
     llmcb_str schema = llmcb_text(parameters ? parameters : "{}");
+    llmcb_str arguments = u->pub.arguments, name;
+    size_t cap = sizeof u->why;
     llmcbi_json j, s, p;
+    char *why = u->why;
     bool closed;
 
     llmcbi_json_init(&j, arguments.ptr, arguments.len);
@@ -13391,29 +13530,31 @@ static bool llmcbi_arguments_check(llmcb_str arguments, const char *parameters,
     if (llmcbi_member(schema, llmcb_text("required"), &s) &&
         llmcbi_json_next(&s) == LLMCBI_JSON_ARRAY)
         while (llmcbi_json_next(&s) == LLMCBI_JSON_STRING) {
-            llmcb_str name = llmcbi_slice(s.str, s.len);
+            if (!llmcbi_use_name(u, &s, &name)) return false;
             if (!llmcbi_member(arguments, name, &j))
                 return llmcbi_arguments_wrong(why, cap,
                                               "missing argument: ", &s);
         }
     closed = llmcbi_member(schema, llmcb_text("additionalProperties"), &s) &&
              llmcbi_json_next(&s) == LLMCBI_JSON_FALSE;
-    if (!llmcbi_member(schema, llmcb_text("properties"), &s)) return true;
-    if (llmcbi_json_raw(&s) != LLMCBI_JSON_OBJECT) return true;
-    schema = llmcbi_slice(s.str, s.len);
+    schema = llmcbi_member(schema, llmcb_text("properties"), &s) &&
+                     llmcbi_json_raw(&s) == LLMCBI_JSON_OBJECT
+                 ? llmcbi_slice(s.str, s.len)
+                 : llmcb_text("{}");
     llmcbi_json_init(&j, arguments.ptr, arguments.len);
     llmcbi_json_next(&j);
     while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        llmcbi_json name = j;
+        llmcbi_json key = j;
         llmcbi_json_type value = llmcbi_json_next(&j);
-        if (!llmcbi_member(schema, llmcbi_slice(name.str, name.len), &p)) {
+        if (!llmcbi_use_name(u, &key, &name)) return false;
+        if (!llmcbi_member(schema, name, &p)) {
             if (closed)
                 return llmcbi_arguments_wrong(why, cap,
-                                              "unknown argument: ", &name);
+                                              "unknown argument: ", &key);
         } else if (llmcbi_json_raw(&p) == LLMCBI_JSON_OBJECT &&
                    !llmcbi_fits(&j, value, llmcbi_slice(p.str, p.len))) {
-            return llmcbi_arguments_wrong(
-                why, cap, "argument of the wrong type: ", &name);
+            return llmcbi_arguments_wrong(why, cap,
+                                          "argument of the wrong type: ", &key);
         }
         llmcbi_json_skip(&j, value);
     }
@@ -13502,9 +13643,9 @@ static void llmcbi_tool_begin(llmcbi_work *w)
     llmcbi_use *u = w->use;
     const llmcb_tool *tool = u->pub.tool;
 
-    if (!llmcbi_arguments_check(u->pub.arguments, tool->parameters, u->why,
-                                sizeof u->why)) {
-        llmcbi_work_fail(w, LLMCB_ETOOL, u->why);
+    if (!llmcbi_arguments_check(u)) {
+        llmcbi_work_fail(w, u->arena.failed ? LLMCB_ENOMEM : LLMCB_ETOOL,
+                         u->why);
         return;
     }
     if (!u->approve && tool->call) {
@@ -13604,8 +13745,10 @@ typedef struct llmcbi_agent {
     llmcb_op **waiting; /* those that are under way */
     size_t n_waiting;
     int turns;
-    int64_t due; /* total_ms; 0: none */
+    int64_t due;   /* total_ms; 0: none */
+    uint64_t told; /* events that the tools come after */
     llmcb_usage usage;
+    bool known; /* that of the turns before this one */
 } llmcbi_agent;
 
 static const llmcb_allocator *llmcbi_agent_alloc(const llmcbi_agent *g)
@@ -13684,7 +13827,8 @@ static void llmcbi_agent_drop_tools(llmcbi_agent *g)
     const llmcb_allocator *a = llmcbi_agent_alloc(g);
     size_t i;
 
-    for (i = 0; i < g->n_calls && !g->w->op.loop->closed; i++)
+    /* there may be calls of the model, but no tools yet */
+    for (i = 0; g->tools && i < g->n_calls && !g->w->op.loop->closed; i++)
         llmcb_op_free(g->tools[i]);
     llmcbi_free(a, g->tools, g->n_calls * sizeof *g->tools);
     llmcbi_free(a, g->waiting, g->n_calls * sizeof *g->waiting);
@@ -13740,21 +13884,23 @@ static llmcb_code llmcbi_agent_ask(llmcbi_agent *g)
     config = llmcb_run_child(g->turn->run, "seq:step:1");
     config.extra = g->extra.ptr;
     g->ask = llmcb_chat_generate(g->d.chat, g->messages, g->n, &config);
+    g->w->op.answer = g->ask;
+    g->known = g->usage.known;
+    g->usage.known = false; /* until it has answered */
     return g->ask ? LLMCB_OK : LLMCB_ENOMEM;
 }
 
 /* Ends the run of the turn as the model's call has ended. */
 static void llmcbi_agent_answered(llmcbi_agent *g)
 {
-    const llmcb_result *r;
+    const llmcb_result *r = llmcb_op_result(g->ask);
 
-    g->w->op.answer = g->ask;
+    g->usage.known = g->known;
+    llmcbi_usage_add(&g->usage, &r->usage);
     if (g->ask->error->code != LLMCB_OK) {
         llmcb_run_fail(g->turn->run, g->ask->error);
         return;
     }
-    r = llmcb_op_result(g->ask);
-    llmcbi_usage_add(&g->usage, &r->usage);
     llmcb_run_end(g->turn->run, r->generations[0].text);
     g->calls = r->generations[0].tool_calls;
     g->n_calls = r->generations[0].n_tool_calls;
@@ -13803,10 +13949,12 @@ static llmcbi_work *llmcbi_agent_invalid(llmcbi_agent *g,
                                      NULL };
     const llmcb_allocator *a = llmcbi_agent_alloc(g);
     llmcb_tool_call instead = *call;
+    llmcb_agent_desc d = g->d;
     llmcbi_buf names, arguments;
     llmcbi_work *w = NULL;
     size_t i;
 
+    d.approve = NULL; /* nothing is called */
     memset(&names, 0, sizeof names);
     memset(&arguments, 0, sizeof arguments);
     for (i = 0; i < g->d.n_tools; i++) {
@@ -13820,7 +13968,7 @@ static llmcbi_work *llmcbi_agent_invalid(llmcbi_agent *g,
     llmcbi_buf_text(a, &arguments, "}");
     instead.arguments = llmcbi_buf_str(&arguments);
     if (!names.failed && !arguments.failed)
-        w = llmcbi_tool_new(g->w->op.loop, &tool, &instead, NULL, config);
+        w = llmcbi_tool_new(g->w->op.loop, &tool, &instead, &d, config);
     llmcbi_buf_free(a, &names);
     llmcbi_buf_free(a, &arguments);
     return w;
@@ -13902,7 +14050,6 @@ static llmcb_code llmcbi_agent_hear(llmcbi_agent *g)
  * under way. */
 static void llmcbi_agent_stop(llmcbi_agent *g, llmcb_code code)
 {
-    llmcb_op *child;
     llmcb_error e;
 
     llmcbi_error_set(&e, code,
@@ -13912,9 +14059,20 @@ static void llmcbi_agent_stop(llmcbi_agent *g, llmcb_code code)
                          : "the agent took longer than total_ms");
     if (code == LLMCB_ETIMEDOUT) e.detail = LLMCB_DETAIL_TOTAL;
     g->w->late = llmcbi_error_keep(llmcbi_agent_alloc(g), &e);
+}
+
+/* One of those that are still under way, cancelled; NULL: there is none. They
+ * may become more meanwhile. */
+static llmcb_op *llmcbi_agent_rest(llmcbi_agent *g)
+{
+    llmcb_op *child, *last = NULL;
+
     for (child = g->w->op.children; child; child = child->next_sibling)
-        if (child != g->w->body)
+        if (child != g->w->body) {
             llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
+            last = child;
+        }
+    return last;
 }
 
 static int64_t llmcbi_agent_left(const llmcbi_agent *g)
@@ -13922,6 +14080,14 @@ static int64_t llmcbi_agent_left(const llmcbi_agent *g)
     int64_t left = g->due - g->w->op.loop->now;
 
     return !g->due ? -1 : left > 0 ? left : 0;
+}
+
+/* As llmcb_await_run; while another coroutine awaits the same, which would be
+ * LLMCB_EBUSY, it looks again later. */
+static llmcb_step llmcbi_agent_flush(llmcb_task *t, llmcbi_agent *g)
+{
+    return g->w->run.flusher ? llmcb_sleep(t, 1)
+                             : llmcb_await_run(t, &g->w->run.pub);
 }
 
 static llmcb_step llmcbi_agent_finish(llmcbi_agent *g, llmcb_str text)
@@ -13935,7 +14101,7 @@ static llmcb_step llmcbi_agent_finish(llmcbi_agent *g, llmcb_str text)
 static llmcb_step llmcbi_agent_body(llmcb_task *t)
 {
     llmcbi_agent *g = (llmcbi_agent *)t->self;
-    llmcb_run *run = &g->w->run.pub;
+    llmcb_op *rest;
     llmcb_code code;
 
     LLMCB_BEGIN(t);
@@ -13952,6 +14118,8 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
         if (g->w->outcome) return LLMCB_ECANCELLED;
         if (g->turn->error->code != LLMCB_OK)
             return llmcbi_agent_fail(g, g->turn->error);
+        if (g->ask->error->code != LLMCB_OK) /* the program ended the turn */
+            return llmcbi_agent_fail(g, g->ask->error);
         for (g->i = 0; g->i < g->n_calls;) {
             code = llmcbi_agent_act(g, g->i);
             if (code == LLMCB_OK)
@@ -13959,9 +14127,12 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
             else if (code != LLMCB_EBUSY)
                 return code;
             else
-                LLMCB_AWAIT(t, llmcb_await_run(t, run));
+                LLMCB_AWAIT(t, llmcbi_agent_flush(t, g));
         }
-        LLMCB_AWAIT(t, llmcb_await_run(t, run));
+        g->told = g->w->run.head;
+        do
+            LLMCB_AWAIT(t, llmcbi_agent_flush(t, g));
+        while (!g->w->outcome && g->w->run.slowest < g->told);
         if (g->w->outcome) return LLMCB_ECANCELLED;
         if (!g->n_calls)
             return llmcbi_agent_finish(
@@ -13986,13 +14157,12 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
     }
     llmcbi_agent_stop(g, g->turns == g->d.max_turns ? LLMCB_ELIMIT
                                                     : LLMCB_ETIMEDOUT);
-    while (g->w->op.children != g->w->body || g->w->body->next_sibling) {
-        LLMCB_AWAIT(t, llmcb_await(t, g->w->op.children == g->w->body
-                                          ? g->w->body->next_sibling
-                                          : g->w->op.children));
+    while ((rest = llmcbi_agent_rest(g)) != NULL) {
+        LLMCB_AWAIT(t, llmcb_await(t, rest));
         if (g->w->outcome) return LLMCB_ECANCELLED;
     }
-    LLMCB_AWAIT(t, llmcb_await_run(t, run));
+    while (!g->w->outcome && !llmcbi_run_fits(&g->w->run))
+        LLMCB_AWAIT(t, llmcbi_agent_flush(t, g));
     return llmcbi_agent_finish(
         g, llmcb_text("The agent stopped: it reached its limit of turns or "
                       "of time."));
@@ -14112,6 +14282,7 @@ typedef struct llmcbi_kit {
     pthread_mutex_t mutex; /* of what follows; several loops may share it */
     int fd;                /* -1: none */
     bool content, raw;
+    bool full; /* the file could not be written, which was told */
     llmcbi_buf line;
     llmcbi_tally *tallies;
     size_t n_tallies, tallies_cap;
@@ -14599,12 +14770,10 @@ LLMCBI_DEF llmcb_handler *llmcb_file_handler(llmcb_loop *loop, const char *path)
 {
     llmcbi_kit *k = llmcbi_kit_new(loop, "file");
     llmcb_sync_table *t;
-    int fd;
+    int fd = -1;
 
     if (!k) return NULL;
-    fd = path ? LLMCBI_SYS(open)(
-                    path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600)
-              : -1;
+    if (path) fd = llmcbi_open_file(path, LLMCBI_APPEND);
     if (fd >= 0) k->out = k->owned = fdopen(fd, "a");
     if (!k->out) {
         k->fd = fd;
@@ -14618,83 +14787,6 @@ LLMCBI_DEF llmcb_handler *llmcb_file_handler(llmcb_loop *loop, const char *path)
     t->on_agent_action = t->on_agent_finish = llmcbi_file_told;
     return &k->h;
 }
-#endif
-
-/* -- timing */
-
-static int llmcbi_timing_told(llmcb_handler *h, const llmcb_event *ev)
-{
-    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
-    int64_t now = ((const llmcbi_run *)(const void *)ev->run)->loop->now;
-    llmcbi_pace **at, *p;
-    llmcb_timing *t;
-    bool ok = true;
-
-    pthread_mutex_lock(&k->mutex);
-    for (at = &k->paces; *at && strcmp((*at)->id, ev->run->id) != 0;)
-        at = &(*at)->next;
-    p = *at;
-    t = p ? &p->so_far : NULL;
-    if (ev->kind == LLMCB_CHAT_MODEL_START) {
-        p = (llmcbi_pace *)llmcbi_alloc(&k->alloc, sizeof *p);
-        ok = p != NULL;
-        if (p) {
-            memcpy(p->id, ev->run->id, sizeof p->id);
-            p->so_far.first_token_ms = -1;
-            p->next = k->paces;
-            k->paces = p;
-        }
-    } else if (p && ev->kind == LLMCB_LLM_NEW_TOKEN) {
-        if (ev->token->text.len) {
-            if (!t->tokens++) {
-                t->first_token_ms = now - ev->run->started_ms;
-                p->first = now;
-            } else if (now - p->last > t->longest_gap_ms) {
-                t->longest_gap_ms = now - p->last;
-            }
-            p->last = now;
-        }
-    } else if (p) {
-        t->total_ms = ev->run->finished_ms - ev->run->started_ms;
-        if (t->tokens > 1 && p->last > p->first)
-            t->tokens_per_second =
-                (double)(t->tokens - 1) * 1000 / (double)(p->last - p->first);
-        t->runs = k->timing.runs + 1;
-        k->timing = *t;
-        *at = p->next;
-        llmcbi_free(&k->alloc, p, sizeof *p);
-    }
-    pthread_mutex_unlock(&k->mutex);
-    return ok ? 0 : LLMCB_ENOMEM;
-}
-
-LLMCBI_DEF llmcb_handler *llmcb_timing_handler(llmcb_loop *loop)
-{
-    llmcbi_kit *k = llmcbi_kit_new(loop, "timing");
-    llmcb_sync_table *t;
-
-    if (!k) return NULL;
-    k->timing.first_token_ms = -1;
-    k->h.flags = LLMCB_INLINE;
-    t = &k->h.sync;
-    t->on_chat_model_start = t->on_llm_new_token = llmcbi_timing_told;
-    t->on_llm_end = t->on_llm_error = llmcbi_timing_told;
-    return &k->h;
-}
-
-LLMCBI_DEF llmcb_timing llmcb_timing_of(llmcb_handler *h)
-{
-    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
-    llmcb_timing t;
-
-    memset(&t, 0, sizeof t);
-    if (!k) return t;
-    pthread_mutex_lock(&k->mutex);
-    t = k->timing;
-    pthread_mutex_unlock(&k->mutex);
-    return t;
-}
-
 /* -- a trace, one JSON object a line */
 
 /* A JSON string of text that may not be UTF-8. */
@@ -14842,6 +14934,10 @@ static int llmcbi_jsonl_told(llmcb_handler *h, const llmcb_event *ev)
 
     LLMCBI_SYS(clock_gettime)(CLOCK_REALTIME, &ts);
     pthread_mutex_lock(&k->mutex);
+    if (k->full) { /* a line may be cut: nothing can follow it */
+        pthread_mutex_unlock(&k->mutex);
+        return 0;
+    }
     k->line.len = 0;
     llmcbi_buf_text(&k->alloc, &k->line, "{\"event\":\"");
     llmcbi_buf_text(&k->alloc, &k->line, llmcb_event_name(ev->kind));
@@ -14854,8 +14950,9 @@ static int llmcbi_jsonl_told(llmcb_handler *h, const llmcb_event *ev)
     llmcbi_jsonl_int(k, "seq", (int64_t)ev->seq);
     llmcbi_jsonl_payload(k, ev);
     llmcbi_buf_text(&k->alloc, &k->line, "}\n");
-    failed =
-        k->line.failed || !llmcbi_write_all(k->fd, k->line.ptr, k->line.len);
+    k->full =
+        !k->line.failed && !llmcbi_write_all(k->fd, k->line.ptr, k->line.len);
+    failed = k->line.failed || k->full;
     k->line.failed = false;
     pthread_mutex_unlock(&k->mutex);
     return failed ? LLMCB_EIO : 0;
@@ -14869,8 +14966,7 @@ LLMCBI_DEF llmcb_handler *llmcb_jsonl_handler(llmcb_loop *loop,
 
     if (!k) return NULL;
     k->content = content;
-    k->fd = LLMCBI_SYS(open)(
-        path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    k->fd = llmcbi_open_file(path, LLMCBI_APPEND);
     if (k->fd < 0) {
         llmcb_handler_free(&k->h);
         return NULL;
@@ -14883,6 +14979,83 @@ LLMCBI_DEF llmcb_handler *llmcb_jsonl_handler(llmcb_loop *loop,
     t->on_custom_event = llmcbi_jsonl_told;
     return &k->h;
 }
+#endif
+
+/* -- timing */
+
+static int llmcbi_timing_told(llmcb_handler *h, const llmcb_event *ev)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    int64_t now = ((const llmcbi_run *)(const void *)ev->run)->loop->now;
+    llmcbi_pace **at, *p;
+    llmcb_timing *t;
+    bool ok = true;
+
+    pthread_mutex_lock(&k->mutex);
+    for (at = &k->paces; *at && strcmp((*at)->id, ev->run->id) != 0;)
+        at = &(*at)->next;
+    p = *at;
+    t = p ? &p->so_far : NULL;
+    if (ev->kind == LLMCB_CHAT_MODEL_START) {
+        p = (llmcbi_pace *)llmcbi_alloc(&k->alloc, sizeof *p);
+        ok = p != NULL;
+        if (p) {
+            memcpy(p->id, ev->run->id, sizeof p->id);
+            p->so_far.first_token_ms = -1;
+            p->next = k->paces;
+            k->paces = p;
+        }
+    } else if (p && ev->kind == LLMCB_LLM_NEW_TOKEN) {
+        if (ev->token->text.len) {
+            if (!t->tokens++) {
+                t->first_token_ms = now - ev->run->started_ms;
+                p->first = now;
+            } else if (now - p->last > t->longest_gap_ms) {
+                t->longest_gap_ms = now - p->last;
+            }
+            p->last = now;
+        }
+    } else if (p) {
+        t->total_ms = ev->run->finished_ms - ev->run->started_ms;
+        if (t->tokens > 1 && p->last > p->first)
+            t->tokens_per_second =
+                (double)(t->tokens - 1) * 1000 / (double)(p->last - p->first);
+        t->runs = k->timing.runs + 1;
+        k->timing = *t;
+        *at = p->next;
+        llmcbi_free(&k->alloc, p, sizeof *p);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    return ok ? 0 : LLMCB_ENOMEM;
+}
+
+LLMCBI_DEF llmcb_handler *llmcb_timing_handler(llmcb_loop *loop)
+{
+    llmcbi_kit *k = llmcbi_kit_new(loop, "timing");
+    llmcb_sync_table *t;
+
+    if (!k) return NULL;
+    k->timing.first_token_ms = -1;
+    k->h.flags = LLMCB_INLINE;
+    t = &k->h.sync;
+    t->on_chat_model_start = t->on_llm_new_token = llmcbi_timing_told;
+    t->on_llm_end = t->on_llm_error = llmcbi_timing_told;
+    return &k->h;
+}
+
+LLMCBI_DEF llmcb_timing llmcb_timing_of(llmcb_handler *h)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    llmcb_timing t;
+
+    memset(&t, 0, sizeof t);
+    if (!k) return t;
+    pthread_mutex_lock(&k->mutex);
+    t = k->timing;
+    pthread_mutex_unlock(&k->mutex);
+    return t;
+}
+
 #endif /* LLMCB_NO_KIT */
 
 #ifdef __cplusplus

@@ -323,6 +323,65 @@ TEST(time_first_byte)
     talk_end(&t);
 }
 
+/* Events that are like the one before but for text and padding are read in
+ * another way when they come whole than when they come in two halves. What
+ * is told must be the same. */
+#define PAD(t, pad)                                                    \
+    "data: {\"id\":\"i\",\"choices\":[{\"index\":0,\"delta\":{"        \
+    "\"content\":\"" t "\"},\"finish_reason\":null}],\"usage\":null,"  \
+    "\"obfuscation\":\"" pad "\"}\n\n"
+
+TEST(padding)
+{
+    static const struct {
+        const char *body, *tokens;
+        llmcb_code code;
+    } cases[] = {
+        { PAD("a", "") PAD("b", "xyz") PAD("", "q") PAD("c", "xy") DONE,
+          "a|b||c|", LLMCB_OK },
+        { PAD("a", "1") PAD("\\u00e9\\n", "2\\\"}") PAD("b", "\\\\") PAD("c", "")
+              DONE, "a|\xC3\xA9\n|b|c|", LLMCB_OK },
+        { PAD("a", "1") EV("b") PAD("c", "") EV("d") EV("e") PAD("f", "2") DONE,
+          "a|b|c|d|e|f|", LLMCB_OK },
+        { PAD("a", "1") PAD("\\\"obfuscation\\\":\\\"x", "2")
+              PAD("\"}}],\"obfuscation\":\"3", "4") PAD("c", "5") DONE,
+          "a|\"obfuscation\":\"x|", LLMCB_EJSON },
+        { PAD("a", "1") ": comment\n\n" PAD("b", "22")
+              "event: x\n" PAD("c", "3") PAD("d", "44") DONE,
+          "a|b|c|d|", LLMCB_OK },
+        { PAD("a", "1") PAD("b", "2\t") DONE, "a|", LLMCB_EJSON },
+        { PAD("a", "1") PAD("b", "2\\x") DONE, "a|", LLMCB_EJSON },
+        { PAD("a", "1") PAD("b", "2\",\"usage\":{\"prompt_tokens\":1},\"p\":\"")
+              PAD("c", "3") DONE, "a|b|c|", LLMCB_OK },
+        { PAD("a", "1") PAD("b", "2\",\"error\":\"bad") DONE, "a|",
+          LLMCB_EAPI },
+        { PAD("a\\ud83d", "1") PAD("\\ude00b", "2") DONE,
+          "a|\xF0\x9F\x98\x80" "b|", LLMCB_OK },
+    };
+    llmcb_segment segs[4096];
+    char bytes[4096];
+    size_t i, k, step, n;
+
+    for (i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (step = 1; step <= 4096; step = step == 60 ? 4096 : step + 1) {
+            llmcb_recording rec;
+            talk t;
+            snprintf(bytes, sizeof bytes, "%s\r\n%s", SSE, cases[i].body);
+            rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+            n = 0;
+            for (k = 0; k < strlen(bytes); k += step) {
+                segs[n].offset = k;
+                segs[n++].delay_ms = 0;
+            }
+            rec.segments = segs;
+            rec.n_segments = n;
+            talk_replay(&t, &rec, 1);
+            CHECK_INT(talk_ask(&t), cases[i].code);
+            CHECK_STR(t.s.tokens, cases[i].tokens);
+            talk_end(&t);
+        }
+}
+
 /* Events with data count, comments and empty events do not. */
 TEST(time_idle)
 {

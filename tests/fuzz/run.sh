@@ -1,0 +1,190 @@
+#!/bin/sh
+# The fuzz targets of this directory: replay runs each over its corpus and
+# what was found with it, campaign looks for more with libFuzzer and AFL++,
+# as far as they are installed, for that many seconds in all.
+#
+#     tests/fuzz/run.sh [replay]
+#     tests/fuzz/run.sh campaign SECONDS
+#
+# T=name: only targets with this in their name. SEED=number. The last line is
+# "fuzz: N passed, N failed, N skipped". What a campaign finds is written to
+# build/fuzz/finds and belongs, by a telling name, into tests/fuzz/finds.
+
+cd "$(dirname "$0")/../.." || exit 1
+mode=${1:-replay}
+seconds=${2:-60}
+here=tests/fuzz
+dir=build/fuzz
+cc=${CC:-cc}
+flags="-std=c99 -Wall -Wextra ${CFLAGS:--O1 -g}"
+jobs=${JOBS:-1}
+passed=0 failed=0 skipped=0
+export UBSAN_OPTIONS="${UBSAN_OPTIONS:-print_stacktrace=1}"
+unset OPENAI_API_KEY OPENAI_BASE_URL OPENAI_ORG_ID
+mkdir -p $dir/finds $dir/corpus $dir/replay
+
+targets=
+for f in "$here"/*.c; do
+    t=$(basename "$f" .c)
+    case fuzz_$t in *"${T:-}"*) targets="$targets $t" ;; esac
+done
+
+skip() {
+    skipped=$((skipped + 1))
+    echo "  skipped: $1"
+}
+pass() {
+    passed=$((passed + 1))
+    echo "ok $1"
+}
+fail() { # name, file with what was said
+    failed=$((failed + 1))
+    echo "not ok $1"
+    echo "  FAILED: $1"
+    grep -a -E -A12 'broken:|error:|ERROR|undefined reference' "$2" |
+        head -n 40 | sed 's/^/    /'
+}
+finish() {
+    echo "fuzz: $passed passed, $failed failed, $skipped skipped"
+    [ $failed = 0 ]
+    exit
+}
+works() { # compiler and flags
+    echo 'int main(void) { return 0; }' >$dir/probe.c
+    "$@" -o $dir/probe $dir/probe.c >/dev/null 2>&1 && $dir/probe
+}
+# Whether a program is older than what it is made of.
+stale() {
+    [ ! -x "$1" ] ||
+        [ "$(find llmcb.h "$here"/*.[ch] -newer "$1" 2>/dev/null)" ]
+}
+
+# ---- replay -----------------------------------------------------------------
+
+replay() { # target
+    name=fuzz_$1
+    if [ ! -x $dir/replay/"$1" ]; then
+        fail "$name: not built" $dir/replay/"$1".log
+        return
+    fi
+    files=$(find $here/corpus/"$1" $here/finds/"$1" -type f 2>/dev/null | sort)
+    # shellcheck disable=SC2086
+    if $dir/replay/"$1" $files >$dir/out 2>&1; then
+        pass "$name: $(tail -n 1 $dir/out)"
+        return
+    fi
+    for f in $files; do
+        $dir/replay/"$1" "$f" >$dir/out 2>&1 || fail "$name: $f" $dir/out
+    done
+}
+if [ "$mode" = replay ]; then
+    export SEED="${SEED:-1}"
+    echo "seed $SEED"
+    asan="-fsanitize=address,undefined -fno-sanitize-recover"
+    # shellcheck disable=SC2086
+    works $cc $asan || {
+        asan=
+        skip "fuzz: the sanitizers do not work with $cc"
+    }
+    if [ "$(cat $dir/replay/flags 2>/dev/null)" != "$cc $flags $asan" ]; then
+        rm -f $dir/replay/*
+        echo "$cc $flags $asan" >$dir/replay/flags
+    fi
+    for t in $targets; do
+        stale $dir/replay/"$t" && rm -f $dir/replay/"$t" && echo "$t"
+    done | xargs -P "$jobs" -I % sh -c "$cc $flags $asan -o $dir/replay/% \
+        $here/%.c ${LDFLAGS:-} -lpthread >$dir/replay/%.log 2>&1"
+    for t in $targets; do
+        [ -f $dir/replay/"$t".log ] && grep 'warning:' $dir/replay/"$t".log
+        replay "$t"
+    done
+    finish
+fi
+if [ "$mode" != campaign ]; then
+    sed -n '6,7s/^# *//p' "$0" >&2
+    exit 2
+fi
+
+# ---- campaign ---------------------------------------------------------------
+
+seed=${SEED:-$(date +%s)}
+unset SEED # a find must do the same in a replay
+echo "seed $seed"
+n=0
+for t in $targets; do n=$((n + 1)); done
+fuzzer="-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined"
+clang=clang afl=afl-clang-fast engines=0
+echo 'int LLVMFuzzerTestOneInput(const char *s, unsigned long n);
+int LLVMFuzzerTestOneInput(const char *s, unsigned long n)
+{ return !s && n; }' >$dir/probe.c
+# shellcheck disable=SC2086
+if $clang $fuzzer -o $dir/probe $dir/probe.c >/dev/null 2>&1; then
+    engines=$((engines + 1))
+else
+    clang=
+    skip "libFuzzer: there is no clang, or it has no fuzzer runtime"
+fi
+if command -v $afl >/dev/null 2>&1 && command -v afl-fuzz >/dev/null 2>&1; then
+    engines=$((engines + 1))
+else
+    afl=
+    skip "AFL++: afl-clang-fast or afl-fuzz is not installed"
+fi
+[ $engines = 0 ] || [ $n = 0 ] && finish
+each=$((seconds / n / engines))
+[ $each -gt 0 ] || each=1
+
+libfuzzer() { # target
+    name="fuzz_$1, libFuzzer"
+    prog=$dir/libfuzzer_$1
+    # shellcheck disable=SC2086
+    if stale "$prog" && ! $clang $flags $fuzzer -DFUZZ_ENGINE -o "$prog" \
+        "$here/$1.c" -lpthread >$dir/out 2>&1; then
+        fail "$name: not built" $dir/out
+        return
+    fi
+    mkdir -p $dir/corpus/"$1" $here/corpus/"$1"
+    "$prog" -seed="$seed" -max_total_time=$each -timeout=10 \
+        -rss_limit_mb=3000 -artifact_prefix="$dir/finds/$1-" \
+        ${dict:+-dict="$dict"} -print_final_stats=1 $dir/corpus/"$1" \
+        "$here/corpus/$1" >$dir/out 2>&1 &&
+        pass "$name: $(awk '/executed_units/ { n = $2 }
+            /exec_per_sec/ { print n " inputs, " $2 " a second" }' $dir/out)" &&
+        return
+    grep -a 'Test unit written' $dir/out
+    fail "$name" $dir/out
+}
+aflpp() { # target
+    name="fuzz_$1, AFL++"
+    prog=$dir/afl_$1
+    # shellcheck disable=SC2086
+    if stale "$prog" && ! AFL_USE_ASAN=1 AFL_USE_UBSAN=1 $afl $flags \
+        -fsanitize=fuzzer -DFUZZ_ENGINE -o "$prog" "$here/$1.c" -lpthread \
+        >$dir/out 2>&1; then
+        fail "$name: not built" $dir/out
+        return
+    fi
+    rm -rf $dir/afl/"$1"
+    mkdir -p $dir/afl
+    AFL_NO_UI=1 AFL_SKIP_CPUFREQ=1 AFL_NO_AFFINITY=1 \
+        AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES=1 afl-fuzz -s "$seed" \
+        -V $each -t 5000 -m none ${dict:+-x "$dict"} -i "$here/corpus/$1" \
+        -o $dir/afl/"$1" -- "$prog" >$dir/out 2>&1
+    found=$(find $dir/afl/"$1" -path '*crashes/id*' -o -path '*hangs/id*')
+    if [ ! -f $dir/afl/"$1"/default/fuzzer_stats ]; then
+        fail "$name: did not run" $dir/out
+    elif [ "$found" ]; then
+        echo "$found"
+        fail "$name" $dir/out
+    else
+        pass "$name: $(awk '/^execs_done/ { print $3 }' \
+            $dir/afl/"$1"/default/fuzzer_stats) inputs"
+    fi
+}
+for t in $targets; do
+    dict=
+    [ -f "$here/$t.dict" ] && dict=$here/$t.dict
+    [ "$clang" ] && libfuzzer "$t"
+    [ "$afl" ] && aflpp "$t"
+done
+finish
