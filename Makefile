@@ -4,6 +4,7 @@
 #   make examples    all examples, into build/examples
 #   make test        all tests; T=name: only those with this in their name
 #   make check       the gate of a commit: tests, all warnings, analysers
+#   make fuzz        looks for more with libFuzzer for FUZZ_SECONDS
 #   make bench       what a token and a stream cost (tests/bench/README.md);
 #                    bench-full takes longer, bench-instructions is exact
 #   make clean
@@ -11,7 +12,8 @@
 # CC=clang and the like are honoured. SKIPS=fail: what cannot be tested on
 # this machine counts as failed. SETUP=no: install no package.
 
-CFLAGS ?= -O1 -g
+# Sanitizers make optimised builds three times as slow to build.
+CFLAGS ?= -g
 SKIPS ?=
 T ?=
 export CC CFLAGS LDFLAGS SKIPS T
@@ -30,7 +32,12 @@ EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 # Programs that ThreadSanitizer cannot run or that have no threads.
 NO_TSAN := test_base test_json test_sse test_http test_wire
-export NO_TSAN
+# Those that run with it in make check alone, for time: their threads are
+# those of others.
+LATE_TSAN := test_loop_poll test_task_poll test_syscalls test_security test_tls
+# A program that runs in make check alone: it is another with poll(2).
+LATE := test_syscalls_poll
+export NO_TSAN LATE_TSAN LATE
 TSANS := $(filter-out $(NO_TSAN),$(TESTS))
 # The sanitizers; tests/run.sh empties one that the compiler lacks.
 ASAN ?= -fsanitize=address,undefined -fno-sanitize-recover
@@ -54,11 +61,11 @@ build/examples/%: examples/%.c llmcb.h
 
 # The programs of make test, in both forms.
 programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
-build/tests/%: tests/%.c llmcb.h tests/test.h tests/server.h tests/scene.h
+build/tests/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) $(ASAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
 		$(extra) $(CURL)
-build/tsan/%: tests/%.c llmcb.h tests/test.h tests/server.h tests/scene.h
+build/tsan/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) $(TSAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
 		$(extra) $(CURL)
@@ -70,6 +77,10 @@ test:
 	@tests/run.sh test
 check:
 	@tests/run.sh check
+
+FUZZ_SECONDS ?= 600
+fuzz:
+	@CFLAGS='-O1 -g' tests/fuzz/run.sh campaign $(FUZZ_SECONDS)
 
 BENCH := server client micro ref_recv ref_scan
 bench-programs: $(BENCH:%=build/tests/bench/%)
@@ -87,5 +98,5 @@ bench-instructions: bench-programs
 clean:
 	rm -rf build
 
-.PHONY: all demo examples programs test check clean
+.PHONY: all demo examples programs test check fuzz clean
 .PHONY: bench bench-full bench-instructions bench-programs

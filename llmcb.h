@@ -351,6 +351,7 @@ LLMCB_API const char *llmcb_code_text(llmcb_code code);
 typedef struct llmcb_loop llmcb_loop;
 typedef struct llmcb_op llmcb_op;
 typedef struct llmcb_run llmcb_run;
+typedef struct llmcb_output llmcb_output;
 typedef struct llmcb_transport llmcb_transport;
 struct pollfd;
 
@@ -793,13 +794,13 @@ typedef struct llmcb_document {
 } llmcb_document;
 
 /* What a chain, tool, retriever or agent has brought. */
-typedef struct llmcb_output {
+struct llmcb_output {
     llmcb_str text;
     llmcb_str log; /* AGENT_FINISH: what the model said */
     const llmcb_document *documents;
     size_t n_documents;
     bool failed; /* TOOL_END: text is an error that goes to the model */
-} llmcb_output;
+};
 
 /* A tool call that an agent is about to make. */
 typedef struct llmcb_action {
@@ -1072,8 +1073,8 @@ typedef struct llmcb_chat llmcb_chat;
 
 /* A bucket of tokens that fills up with time. Each request takes one, or
  * waits for it in order of arrival; retries and answers from a cache take
- * none. It may serve several chats of its loop, and lives as long as they
- * do. Starts empty. */
+ * none. It may serve several chats of its loop, lives as long as they do and
+ * is to be freed before the loop. Starts empty. */
 typedef struct llmcb_limiter llmcb_limiter;
 
 /* burst: what the bucket holds at most, 0 for 1. NULL: no memory, or
@@ -1085,6 +1086,7 @@ LLMCB_API void llmcb_limiter_free(llmcb_limiter *limiter);
 /* Answers by the request that brought them, in memory. A call whose address
  * and request are the same to the byte gets the answer without any request,
  * after its start event: no tokens, then the end event with result->cached.
+ * Keys and other headers are not looked at.
  * llmcb_chat_stream does not look there, and answers with log-probabilities
  * are not kept. It may serve several chats of its loop, and lives as long as
  * they do. */
@@ -1192,6 +1194,15 @@ LLMCB_API const llmcb_result *llmcb_op_result_at(const llmcb_op *op, size_t i);
 LLMCB_API const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i);
 LLMCB_API llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i);
 
+/* What a run of llmcb_run_start, a tool or an agent has brought; empty while
+ * it is under way, and of other operations. Valid until llmcb_op_free. Never
+ * NULL. */
+LLMCB_API const llmcb_output *llmcb_op_output(const llmcb_op *op);
+
+/* The text of that, or of a chat call its first answer: what there is of it
+ * after an error. Valid until llmcb_op_free. */
+LLMCB_API llmcb_str llmcb_op_text(const llmcb_op *op);
+
 /* The op's own run, of a batch the first; NULL: it has none. Valid until
  * llmcb_op_free. */
 LLMCB_API llmcb_run *llmcb_op_run(const llmcb_op *op);
@@ -1260,7 +1271,9 @@ LLMCB_API llmcb_code llmcb_run_end_documents(llmcb_run *run,
                                              size_t n);
 
 /* Ends it with an error, such as the one of a child. A code that is
- * LLMCB_OK is taken for LLMCB_EINVAL. */
+ * LLMCB_OK is taken for LLMCB_EINVAL. Returns the error's code, so that a
+ * body can say `return llmcb_run_fail(run, llmcb_op_error(op));`, or why it
+ * is not legal, as llmcb_run_end. */
 LLMCB_API llmcb_code llmcb_run_fail(llmcb_run *run, const llmcb_error *error);
 
 /* on_agent_action and on_agent_finish of an agent of the program's own, as
@@ -1269,10 +1282,6 @@ LLMCB_API llmcb_code llmcb_run_action(llmcb_run *run,
                                       const llmcb_action *action);
 LLMCB_API llmcb_code llmcb_run_agent_finish(llmcb_run *run, llmcb_str output,
                                             llmcb_str log);
-
-/* What a run of llmcb_run_start, a tool or an agent has brought; empty while
- * it is under way. Valid until llmcb_op_free. Never NULL. */
-LLMCB_API const llmcb_output *llmcb_op_output(const llmcb_op *op);
 
 /* One call of a tool, in the tool's hands until it returns. */
 typedef struct llmcb_tool_use {
@@ -3769,6 +3778,7 @@ struct llmcb_op {
     llmcb_run *run;           /* its first; may be NULL */
     llmcb_op *answer;         /* the op whose result it shows, if not its own */
     const llmcb_usage *usage; /* likewise; NULL: its own */
+    const llmcb_output *output; /* of its run, if that is no model's */
     llmcbi_waiter *waiters;
     llmcbi_task *reader;      /* awaits a chunk */
     const llmcb_error *error; /* of a done op */
@@ -4883,8 +4893,8 @@ static llmcb_str llmcbi_record_text(char **at, const char *s, size_t len)
     return r;
 }
 
-/* The same for text of a server that may not be UTF-8: at most three times
- * as long, and 3 bytes. */
+/* The same for text that may not be UTF-8: at most three times as long, and
+ * 3 bytes. */
 static llmcb_str llmcbi_record_utf8(char **at, llmcb_str s)
 {
     llmcbi_carry c;
@@ -8863,6 +8873,7 @@ static int llmcbi_open_file(const char *path, int flags)
 
     if (fd >= 0 && (LLMCBI_SYS(fstat)(fd, &st) != 0 || !S_ISREG(st.st_mode))) {
         LLMCBI_SYS(close)(fd);
+        errno = EINVAL;
         fd = -1;
     }
     return fd;
@@ -10109,6 +10120,7 @@ typedef struct llmcbi_kept {
 } llmcbi_kept;
 
 struct llmcb_cache {
+    const llmcb_loop *loop; /* not looked into */
     llmcb_allocator alloc;
     size_t refs; /* the program's and each chat's */
     size_t bytes, max_bytes;
@@ -10122,6 +10134,7 @@ LLMCBI_DEF llmcb_cache *llmcb_cache_new(llmcb_loop *loop, size_t max_bytes)
     if (llmcbi_enter(loop) != LLMCB_OK) return NULL;
     c = (llmcb_cache *)llmcbi_alloc(&loop->alloc, sizeof *c);
     if (!c) return NULL;
+    c->loop = loop;
     c->alloc = loop->alloc;
     c->refs = 1;
     c->max_bytes = max_bytes ? max_bytes : (size_t)16 << 20;
@@ -10250,10 +10263,13 @@ LLMCBI_DEF void llmcb_limiter_free(llmcb_limiter *l)
 static int64_t llmcbi_limiter_take(llmcb_limiter *l)
 {
     int64_t now = l->loop->now, gone = now - l->at;
+    int64_t most = l->most;
 
+    /* what the last millisecond of a wait brought too much is not lost */
+    if (l->first) most += l->per_minute - 1;
     l->at = now;
-    if (gone >= (l->most - l->level) / l->per_minute + 1)
-        l->level = l->most;
+    if (gone >= (most - l->level) / l->per_minute + 1)
+        l->level = most;
     else if (gone > 0)
         l->level += gone * l->per_minute;
     if (l->level < LLMCBI_TOKEN)
@@ -10551,6 +10567,11 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
         d->limiter = NULL;
         llmcbi_chat_refuse(chat, LLMCB_EINVAL,
                            "the limiter belongs to another loop");
+    }
+    if (d->cache && d->cache->loop != chat->loop) {
+        d->cache = NULL;
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "the cache belongs to another loop");
     }
     if (d->limiter) d->limiter->refs++;
     if (d->cache) d->cache->refs++;
@@ -12512,6 +12533,12 @@ static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
     return op && p.in->destroy == llmcbi_call_destroy ? p.out : NULL;
 }
 
+/* The call whose chunks an op has; an agent has none. */
+static llmcbi_call *llmcbi_chunks_of(const llmcb_op *op)
+{
+    return op && !op->answer ? llmcbi_call_of(op) : NULL;
+}
+
 /* Passes the record that the pull interface stands at. */
 static void llmcbi_call_pass(llmcbi_call *c)
 {
@@ -12542,7 +12569,7 @@ static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
 LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
 {
     const llmcb_chunk *got = NULL;
-    llmcbi_call *c = llmcbi_call_of(op);
+    llmcbi_call *c = llmcbi_chunks_of(op);
 
     if (chunk) *chunk = NULL;
     if (!c || !c->n || llmcbi_enter(op->loop) != LLMCB_OK) return false;
@@ -12564,7 +12591,7 @@ LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
 LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *pub, llmcb_op *op)
 {
     llmcbi_task *t = llmcbi_await(pub);
-    llmcbi_call *c = llmcbi_call_of(op);
+    llmcbi_call *c = llmcbi_chunks_of(op);
     llmcb_code code;
 
     if (!t) return LLMCB_WAIT;
@@ -12614,9 +12641,24 @@ LLMCBI_DEF const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i)
 {
     const llmcbi_call *c = llmcbi_call_of(op);
 
-    if (!c || i >= c->n || !op->done || !c->prompts[i].outcome)
+    if (!c || op->answer || i >= c->n || !op->done || !c->prompts[i].outcome)
         return llmcb_op_error(op);
     return c->prompts[i].outcome;
+}
+
+LLMCBI_DEF const llmcb_output *llmcb_op_output(const llmcb_op *op)
+{
+    static const llmcb_output none = { { "", 0 }, { "", 0 }, NULL, 0, false };
+
+    return op && op->done && op->output ? op->output : &none;
+}
+
+LLMCBI_DEF llmcb_str llmcb_op_text(const llmcb_op *op)
+{
+    const llmcb_result *r = llmcb_op_result(op);
+
+    if (op && op->output) return llmcb_op_output(op)->text;
+    return r->n_generations ? r->generations[0].text : llmcbi_slice("", 0);
 }
 
 LLMCBI_DEF llmcb_run *llmcb_op_run(const llmcb_op *op)
@@ -13118,6 +13160,7 @@ static llmcbi_work *llmcbi_work_new(llmcb_loop *loop,
         return w;
     }
     w->op.run = &w->run.pub;
+    w->op.output = &w->output;
     llmcbi_run_adopt(config, &w->op);
     llmcbi_run_begin(&w->run, starts[w->d.kind], &w->start);
     return w;
@@ -13238,15 +13281,7 @@ LLMCBI_DEF llmcb_code llmcb_run_fail(llmcb_run *run, const llmcb_error *error)
         if (!*e.message) llmcbi_error_set(&e, error->code, NULL);
     }
     llmcbi_work_decide(w, &e);
-    return LLMCB_OK;
-}
-
-LLMCBI_DEF const llmcb_output *llmcb_op_output(const llmcb_op *op)
-{
-    static const llmcb_output none = { { "", 0 }, { "", 0 }, NULL, 0, false };
-    const llmcbi_work *w = llmcbi_work_of(op);
-
-    return w && op->done && w->outcome ? &w->output : &none;
+    return e.code;
 }
 
 /* -- events of agents */
@@ -13745,7 +13780,7 @@ typedef struct llmcbi_agent {
     llmcb_op **waiting; /* those that are under way */
     size_t n_waiting;
     int turns;
-    int64_t due;   /* total_ms; 0: none */
+    int64_t began; /* total_ms counts from then */
     uint64_t told; /* events that the tools come after */
     llmcb_usage usage;
     bool known; /* that of the turns before this one */
@@ -13806,11 +13841,16 @@ static llmcb_message *llmcbi_agent_say(llmcbi_agent *g, llmcb_role role,
                                        llmcb_str text)
 {
     llmcb_message *m = &g->messages[g->n++];
+    char *at;
 
     memset(m, 0, sizeof *m);
     m->role = role;
-    m->content =
-        llmcbi_arena_text(llmcbi_agent_alloc(g), &g->arena, text.ptr, text.len);
+    m->content = "";
+    at = (char *)llmcbi_arena_get(llmcbi_agent_alloc(g), &g->arena,
+                                  3 * text.len + 4);
+    if (!at) return m;
+    text = llmcbi_record_utf8(&at, text); /* a tool may answer anything */
+    m->content = text.ptr;
     m->content_len = text.len;
     return m;
 }
@@ -14077,9 +14117,10 @@ static llmcb_op *llmcbi_agent_rest(llmcbi_agent *g)
 
 static int64_t llmcbi_agent_left(const llmcbi_agent *g)
 {
-    int64_t left = g->due - g->w->op.loop->now;
+    int64_t past = g->w->op.loop->now - g->began;
 
-    return !g->due ? -1 : left > 0 ? left : 0;
+    if (g->d.total_ms <= 0) return -1;
+    return past < g->d.total_ms ? g->d.total_ms - past : 0;
 }
 
 /* As llmcb_await_run; while another coroutine awaits the same, which would be
@@ -14105,7 +14146,7 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
     llmcb_code code;
 
     LLMCB_BEGIN(t);
-    if (g->d.total_ms > 0) g->due = g->w->op.loop->now + g->d.total_ms;
+    g->began = g->w->op.loop->now;
     for (; g->turns < g->d.max_turns; g->turns++) {
         code = llmcbi_agent_ask(g);
         if (code != LLMCB_OK) return code;
@@ -14488,12 +14529,26 @@ LLMCBI_DEF const char *llmcb_usage_model(llmcb_handler *h, size_t i)
 
 /* -- runs: collected, and printed as a tree */
 
+/* The open one with this id. */
 static llmcb_run_record *llmcbi_record_find(const llmcbi_kit *k, const char *id)
 {
     size_t i = k->n_records; /* it is most likely one of the last */
 
     while (i--)
-        if (strcmp(k->records[i].id, id) == 0) return &k->records[i];
+        if (!k->records[i].finished && strcmp(k->records[i].id, id) == 0)
+            return &k->records[i];
+    return NULL;
+}
+
+/* Only what has started before it, so that ids which the program has chosen
+ * badly make no circle. */
+static llmcb_run_record *llmcbi_record_parent(const llmcbi_kit *k,
+                                              const llmcb_run_record *r)
+{
+    size_t i = (size_t)(r - k->records);
+
+    while (i--)
+        if (strcmp(k->records[i].id, r->parent_id) == 0) return &k->records[i];
     return NULL;
 }
 
@@ -14589,10 +14644,15 @@ LLMCBI_DEF void llmcb_collector_clear(llmcb_handler *h)
 }
 
 #ifndef LLMCB_NO_STDIO
-/* The first record from i on whose parent has this id. */
-static size_t llmcbi_tree_child(const llmcbi_kit *k, size_t i, const char *id)
+/* The first child of `parent` behind `r`. */
+static size_t llmcbi_tree_child(const llmcbi_kit *k, const llmcb_run_record *r,
+                                const llmcb_run_record *parent)
 {
-    while (i < k->n_records && strcmp(k->records[i].parent_id, id) != 0)
+    size_t i = (size_t)(r - k->records) + 1;
+
+    while (i < k->n_records &&
+           (strcmp(k->records[i].parent_id, parent->id) != 0 ||
+            llmcbi_record_parent(k, &k->records[i]) != parent))
         i++;
     return i;
 }
@@ -14606,13 +14666,13 @@ static void llmcbi_tree_lead(llmcbi_kit *k, const llmcb_run_record *root,
     bool own = true;
 
     *at = '\0';
-    while (r && r != root && at - lead >= 4) {
-        bool more = llmcbi_tree_child(k, (size_t)(r - k->records) + 1,
-                                      r->parent_id) < k->n_records;
+    while (r != root && at - lead >= 4) {
+        const llmcb_run_record *parent = llmcbi_record_parent(k, r);
+        bool more = llmcbi_tree_child(k, r, parent) < k->n_records;
         at -= 4;
         memcpy(at, own ? more ? "|-- " : "`-- " : more ? "|   " : "    ", 4);
         own = false;
-        r = llmcbi_record_find(k, r->parent_id);
+        r = parent;
     }
     fputs(at, k->out);
 }
@@ -14650,11 +14710,11 @@ static void llmcbi_tree_print(llmcbi_kit *k, const llmcb_run_record *root)
     while (r) {
         const llmcb_run_record *up = r;
         llmcbi_tree_line(k, root, r);
-        i = llmcbi_tree_child(k, first, r->id);
+        i = llmcbi_tree_child(k, r, r);
         while (i == k->n_records && up != root) {
-            i = llmcbi_tree_child(k, (size_t)(up - k->records) + 1,
-                                  up->parent_id);
-            up = llmcbi_record_find(k, up->parent_id);
+            const llmcb_run_record *parent = llmcbi_record_parent(k, up);
+            i = llmcbi_tree_child(k, up, parent);
+            up = parent;
         }
         r = i < k->n_records ? &k->records[i] : NULL;
     }
@@ -14662,7 +14722,7 @@ static void llmcbi_tree_print(llmcbi_kit *k, const llmcb_run_record *root)
     for (i = k->n_records; i-- > first;) { /* parents after children */
         const llmcb_run_record *p = &k->records[i];
         while (p && p != &k->records[first])
-            p = llmcbi_record_find(k, p->parent_id);
+            p = llmcbi_record_parent(k, p);
         if (p) llmcbi_record_drop(k, i);
     }
 }
@@ -14670,15 +14730,18 @@ static void llmcbi_tree_print(llmcbi_kit *k, const llmcb_run_record *root)
 static int llmcbi_tree_told(llmcb_handler *h, const llmcb_event *ev)
 {
     llmcbi_kit *k = (llmcbi_kit *)(void *)h;
-    int result = llmcbi_collector_told(h, ev);
     llmcb_run_record *r;
+    bool ok = true;
 
-    if (llmcbi_kit_is_start(ev->kind)) return result;
     pthread_mutex_lock(&k->mutex);
-    r = llmcbi_record_find(k, ev->run->id);
-    if (r && !llmcbi_record_find(k, r->parent_id)) llmcbi_tree_print(k, r);
+    if (llmcbi_kit_is_start(ev->kind)) {
+        ok = llmcbi_record_begin(k, ev);
+    } else if ((r = llmcbi_record_find(k, ev->run->id)) != NULL) {
+        llmcbi_record_finish(k, r, ev);
+        if (!llmcbi_record_parent(k, r)) llmcbi_tree_print(k, r);
+    }
     pthread_mutex_unlock(&k->mutex);
-    return result;
+    return ok ? 0 : LLMCB_ENOMEM;
 }
 
 LLMCBI_DEF llmcb_handler *llmcb_tree_handler(llmcb_loop *loop, FILE *out)
@@ -14730,8 +14793,10 @@ static int llmcbi_file_told(llmcb_handler *h, const llmcb_event *ev)
 {
     llmcbi_kit *k = (llmcbi_kit *)(void *)h;
     llmcb_str name = llmcb_text(ev->run->name);
+    bool failed;
 
     pthread_mutex_lock(&k->mutex);
+    clearerr(k->out); /* it is the handler's own: of this event only */
     switch (ev->kind) {
     case LLMCB_CHAIN_START:
         fputs("> Entering ", k->out);
@@ -14762,8 +14827,9 @@ static int llmcbi_file_told(llmcb_handler *h, const llmcb_event *ev)
     }
     fputs("\n", k->out);
     fflush(k->out);
+    failed = ferror(k->out) != 0;
     pthread_mutex_unlock(&k->mutex);
-    return ferror(k->out) ? LLMCB_EIO : 0;
+    return failed ? LLMCB_EIO : 0;
 }
 
 LLMCBI_DEF llmcb_handler *llmcb_file_handler(llmcb_loop *loop, const char *path)

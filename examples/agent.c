@@ -16,7 +16,6 @@ static int get_weather(llmcb_tool_use *use)
 {
     char text[200];
     llmcb_str city;
-
     llmcb_tool_text(use, "city", &city); /* it is there: that was checked */
     if (strcmp(city.ptr, "Paris") != 0)
         return llmcb_tool_fail(use, "only the weather of Paris is known");
@@ -28,7 +27,6 @@ static int add(llmcb_tool_use *use)
 {
     char text[100];
     double a, b;
-
     if (!llmcb_tool_number(use, "a", &a) || !llmcb_tool_number(use, "b", &b))
         return llmcb_tool_fail(use, "those numbers are too large");
     snprintf(text, sizeof text, "%.15g", a + b);
@@ -39,7 +37,6 @@ static int add(llmcb_tool_use *use)
 static llmcb_step wait_a_while(llmcb_task *t, llmcb_tool_use *use)
 {
     int64_t seconds = 0;
-
     LLMCB_BEGIN(t);
     llmcb_tool_int(use, "seconds", &seconds);
     LLMCB_AWAIT(t, llmcb_sleep(t, seconds * 1000));
@@ -98,13 +95,13 @@ int main(int argc, char **argv)
     llmcb_config config = { .callbacks = callbacks, .n_callbacks = 1 };
     llmcb_message message = { .role = LLMCB_USER, .content = question };
 
-    llmcb_loop *loop =
-        llmcb_loop_new(&(llmcb_loop_desc){ .virtual_clock = !live });
+    llmcb_loop_desc clock = { .virtual_clock = !live };
+    llmcb_loop *loop = llmcb_loop_new(&clock);
     llmcb_replay_desc replay = { .path = "examples/recordings/agent.http" };
     llmcb_chat_desc desc = { .streaming = true };
     if (!live) desc.transport = llmcb_replay_new(loop, &replay);
-    llmcb_chat *chat = llmcb_chat_new(loop, &desc);
 
+    llmcb_chat *chat = llmcb_chat_new(loop, &desc);
     llmcb_agent_desc agent = { .chat = chat, .tools = tools, .n_tools = 3 };
     llmcb_op *op = llmcb_agent_start(&agent, &message, 1, &config);
     llmcb_code code = llmcb_op_wait(op);

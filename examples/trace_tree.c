@@ -36,8 +36,8 @@ static const llmcb_tool tools[] = {
 
 int main(int argc, char **argv)
 {
-    llmcb_loop *loop =
-        llmcb_loop_new(&(llmcb_loop_desc){ .virtual_clock = true });
+    llmcb_loop_desc clock = { .virtual_clock = true };
+    llmcb_loop *loop = llmcb_loop_new(&clock);
     llmcb_handler *usage = llmcb_usage_handler(loop);
     llmcb_handler *timing = llmcb_timing_handler(loop);
     llmcb_handler *tree = llmcb_tree_handler(loop, stdout);
@@ -45,20 +45,18 @@ int main(int argc, char **argv)
         argc > 1 ? llmcb_jsonl_handler(loop, argv[1], true) : NULL;
     llmcb_handler *callbacks[] = { usage, timing, tree, trace };
     llmcb_config config = { .callbacks = callbacks,
-                            .n_callbacks = trace ? 4 : 3 };
+                            .n_callbacks = trace ? 4u : 3u };
 
-    llmcb_chat *chat = llmcb_chat_new(
-        loop, &(llmcb_chat_desc){
-                  .streaming = true,
-                  .transport = llmcb_replay_new(
-                      loop, &(llmcb_replay_desc){
-                                .path = "examples/recordings/agent.http" }) });
-    llmcb_message question = { .content = "How is the weather in Paris, what "
+    llmcb_replay_desc replay = { .path = "examples/recordings/agent.http" };
+    llmcb_chat_desc desc = { .streaming = true,
+                             .transport = llmcb_replay_new(loop, &replay) };
+    llmcb_chat *chat = llmcb_chat_new(loop, &desc);
+    llmcb_agent_desc agent = { .chat = chat, .tools = tools, .n_tools = 3 };
+    llmcb_message question = { .role = LLMCB_USER,
+                               .content = "How is the weather in Paris, what "
                                           "is 17.5 + 24.5, and could you wait "
                                           "two seconds?" };
-    llmcb_op *op = llmcb_agent_start(
-        &(llmcb_agent_desc){ .chat = chat, .tools = tools, .n_tools = 3 },
-        &question, 1, &config);
+    llmcb_op *op = llmcb_agent_start(&agent, &question, 1, &config);
     llmcb_code code = llmcb_op_wait(op);
     if (code != LLMCB_OK) fprintf(stderr, "%s\n", llmcb_op_error(op)->message);
 

@@ -123,7 +123,10 @@ cell() { # compiler standard switch [more flags]
         # Declarations alone are of no use there, and gcc says so of each.
         h=
         [ "$s" = LLMCB_STATIC ] && h=-Wno-unused-function
-        echo "$name|$c -std=$std $w $* -I. -c -o $dir/$n.o $dir/$s.$e &&" \
+        # clang says all it has to say without making code
+        out="-c -o $dir/$n.o"
+        case $1$c in clang*) out=-fsyntax-only ;; esac
+        echo "$name|$c -std=$std $w $* -I. $out $dir/$s.$e &&" \
             "$c -std=$std $w $h $* -I. -fsyntax-only $dir/$s.header.$e" >>$cells
     fi
 }

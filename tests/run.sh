@@ -65,12 +65,15 @@ fi
 tests=
 for f in tests/test_*.c; do
     n=$(basename "$f" .c)
+    [ "$mode" = test ] && [ ! "$T" ] && [ "$n" = "$LATE" ] && continue
     case $n in *"$T"*) [ -f "$f" ] && tests="$tests $n" ;; esac
 done
 tsans=
 if probe tsan "$tsan"; then
     for n in $tests; do
-        case " $NO_TSAN " in
+        late=$LATE_TSAN
+        [ "$mode" = check ] || [ "$T" ] && late=
+        case " $NO_TSAN $late " in
         *" $n "*) ;;
         *) tsans="$tsans $n" ;;
         esac
@@ -179,15 +182,16 @@ fi
 
 # ---- scripts ---------------------------------------------------------------
 
-for f in tests/test_*.sh tests/check_*.sh; do
-    n=$(basename "$f" .sh)
+for f in tests/test_*.sh tests/check_*.sh tests/fuzz/run.sh; do
+    n=$(basename "$f" .sh) only=$T
+    [ "$f" = tests/fuzz/run.sh ] && n=fuzz only=
     case $n in *"$T"*) ;; *) continue ;; esac
     [ -f "$f" ] || continue
     all=
     [ "$mode" = check ] && [ "$n" = check_build ] && all=all
     start=$(date +%s)
     # shellcheck disable=SC2086
-    JOBS=$jobs bounded 600 sh "$f" $all </dev/null >"$dir/$n.out" 2>&1
+    T=$only JOBS=$jobs bounded 600 sh "$f" $all </dev/null >"$dir/$n.out" 2>&1
     echo $? >"$dir/$n.status"
     echo $(($(date +%s) - start)) >"$dir/$n.seconds"
     names="$names $n"

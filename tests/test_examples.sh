@@ -86,7 +86,10 @@ done
 for file in examples/*.c; do
     name=$(basename "$file" .c)
     limit=120
-    [ "$name" = trace ] && limit=340
+    case $name in
+    trace) limit=340 ;;
+    chain) limit=200 ;;
+    esac
     lines=$(($(wc -l <"$file")))
     if [ $lines -lt $limit ]; then pass; else fail "$name" "$lines lines"; fi
 
@@ -250,6 +253,135 @@ Why don't scientists trust atoms?
 Because they make up everything.
 END
 fi
+
+# ---- agents, chains, handlers: offline, in virtual time, always the same ------
+
+run agent 0 $dir/agent && expect agent <<'END'
+-> get_weather {"city": "Paris"}
+-> add {"a": 17.5, "b": 24.5}
+-> wait {"seconds": 2}
+<- get_weather: 21 °C and sunny in Paris
+<- add: 42
+<- wait: done
+It is 21 °C and sunny in Paris, 17.5 + 24.5 is 42, and I have waited two seconds.
+END
+run trace_tree 0 $dir/trace_tree && expect trace_tree <<'END'
+AgentExecutor  3.4 s
+|-- RunnableSequence  530 ms
+|   `-- ChatOpenAI  530 ms, 112 + 61 tokens
+|-- get_weather  0 ms
+|-- add  0 ms
+|-- wait  2.0 s
+`-- RunnableSequence  905 ms
+    `-- ChatOpenAI  905 ms, 190 + 25 tokens
+388 tokens in all; the last answer began after 255 ms and came with 40 tokens a second
+END
+rm -f $out/tree.jsonl
+run trace_tree_file 0 $dir/trace_tree $out/tree.jsonl && {
+    cp $out/tree.jsonl $out/tree_file
+    count tree_file 61 '^{"event":"on_[a-z_]*","time_ms":[0-9]*,"run_id":"[-0-9a-f]\{36\}",.*}$'
+    count tree_file 3 '^{"event":"on_agent_action".*"tool":"'
+    count tree_file 4 '"event":"on_chain_start"\|"event":"on_agent_finish"'
+    count tree_file 3 '^{"event":"on_tool_end".*"output":"'
+    if has python3; then
+        if python3 -c 'import json, sys
+for line in sys.stdin:
+    json.loads(line)' <$out/tree.jsonl 2>/dev/null; then
+            pass
+        else
+            fail trace_tree_file "not JSON"
+        fi
+    fi
+    mode=$(find $out/tree.jsonl -perm 600)
+    if [ "$mode" ]; then pass; else fail trace_tree_file "mode is not 0600"; fi
+}
+run chain 0 $dir/chain && expect chain <<'END'
+   0 ms  on_chain_start       RunnableSequence
+   0 ms  on_chain_start       ChatPromptTemplate  seq:step:1
+   0 ms  on_chain_end         ChatPromptTemplate  seq:step:1
+   0 ms  on_chat_model_start  ChatOpenAI  seq:step:2
+ 400 ms  on_llm_end           ChatOpenAI  seq:step:2
+ 400 ms  on_chain_start       StrOutputParser  seq:step:3
+ 400 ms  on_chain_end         StrOutputParser  seq:step:3
+ 400 ms  on_chain_end         RunnableSequence
+RunnableSequence  400 ms
+|-- ChatPromptTemplate  0 ms
+|-- ChatOpenAI  400 ms, 13 + 20 tokens
+`-- StrOutputParser  0 ms
+Why don't scientists trust atoms? They make up everything.
+
+ 400 ms  on_chain_start       RunnableParallel
+ 400 ms  on_chain_start       RunnableSequence  map:key:joke
+ 400 ms  on_chat_model_start  ChatOpenAI  map:key:poem
+ 400 ms  on_chain_start       ChatPromptTemplate  seq:step:1
+ 400 ms  on_chain_end         ChatPromptTemplate  seq:step:1
+ 400 ms  on_chat_model_start  ChatOpenAI  seq:step:2
+ 650 ms  on_llm_end           ChatOpenAI  map:key:poem
+ 800 ms  on_llm_end           ChatOpenAI  seq:step:2
+ 800 ms  on_chain_start       StrOutputParser  seq:step:3
+ 800 ms  on_chain_end         StrOutputParser  seq:step:3
+ 800 ms  on_chain_end         RunnableSequence  map:key:joke
+ 800 ms  on_chain_end         RunnableParallel
+RunnableParallel  400 ms
+|-- RunnableSequence  400 ms
+|   |-- ChatPromptTemplate  0 ms
+|   |-- ChatOpenAI  400 ms, 13 + 20 tokens
+|   `-- StrOutputParser  0 ms
+`-- ChatOpenAI  250 ms, 8 + 13 tokens
+joke: Why don't scientists trust atoms? They make up everything.
+poem: A dot so small, and yet it is the whole of all.
+
+
+ 800 ms  on_chain_start       RunnableWithFallbacks
+ 800 ms  on_chat_model_start  ChatOpenAI
+ 900 ms  on_llm_error         ChatOpenAI
+ 900 ms  on_chat_model_start  ChatOpenAI
+1300 ms  on_llm_end           ChatOpenAI
+1300 ms  on_chain_end         RunnableWithFallbacks
+RunnableWithFallbacks  500 ms
+|-- ChatOpenAI  100 ms  LLMCB_EHTTP
+`-- ChatOpenAI  400 ms, 13 + 20 tokens
+Why don't scientists trust atoms? They make up everything.
+
+Would you like another one?
+
+1300 ms  on_chain_start       RunnableRetry
+1300 ms  on_chat_model_start  ChatOpenAI
+1400 ms  on_llm_error         ChatOpenAI
+1400 ms  on_chat_model_start  ChatOpenAI  retry:attempt:2
+1500 ms  on_llm_error         ChatOpenAI  retry:attempt:2
+1500 ms  on_chat_model_start  ChatOpenAI  retry:attempt:3
+1800 ms  on_llm_end           ChatOpenAI  retry:attempt:3
+1800 ms  on_chain_end         RunnableRetry
+RunnableRetry  500 ms
+|-- ChatOpenAI  100 ms  LLMCB_EHTTP
+|-- ChatOpenAI  100 ms  LLMCB_EHTTP
+`-- ChatOpenAI  300 ms, 8 + 11 tokens
+Never trust an atom. They make up everything.
+
+END
+run handlers 0 $dir/handlers && expect handlers <<'END'
+   0 ms  inline   (start)
+   pool  sync     (start)
+ 100 ms  awaited  (start)
+ 250 ms  async    (start)
+ 250 ms  inline   one
+   pool  sync     one
+ 350 ms  awaited  one
+ 350 ms  inline   two
+   pool  sync     two
+ 450 ms  awaited  two
+ 450 ms  inline   three
+   pool  sync     three
+ 500 ms  async    one
+ 550 ms  awaited  three
+ 750 ms  async    two
+1000 ms  async    three
+1000 ms  inline   (end)
+   pool  sync     (end)
+1100 ms  awaited  (end)
+1250 ms  async    (end)
+END
 
 # ---- trace ------------------------------------------------------------------------
 

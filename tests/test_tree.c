@@ -1188,7 +1188,7 @@ TEST(case_047_048_049_groups)
         if (how == 0 || how == 2)
             CHECK_INT(llmcb_run_end(llmcb_op_run(op), str("x")), LLMCB_OK);
         if (how == 1)
-            CHECK_INT(llmcb_run_fail(llmcb_op_run(op), &bad), LLMCB_OK);
+            CHECK_INT(llmcb_run_fail(llmcb_op_run(op), &bad), bad.code);
         if (how < 3) {
             CHECK_INT(llmcb_run_end(llmcb_op_run(op), str("y")),
                       LLMCB_ESTATE);
@@ -2693,6 +2693,63 @@ TEST(awaiting_a_run)
     CHECK_INT(llmcb_op_wait(a), LLMCB_OK);
     CHECK_INT(s->told[LLMCB_TEXT], 3000);
     CHECK_INT(w.ears[1]->told[LLMCB_TEXT], 3000);
+    llmcb_op_free(a);
+    end_and_free(op, "");
+    world_close(&w);
+}
+
+typedef struct opener {
+    llmcb_loop *loop;
+    gate *g;
+} opener;
+
+/* Opens a gate when the loop is fast asleep. */
+static void *open_when_asleep(void *arg)
+{
+    opener *o = (opener *)arg;
+    int i;
+
+    for (i = 0; i < 200; i++) {
+        llmcbi_lock(o->loop);
+        if (!o->loop->sleeping) i = 0;
+        llmcbi_unlock(o->loop);
+        sched_yield();
+    }
+    gate_let(o->g, ALL);
+    return NULL;
+}
+
+/* The worker that does the last event wakes it. */
+TEST(awaiting_a_run_wakes_the_loop)
+{
+    world w;
+    filler f;
+    gate g = GATE;
+    opener o;
+    pthread_t thread;
+    llmcb_config c;
+    llmcb_op *op, *a;
+
+    world_init(&w);
+    w.s.ld.virtual_clock = false; /* one wakes the loop whenever all rests */
+    world_ear(&w, "S", SYNC, 0)->gate = &g;
+    w.ears[0]->gate_kind = LLMCB_TEXT;
+    world_open(&w);
+    c = world_config(&w);
+    op = run_new(&w, LLMCB_RUN_CHAIN, "r", &c);
+    while (!heard(w.ears[0], LLMCB_CHAIN_START)) turns(&w.s, 1);
+    memset(&f, 0, sizeof f);
+    f.run = llmcb_op_run(op);
+    llmcb_run_text(f.run, str("1"));
+    turn_to_gate(&w.s, &g, 1);
+    llmcb_run_text(f.run, str("2"));
+    a = llmcb_task_start(w.s.loop, second_waiter, 0, &f);
+    o.loop = w.s.loop;
+    o.g = &g;
+    REQUIRE(pthread_create(&thread, NULL, open_when_asleep, &o) == 0);
+    CHECK_INT(llmcb_op_wait(a), LLMCB_OK);
+    CHECK_INT(f.second, LLMCB_OK);
+    pthread_join(thread, NULL);
     llmcb_op_free(a);
     end_and_free(op, "");
     world_close(&w);
