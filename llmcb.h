@@ -206,8 +206,8 @@
  *   LLMCB_NO_CURL      no libcurl: plain sockets only, https is an error
  *   LLMCB_NO_SOCKETS   no plain-socket transport
  *   LLMCB_NO_EPOLL     poll(2) on Linux too
- *   LLMCB_NO_AGENT     no [AGENT]
- *   LLMCB_NO_KIT       no [KIT]
+ *   LLMCB_NO_AGENT     no [AGENT]; define it wherever included
+ *   LLMCB_NO_KIT       no [KIT]; likewise
  *   LLMCB_NO_STDIO     no llmcb_result_print and llmcb_str_print, no files
  *                      in [REPLAY] and [KIT]; define it wherever included
  *   LLMCB_ALLOW_INSECURE_TLS   makes llmcb_chat_desc.insecure_tls work
