@@ -10658,7 +10658,6 @@ struct llmcbi_prompt {
     llmcbi_run run; /* first, so that a run leads here */
     llmcbi_call *call;
     llmcbi_buf body; /* of the request */
-    llmcb_start start;
     llmcb_request request;
     llmcb_pair *headers;
     llmcb_exchange *x;
@@ -12281,35 +12280,43 @@ static void llmcbi_message_copy(const llmcb_allocator *a, llmcbi_arena *arena,
     }
 }
 
-/* A copy of the conversation for the start event. */
+/* What the start event shows, with a copy of the conversation. */
 static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
-                                    const llmcb_prompt *prompt)
+                                    const llmcb_prompt *prompt, size_t batch)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     llmcbi_arena *talk = &p->call->talk;
+    llmcb_start *start =
+        (llmcb_start *)llmcbi_arena_get(a, talk, sizeof *start);
     llmcb_message *m =
         (llmcb_message *)llmcbi_arena_get(a, talk, (prompt->n + 1) * sizeof *m);
     llmcbi_buf text;
     size_t i;
 
-    if (!m) return;
+    if (talk->failed) return;
     for (i = 0; i < prompt->n; i++)
         llmcbi_message_copy(a, talk, &m[i], &prompt->messages[i]);
     memset(&text, 0, sizeof text);
     if (!talk->failed) llmcbi_wire_prompt(a, &text, m, prompt->n);
-    p->start.prompt = llmcbi_slice(
+    start->prompt = llmcbi_slice(
         llmcbi_arena_text(a, talk, text.len ? text.ptr : "", text.len),
         text.len);
     if (text.failed) talk->failed = true;
     llmcbi_buf_free(a, &text);
-    p->start.messages = m;
-    p->start.n_messages = prompt->n;
+    start->messages = m;
+    start->n_messages = prompt->n;
+    start->model = p->call->chat->d.model;
+    start->batch_size = batch;
+    start->params = llmcbi_buf_str(&p->call->params);
+    start->description = "";
+    start->input = start->tool_call_id = llmcbi_slice("", 0);
+    p->run.start = start;
 }
 
 static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
                                      const llmcb_prompt *prompt,
                                      const llmcb_config *config,
-                                     const llmcbi_setup *setup)
+                                     const llmcbi_setup *setup, size_t batch)
 {
     llmcb_loop *loop = c->op.loop;
     llmcb_chat *chat = c->chat;
@@ -12353,12 +12360,7 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     q->limits = &chat->d.limits;
     q->http2 = chat->d.http2;
     q->insecure_tls = chat->d.insecure_tls;
-    p->start.model = chat->d.model;
-    p->start.batch_size = c->n;
-    p->start.description = "";
-    p->start.input = p->start.tool_call_id = llmcbi_slice("", 0);
-    p->start.params = llmcbi_buf_str(&c->params);
-    if (setup->n_handlers) llmcbi_prompt_copy_talk(p, prompt);
+    if (setup->n_handlers) llmcbi_prompt_copy_talk(p, prompt, batch);
     return c->talk.failed ? LLMCB_ENOMEM : LLMCB_OK;
 }
 
@@ -12433,10 +12435,9 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
     if (c->arena.failed || c->params.failed) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
         c->n = i + 1; /* what has been begun must be freed */
-        code =
-            llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], config, &setup);
+        code = llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], config,
+                                  &setup, n);
         if (code != LLMCB_OK) return code;
-        c->prompts[i].start.batch_size = n;
     }
     if (config->run_id) memcpy(c->prompts[0].run.pub.id, config->run_id, 37);
     return c->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
@@ -12485,7 +12486,7 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     llmcbi_run_adopt(config, &c->op);
     for (i = 0; i < c->n; i++)
         llmcbi_run_begin(&c->prompts[i].run, LLMCB_CHAT_MODEL_START,
-                         &c->prompts[i].start);
+                         c->prompts[i].run.start);
     return &c->op;
 }
 
