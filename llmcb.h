@@ -6383,9 +6383,9 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
     llmcb_loop_set_host(loop, NULL);
     deadline = llmcbi_clock_ms() + loop->shutdown_ms;
     loop->freeing = true;
+    llmcbi_cancel_all(loop); /* once: nothing new starts, and awaits end */
     while (loop->n_alive && !late) {
         int64_t left = deadline - llmcbi_clock_ms();
-        llmcbi_cancel_all(loop);
         if (left > 0)
             llmcbi_turn(loop, left);
         else
@@ -12157,8 +12157,9 @@ static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
         }
         llmcbi_prompt_decide(p, &e);
         llmcbi_run_skip(&p->run);
+        /* not for what is ending: freeing a loop asks in each turn */
+        llmcbi_make_ready(op->loop, &c->ready);
     }
-    llmcbi_make_ready(op->loop, &c->ready);
 }
 
 static void llmcbi_call_begin(llmcb_op *op)
