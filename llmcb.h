@@ -1890,6 +1890,7 @@ static void *llmcbi_arena_get(const llmcb_allocator *a, llmcbi_arena *arena,
 
     if (size > SIZE_MAX / 4) arena->failed = true;
     if (arena->failed) return NULL;
+    if (!size) return arena->at; /* perhaps NULL, to which nothing is added */
     size = LLMCBI_ALIGN(size);
     if (size > arena->left) {
         llmcbi_arena_room(a, arena, size > 480 ? size : 480);
@@ -2602,13 +2603,21 @@ static void llmcbi_json_text(const llmcb_allocator *a, llmcbi_buf *b,
 /* The same into a small array, cut and cleaned for people. */
 static void llmcbi_json_clean(char *out, size_t cap, const llmcbi_json *j)
 {
-    char plain[3 * 256 + 12];
-    size_t n, len = j->len < 256 ? j->len : 256;
+    const char *s = j->str, *end = s + (j->len < 256 ? j->len : 256);
+    char plain[3 * 6 + 6];
+    size_t n, unit;
     llmcbi_carry c;
 
     memset(&c, 0, sizeof c);
-    n = llmcbi_json_decode(plain, j->str, len, &c);
-    llmcbi_copy_clean(out, cap, plain, n);
+    *out = '\0';
+    for (; s < end; s += unit) { /* a byte or an escape at a time */
+        unit = *s != '\\' ? 1 : s[1] == 'u' ? 6 : 2;
+        n = llmcbi_json_decode(plain, s, unit, &c);
+        llmcbi_copy_clean(out, cap, plain, n);
+        if (strlen(out) < n) return;
+        out += n;
+        cap -= n;
+    }
 }
 
 /* The letter that stands for a character behind a backslash, or 0. */
@@ -3449,7 +3458,7 @@ static void llmcbi_run_posts(llmcb_loop *loop, llmcbi_post *p)
  * upward: llmcbi_take_cancels */
 static void llmcbi_take_cancels(llmcb_loop *loop);
 /* upward: llmcbi_take_jobs */
-static void llmcbi_take_jobs(llmcb_loop *loop, llmcbi_job *finished);
+static void llmcbi_take_jobs(llmcb_loop *loop, llmcbi_job *job);
 /* upward: llmcbi_pool_idle */
 static bool llmcbi_pool_idle(const llmcb_loop *loop);
 /* upward: llmcbi_take_progress */
@@ -7189,6 +7198,7 @@ static void llmcbi_h1_init(llmcbi_h1 *h, const llmcb_limits *limits)
 #define LLMCBI_LINGER_MS 100 /* for the rest of a response, for reuse */
 #define LLMCBI_LINGER_BYTES 16384
 #define LLMCBI_MAX_IDLE 64
+#define LLMCBI_CONNECT_AGAIN_MS 10 /* a unix socket's queue was full */
 
 /* ==== [SOCK] transport: plain HTTP/1.1 over TCP and unix sockets ======= */
 
@@ -7508,6 +7518,12 @@ static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
         return;
     }
     c->sys_errno = errno;
+    if (errno == EAGAIN) { /* Linux: the listener's queue is full; no poll */
+        c->state = LLMCBI_CONN_NEW; /* tells when it is not, so ask again */
+        llmcbi_timer_start(c->sock->base.loop, &c->timer,
+                           LLMCBI_CONNECT_AGAIN_MS);
+        return;
+    }
     if (llmcbi_errno_is_local(errno))
         llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
     else
@@ -7695,6 +7711,10 @@ static void llmcbi_conn_timer(llmcbi_timer *t)
 {
     llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, timer, t);
 
+    if (c->state == LLMCBI_CONN_NEW) {
+        llmcbi_make_ready(c->sock->base.loop, &c->ready);
+        return;
+    }
     if (c->state != LLMCBI_CONN_CONNECTING) {
         llmcbi_conn_free(c); /* lingered or idled long enough */
         return;

@@ -642,8 +642,12 @@ static inline void turn_to_request(scene *s, unsigned n)
 {
     int i;
 
-    for (i = 0; i < 10000 && s->spy.requests < n; i++)
+    for (i = 0; i < 20000 && s->spy.requests < n; i++) {
+        struct timespec ts = { 0, 1000000 };
         llmcb_loop_run_once(s->loop, 0);
+        /* a thread of the pool may wait for a processor */
+        if (i > 1000) nanosleep(&ts, NULL);
+    }
 }
 
 /* What the server of a fed scene says next; as a post, since that is where a

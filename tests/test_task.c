@@ -22,7 +22,8 @@ typedef struct counter {
 static void *counter_resize(void *user, void *ptr, size_t old, size_t size)
 {
     counter *c = (counter *)user;
-    size_t *from = ptr ? (size_t *)ptr - 2 : NULL, *to = NULL;
+    enum { HEAD = 16 / sizeof(size_t) }; /* what is handed out is aligned */
+    size_t *from = ptr ? (size_t *)ptr - HEAD : NULL, *to = NULL;
 
     pthread_mutex_lock(&c->mutex);
     if (from && from[0] != old) c->wrong_size = true;
@@ -31,20 +32,20 @@ static void *counter_resize(void *user, void *ptr, size_t old, size_t size)
         bool fail = c->fail_at >= 0 &&
                     (c->forever ? at >= c->fail_at : at == c->fail_at);
         if (fail) c->failed = true;
-        else to = (size_t *)malloc(size + 2 * sizeof *to);
+        else to = (size_t *)malloc(size + HEAD * sizeof *to);
         if (!to) {
             pthread_mutex_unlock(&c->mutex);
             return NULL;
         }
-        memset(to, 0xA5, size + 2 * sizeof *to);
+        memset(to, 0xA5, size + HEAD * sizeof *to);
         to[0] = size;
-        if (from) memcpy(to + 2, ptr, old < size ? old : size);
+        if (from) memcpy(to + HEAD, ptr, old < size ? old : size);
     }
     c->live += (to ? 1 : 0) - (from ? 1 : 0);
     pthread_mutex_unlock(&c->mutex);
     /* never in place, so that a stale pointer is found */
     free(from);
-    return to ? to + 2 : NULL;
+    return to ? to + HEAD : NULL;
 }
 
 static void counter_init(counter *c)
