@@ -5,6 +5,8 @@
 #   make test        all tests; T=name: only those with this in their name
 #   make check       the gate of a commit: tests, all warnings, analysers
 #   make fuzz        looks for more with libFuzzer for FUZZ_SECONDS
+#   make load        10,000 streams that fail in all ways; LOAD_SECONDS of soak
+#   make campaign    check, and what takes hours (tests/README.md)
 #   make bench       what a token and a stream cost (tests/bench/README.md);
 #                    bench-full takes longer, bench-instructions is exact
 #   make clean
@@ -34,7 +36,8 @@ TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 NO_TSAN := test_base test_json test_sse test_http test_wire
 # Those that run with it in make check alone, for time: their threads are
 # those of others.
-LATE_TSAN := test_loop_poll test_task_poll test_syscalls test_security test_tls
+LATE_TSAN := test_loop_poll test_task_poll test_syscalls test_security \
+	test_tls test_load
 # A program that runs in make check alone: it is another with poll(2).
 LATE := test_syscalls_poll
 export NO_TSAN LATE_TSAN LATE
@@ -61,11 +64,13 @@ build/examples/%: examples/%.c llmcb.h
 
 # The programs of make test, in both forms.
 programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
-build/tests/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c
+build/tests/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c \
+		tests/load.c
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) $(ASAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
 		$(extra) $(CURL)
-build/tsan/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c
+build/tsan/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c \
+		tests/load.c
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) $(TSAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
 		$(extra) $(CURL)
@@ -81,6 +86,16 @@ check:
 FUZZ_SECONDS ?= 600
 fuzz:
 	@CFLAGS='-O1 -g' tests/fuzz/run.sh campaign $(FUZZ_SECONDS)
+
+LOAD_SECONDS ?= 60
+load: build/load
+	build/load && build/load soak $(LOAD_SECONDS)
+build/load: tests/load.c llmcb.h $(wildcard tests/*.h)
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) $(WARN) -O2 -g -I. -o $@ $< $(LDFLAGS) -lpthread
+
+campaign:
+	@tests/campaign.sh
 
 BENCH := server client micro ref_recv ref_scan
 bench-programs: $(BENCH:%=build/tests/bench/%)
@@ -98,5 +113,5 @@ bench-instructions: bench-programs
 clean:
 	rm -rf build
 
-.PHONY: all demo examples programs test check fuzz clean
+.PHONY: all demo examples programs test check fuzz load campaign clean
 .PHONY: bench bench-full bench-instructions bench-programs

@@ -2464,8 +2464,9 @@ static void llmcbi_json_skip(llmcbi_json *j, llmcbi_json_type type)
     uint32_t depth = j->depth;
 
     if (type != LLMCBI_JSON_OBJECT && type != LLMCBI_JSON_ARRAY) return;
-    while (j->depth >= depth)
-        if (llmcbi_json_next(j) == LLMCBI_JSON_ERROR) return;
+    /* tcc makes an endless loop of a test and return in here */
+    while (j->depth >= depth && type != LLMCBI_JSON_ERROR)
+        type = llmcbi_json_next(j);
 }
 
 /* Passes over the next value; its text is then in str and len. */
@@ -9503,8 +9504,8 @@ static void llmcbi_wire_choices(llmcbi_json *j, llmcbi_wire_event *ev)
     look = *j;
     ev->rest = *j;
     ev->more = llmcbi_json_next(&look) != LLMCBI_JSON_ARRAY_END;
-    while (j->depth >= depth)
-        if (llmcbi_json_next(j) == LLMCBI_JSON_ERROR) return;
+    while (j->depth >= depth && type != LLMCBI_JSON_ERROR)
+        type = llmcbi_json_next(j);
 }
 
 /* Reads one event. false: it is not one whole JSON object. */

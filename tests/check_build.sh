@@ -84,10 +84,16 @@ int main(void)
 {
     llmcb_loop_desc desc = { 0 };
     llmcb_loop *loop;
+    llmcb_chat_desc chat_desc = { 0 };
+    llmcb_chat *chat;
     llmcb_op *op;
     int bad;
     desc.virtual_clock = true;
     loop = llmcb_loop_new(&desc);
+    chat_desc.extra = "[1"; /* tcc once read this for ever */
+    chat = llmcb_chat_new(loop, &chat_desc);
+    if (llmcb_chat_error(chat)->code != LLMCB_EINVAL) return 2;
+    llmcb_chat_free(chat);
     op = llmcb_task_start(loop, step, 0, NULL);
     bad = llmcb_op_wait(op) != LLMCB_OK;
     llmcb_op_free(op);
