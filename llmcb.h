@@ -14563,18 +14563,6 @@ static llmcb_run_record *llmcbi_record_find(const llmcbi_kit *k, const char *id)
     return NULL;
 }
 
-/* Only what has started before it, so that ids which the program has chosen
- * badly make no circle. */
-static llmcb_run_record *llmcbi_record_parent(const llmcbi_kit *k,
-                                              const llmcb_run_record *r)
-{
-    size_t i = (size_t)(r - k->records);
-
-    while (i--)
-        if (strcmp(k->records[i].id, r->parent_id) == 0) return &k->records[i];
-    return NULL;
-}
-
 static bool llmcbi_record_begin(llmcbi_kit *k, const llmcb_event *ev)
 {
     void *array = k->records;
@@ -14667,6 +14655,18 @@ LLMCBI_DEF void llmcb_collector_clear(llmcb_handler *h)
 }
 
 #ifndef LLMCB_NO_STDIO
+/* Only what has started before it, so that ids which the program has chosen
+ * badly make no circle. */
+static llmcb_run_record *llmcbi_record_parent(const llmcbi_kit *k,
+                                              const llmcb_run_record *r)
+{
+    size_t i = (size_t)(r - k->records);
+
+    while (i--)
+        if (strcmp(k->records[i].id, r->parent_id) == 0) return &k->records[i];
+    return NULL;
+}
+
 /* The first child of `parent` behind `r`. */
 static size_t llmcbi_tree_child(const llmcbi_kit *k, const llmcb_run_record *r,
                                 const llmcb_run_record *parent)

@@ -26,7 +26,7 @@ write_source() {
         case $2 in
         default) ;;
         all_no)
-            for no in CURL SOCKETS EPOLL STDIO; do
+            for no in CURL SOCKETS EPOLL STDIO AGENT KIT; do
                 echo "#define LLMCB_NO_$no"
             done
             ;;
@@ -60,7 +60,8 @@ write_source() {
 }
 
 switches="default LLMCB_STATIC LLMCB_NO_CURL LLMCB_NO_SOCKETS LLMCB_NO_EPOLL
-LLMCB_NO_STDIO LLMCB_ALLOW_INSECURE_TLS LLMCB_ASSERT LLMCB_MALLOC all_no"
+LLMCB_NO_STDIO LLMCB_NO_AGENT LLMCB_NO_KIT LLMCB_ALLOW_INSECURE_TLS
+LLMCB_ASSERT LLMCB_MALLOC all_no"
 for s in $switches; do
     write_source "$dir/$s.c" "$s"
     cp "$dir/$s.c" "$dir/$s.cpp"
