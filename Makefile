@@ -33,11 +33,11 @@ endif
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 # Programs that ThreadSanitizer cannot run or that have no threads.
-NO_TSAN := test_base test_json test_sse test_http test_wire
+NO_TSAN := test_base test_json test_sse test_http test_wire test_walk
 # Those that run with it in make check alone, for time: their threads are
 # those of others.
 LATE_TSAN := test_loop_poll test_task_poll test_syscalls test_security \
-	test_tls test_load
+	test_tls test_load test_scenarios
 # A program that runs in make check alone: it is another with poll(2).
 LATE := test_syscalls_poll
 export NO_TSAN LATE_TSAN LATE

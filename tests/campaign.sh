@@ -12,7 +12,9 @@ for part in check bench-instructions load fuzz; do
     echo "== make $part"
     $make "$part" || failed="$failed $part"
 done
-for f in tests/campaign_*.sh; do
+echo "== WALK=deep build/tests/test_walk"
+WALK=deep build/tests/test_walk || failed="$failed test_walk"
+for f in tests/model/check.sh tests/campaign_*.sh; do
     echo "== $f"
     sh "$f" || failed="$failed $f"
 done

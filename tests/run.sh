@@ -139,7 +139,7 @@ END
 sed -i.bak 's/ *$//' $dir/list
 [ ! -s $dir/list ] || xargs -P "$jobs" -L 1 sh $dir/one.sh <$dir/list
 
-names=$(cut -d ' ' -f 1 $dir/list)
+names=$(cut -d ' ' -f 1 $dir/list | tr '\n' ' ')
 # ---- analysers -------------------------------------------------------------
 
 # Each is one pass, failure or skip. They run beside the scripts below.
@@ -182,20 +182,38 @@ fi
 
 # ---- scripts ---------------------------------------------------------------
 
-for f in tests/test_*.sh tests/check_*.sh tests/fuzz/run.sh; do
-    n=$(basename "$f" .sh) only=$T
-    [ "$f" = tests/fuzz/run.sh ] && n=fuzz only=
+# Most of them do one thing after the other, so they run side by side.
+cat >$dir/script.sh <<'END'
+name=$1
+only=$2
+shift 2
+[ "$only" = . ] && only=
+start=$(date +%s)
+if command -v timeout >/dev/null 2>&1; then
+    T=$only timeout -k 5 600 sh "$@"
+else
+    T=$only sh "$@"
+fi </dev/null >build/run/$name.out 2>&1
+echo $? >build/run/$name.status
+echo $(($(date +%s) - start)) >build/run/$name.seconds
+END
+: >$dir/scripts
+# the longest first
+for f in tests/check_build.sh tests/fuzz/run.sh tests/test_*.sh \
+    tests/check_*.sh; do
+    n=$(basename "$f" .sh) only=${T:-.}
+    [ "$f" = tests/fuzz/run.sh ] && n=fuzz only=.
     case $n in *"$T"*) ;; *) continue ;; esac
+    case " $names " in *" $n "*) continue ;; esac
     [ -f "$f" ] || continue
     all=
     [ "$mode" = check ] && [ "$n" = check_build ] && all=all
-    start=$(date +%s)
-    # shellcheck disable=SC2086
-    T=$only JOBS=$jobs bounded 600 sh "$f" $all </dev/null >"$dir/$n.out" 2>&1
-    echo $? >"$dir/$n.status"
-    echo $(($(date +%s) - start)) >"$dir/$n.seconds"
+    echo "$n $only $f $all" >>$dir/scripts
     names="$names $n"
 done
+sed -i.bak 's/ *$//' $dir/scripts
+[ ! -s $dir/scripts ] ||
+    JOBS=1 xargs -P "$jobs" -L 1 sh $dir/script.sh <$dir/scripts
 
 if [ "$mode" = check ]; then
     wait
