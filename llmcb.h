@@ -13964,7 +13964,8 @@ static void llmcbi_agent_answered(llmcbi_agent *g)
         llmcb_run_fail(g->turn->run, g->ask->error);
         return;
     }
-    llmcb_run_end(g->turn->run, r->generations[0].text);
+    llmcb_run_end(g->turn->run, llmcb_op_text(g->ask));
+    if (!r->n_generations) return;
     g->calls = r->generations[0].tool_calls;
     g->n_calls = r->generations[0].n_tool_calls;
 }
@@ -13975,7 +13976,7 @@ static llmcb_code llmcbi_agent_act(llmcbi_agent *g, size_t i)
 
     action.tool = g->calls[i].name;
     action.input = g->calls[i].arguments;
-    action.log = llmcb_op_result(g->ask)->generations[0].text;
+    action.log = llmcb_op_text(g->ask);
     action.tool_call_id = g->calls[i].id;
     return llmcb_run_action(&g->w->run.pub, &action);
 }
@@ -14080,7 +14081,6 @@ static llmcb_str llmcbi_agent_id(llmcbi_agent *g, size_t i)
 static llmcb_code llmcbi_agent_hear(llmcbi_agent *g)
 {
     const llmcb_allocator *a = llmcbi_agent_alloc(g);
-    const llmcb_generation *said = &llmcb_op_result(g->ask)->generations[0];
     size_t i, n = g->n_calls;
     llmcb_tool_call *calls =
         (llmcb_tool_call *)llmcbi_arena_get(a, &g->arena, n * sizeof *calls);
@@ -14096,7 +14096,7 @@ static llmcb_code llmcbi_agent_hear(llmcbi_agent *g)
         calls[i].arguments.ptr = llmcbi_arena_text(
             a, &g->arena, from->arguments.ptr, from->arguments.len);
     }
-    m = llmcbi_agent_say(g, LLMCB_ASSISTANT, said->text);
+    m = llmcbi_agent_say(g, LLMCB_ASSISTANT, llmcb_op_text(g->ask));
     m->tool_calls = calls;
     m->n_tool_calls = n;
     for (i = 0; i < n; i++) {
@@ -14198,9 +14198,7 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
             LLMCB_AWAIT(t, llmcbi_agent_flush(t, g));
         while (!g->w->outcome && g->w->run.slowest < g->told);
         if (g->w->outcome) return LLMCB_ECANCELLED;
-        if (!g->n_calls)
-            return llmcbi_agent_finish(
-                g, llmcb_op_result(g->ask)->generations[0].text);
+        if (!g->n_calls) return llmcbi_agent_finish(g, llmcb_op_text(g->ask));
         code = llmcbi_agent_call(g);
         if (code != LLMCB_OK) return code;
         while (g->n_waiting) {

@@ -51,7 +51,7 @@ int main(int argc, char **argv)
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
-#include <sys/mman.h>
+#include <sys/time.h>
 #include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -843,6 +843,8 @@ static int look_around(option *out)
     return n;
 }
 
+static bool walking; /* not in the walker, but in what it walks through */
+
 static __attribute__((noinline)) void step(option o)
 {
     thread *t = &w.th[o.thread];
@@ -850,14 +852,27 @@ static __attribute__((noinline)) void step(option o)
     w.current = o.thread;
     w.alt = o.alt;
     n_steps++;
+    walking = true;
     /* what calls have left below a stack is no part of the state */
     memset(t->low - 4096, 0, 4096);
     if (_setjmp(walker) == 0) _longjmp(t->go, 1);
+    walking = false;
+}
+
+/* How long one step may take, in time of this process. */
+static void limit_step(int seconds)
+{
+    struct itimerval t;
+
+    memset(&t, 0, sizeof t);
+    t.it_value.tv_sec = seconds;
+    setitimer(ITIMER_VIRTUAL, &t, NULL);
 }
 
 static void crashed(int sig)
 {
-    w.failed = sig == SIGALRM ? "goes on for ever" : "crash";
+    if (!walking) abort(); /* the walker itself */
+    w.failed = sig == SIGVTALRM ? "goes on for ever" : "crash";
     _longjmp(walker, 1);
 }
 
@@ -979,7 +994,7 @@ static double walk(void)
         } else {
             s->key = key;
             s->paths = -1;
-            if ((++n_states & 0xFFFF) == 0) alarm(20);
+            if ((++n_states & 0x3FFF) == 0) limit_step(10);
             push(preemptions, key);
         }
     }
@@ -1461,9 +1476,9 @@ static void walk_plan(void)
             replay(again + n + 1);
         return;
     }
-    alarm(20);
+    limit_step(10);
     paths = walk();
-    alarm(0);
+    limit_step(0);
     if (paths < 0) {
         TEST_FAIL("%s: %s, after %zu states", now.name, w.failed, n_states);
         print_threads();
@@ -1606,7 +1621,7 @@ int main(int argc, char **argv)
     sa.sa_flags = SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &sa, NULL);
     sigaction(SIGBUS, &sa, NULL);
-    sigaction(SIGALRM, &sa, NULL);
+    sigaction(SIGVTALRM, &sa, NULL);
     make_stacks();
     clock_gettime(CLOCK_MONOTONIC, &from);
     result = test_main(argc, argv);
