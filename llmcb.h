@@ -14172,7 +14172,7 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
     g->began = g->w->op.loop->now;
     for (; g->turns < g->d.max_turns; g->turns++) {
         code = llmcbi_agent_ask(g);
-        if (code != LLMCB_OK) return code;
+        if (!g->ask) return code;
         LLMCB_AWAIT(t, llmcb_await_any(t, &g->ask, 1, llmcbi_agent_left(g)));
         if (g->w->outcome) return LLMCB_ECANCELLED;
         if (!g->ask->done && t->result != LLMCB_ETIMEDOUT) return t->result;
