@@ -19,8 +19,8 @@
  * that wait, or have not begun, are alike, so the first stands for all.
  *
  *     test_walk [NAME]        what the gate runs
- *     WALK=deep               tables of up to two without a bound, of three
- *                             with 2 or 3; WALK=full: no bounds at all
+ *     WALK=deep               calls with up to two handlers without a bound,
+ *                             the rest with 1 to 3; WALK=full: no bounds
  *     WALK_PREEMPTIONS=n      switches away from a thread that could go on
  *     WALK_TELL=1             a line for each scene
  *     WALK_ONLY=TEXT          only scenes whose names contain it
@@ -1506,6 +1506,8 @@ static unsigned bound_of(unsigned n, char cancel)
     if (now.scene == 'R' && cancel == 't' && *now.table == 'A') return 2;
     /* what makes many states counts as one handler more */
     if (now.scene == 'R' || now.impatient || now.virtual_clock) n++;
+    if (deep && now.scene == 'R') /* 3 workers, and cancels of two */
+        return (outside ? 4u : 5u) - n;
     if (deep) return n < 3 ? NO_BOUND : outside ? 2 : 3;
     if (n < 2) return outside ? 2 : NO_BOUND;
     if (n == 2) return cancel == '-' ? 2 : strchr("tp", cancel) ? 0 : 1;
