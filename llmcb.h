@@ -1684,6 +1684,18 @@ static void *llmcbi_alloc(const llmcb_allocator *a, size_t size)
     return p;
 }
 
+/* For what is shown as const and is ours to change or to free. */
+static void *llmcbi_unconst(const void *ptr)
+{
+    union {
+        const void *in;
+        void *out;
+    } p;
+
+    p.in = ptr;
+    return p.out;
+}
+
 static void llmcbi_free(const llmcb_allocator *a, void *ptr, size_t size)
 {
     if (ptr) a->resize(a->user, ptr, size, 0);
@@ -1978,14 +1990,8 @@ static const llmcb_error *llmcbi_error_keep(const llmcb_allocator *a,
 
 static void llmcbi_error_drop(const llmcb_allocator *a, const llmcb_error *e)
 {
-    if (e && e != llmcbi_error_const(e->code)) {
-        union {
-            const llmcb_error *in;
-            void *out;
-        } p;
-        p.in = e;
-        llmcbi_free(a, p.out, sizeof *e);
-    }
+    if (e && e != llmcbi_error_const(e->code))
+        llmcbi_free(a, llmcbi_unconst(e), sizeof *e);
 }
 
 #if !defined(LLMCB_NO_SOCKETS) || !defined(LLMCB_NO_CURL)
@@ -7400,7 +7406,7 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
         m.msg_iovlen = 2;
         parts[0].iov_base = c->head.ptr + head_sent;
         parts[0].iov_len = head - head_sent;
-        parts[1].iov_base = (void *)(uintptr_t)(c->request->body + body_sent);
+        parts[1].iov_base = llmcbi_unconst(c->request->body + body_sent);
         parts[1].iov_len = c->request->body_len - body_sent;
         n = LLMCBI_SYS(sendmsg)(c->fd, &m, LLMCBI_NOSIGNAL);
         if (n > 0) {
@@ -12547,13 +12553,10 @@ LLMCBI_DEF llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
 
 static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
 {
-    union {
-        const llmcb_op *in;
-        llmcbi_call *out;
-    } p;
-
-    p.in = op && op->answer ? op->answer : op;
-    return op && p.in->destroy == llmcbi_call_destroy ? p.out : NULL;
+    if (op && op->answer) op = op->answer;
+    return op && op->destroy == llmcbi_call_destroy
+               ? (llmcbi_call *)llmcbi_unconst(op)
+               : NULL;
 }
 
 /* The call whose chunks an op has; an agent has none. */
@@ -12844,13 +12847,9 @@ static void llmcbi_tool_body_done(llmcbi_work *w, llmcb_code code);
 
 static llmcbi_work *llmcbi_work_of(const llmcb_op *op)
 {
-    union {
-        const llmcb_op *in;
-        llmcbi_work *out;
-    } p;
-
-    p.in = op;
-    return op && op->destroy == llmcbi_work_destroy ? p.out : NULL;
+    return op && op->destroy == llmcbi_work_destroy
+               ? (llmcbi_work *)llmcbi_unconst(op)
+               : NULL;
 }
 
 static llmcbi_work *llmcbi_work_of_run(llmcb_run *run)
@@ -14374,13 +14373,7 @@ static llmcbi_kit *llmcbi_kit_new(llmcb_loop *loop, const char *name)
 
 static void llmcbi_text_free(const llmcb_allocator *a, const char *s)
 {
-    union {
-        const char *in;
-        void *out;
-    } p;
-
-    p.in = s;
-    if (s) llmcbi_free(a, p.out, strlen(s) + 1);
+    if (s) llmcbi_free(a, llmcbi_unconst(s), strlen(s) + 1);
 }
 
 /* A copy that ends at the first NUL, as the allocator is told its size. */
@@ -14602,56 +14595,6 @@ static void llmcbi_record_finish(llmcbi_kit *k, llmcb_run_record *r,
     if (k->content) r->output = llmcbi_text_copy(&k->alloc, text);
 }
 
-static int llmcbi_collector_told(llmcb_handler *h, const llmcb_event *ev)
-{
-    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
-    llmcb_run_record *r;
-    bool ok = true;
-
-    pthread_mutex_lock(&k->mutex);
-    if (llmcbi_kit_is_start(ev->kind)) {
-        ok = llmcbi_record_begin(k, ev);
-    } else if ((r = llmcbi_record_find(k, ev->run->id)) != NULL) {
-        if (ev->kind == LLMCB_LLM_NEW_TOKEN)
-            r->tokens += ev->token->text.len > 0;
-        else
-            llmcbi_record_finish(k, r, ev);
-    }
-    pthread_mutex_unlock(&k->mutex);
-    return ok ? 0 : LLMCB_ENOMEM;
-}
-
-LLMCBI_DEF llmcb_handler *llmcb_collector(llmcb_loop *loop)
-{
-    llmcbi_kit *k = llmcbi_kit_new(loop, "collector");
-
-    if (!k) return NULL;
-    k->content = true;
-    k->h.flags = LLMCB_INLINE;
-    llmcbi_kit_starts(&k->h.sync, llmcbi_collector_told);
-    llmcbi_kit_finishes(&k->h.sync, llmcbi_collector_told);
-    k->h.sync.on_llm_new_token = llmcbi_collector_told;
-    return &k->h;
-}
-
-LLMCBI_DEF const llmcb_run_record *llmcb_collector_runs(llmcb_handler *h,
-                                                        size_t *n)
-{
-    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
-
-    if (n) *n = k ? k->n_records : 0;
-    return k ? k->records : NULL;
-}
-
-LLMCBI_DEF void llmcb_collector_clear(llmcb_handler *h)
-{
-    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
-    size_t i = k ? k->n_records : 0;
-
-    while (i--)
-        if (k->records[i].finished) llmcbi_record_drop(k, i);
-}
-
 #ifndef LLMCB_NO_STDIO
 /* Only what has started before it, so that ids which the program has chosen
  * badly make no circle. */
@@ -14748,7 +14691,9 @@ static void llmcbi_tree_print(llmcbi_kit *k, const llmcb_run_record *root)
     }
 }
 
-static int llmcbi_tree_told(llmcb_handler *h, const llmcb_event *ev)
+#endif
+
+static int llmcbi_record_told(llmcb_handler *h, const llmcb_event *ev)
 {
     llmcbi_kit *k = (llmcbi_kit *)(void *)h;
     llmcb_run_record *r;
@@ -14758,21 +14703,59 @@ static int llmcbi_tree_told(llmcb_handler *h, const llmcb_event *ev)
     if (llmcbi_kit_is_start(ev->kind)) {
         ok = llmcbi_record_begin(k, ev);
     } else if ((r = llmcbi_record_find(k, ev->run->id)) != NULL) {
-        llmcbi_record_finish(k, r, ev);
-        if (!llmcbi_record_parent(k, r)) llmcbi_tree_print(k, r);
+        if (ev->kind == LLMCB_LLM_NEW_TOKEN)
+            r->tokens += ev->token->text.len > 0;
+        else
+            llmcbi_record_finish(k, r, ev);
+#ifndef LLMCB_NO_STDIO
+        if (k->out && r->finished && !llmcbi_record_parent(k, r))
+            llmcbi_tree_print(k, r);
+#endif
     }
     pthread_mutex_unlock(&k->mutex);
     return ok ? 0 : LLMCB_ENOMEM;
 }
 
+LLMCBI_DEF llmcb_handler *llmcb_collector(llmcb_loop *loop)
+{
+    llmcbi_kit *k = llmcbi_kit_new(loop, "collector");
+
+    if (!k) return NULL;
+    k->content = true;
+    k->h.flags = LLMCB_INLINE;
+    llmcbi_kit_starts(&k->h.sync, llmcbi_record_told);
+    llmcbi_kit_finishes(&k->h.sync, llmcbi_record_told);
+    k->h.sync.on_llm_new_token = llmcbi_record_told;
+    return &k->h;
+}
+
+LLMCBI_DEF const llmcb_run_record *llmcb_collector_runs(llmcb_handler *h,
+                                                        size_t *n)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+
+    if (n) *n = k ? k->n_records : 0;
+    return k ? k->records : NULL;
+}
+
+LLMCBI_DEF void llmcb_collector_clear(llmcb_handler *h)
+{
+    llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    size_t i = k ? k->n_records : 0;
+
+    while (i--)
+        if (k->records[i].finished) llmcbi_record_drop(k, i);
+}
+
+#ifndef LLMCB_NO_STDIO
 LLMCBI_DEF llmcb_handler *llmcb_tree_handler(llmcb_loop *loop, FILE *out)
 {
     llmcbi_kit *k = out ? llmcbi_kit_new(loop, "tree") : NULL;
 
     if (!k) return NULL;
     k->out = out;
-    llmcbi_kit_starts(&k->h.sync, llmcbi_tree_told);
-    llmcbi_kit_finishes(&k->h.sync, llmcbi_tree_told);
+    llmcbi_kit_starts(&k->h.sync, llmcbi_record_told);
+    llmcbi_kit_finishes(&k->h.sync, llmcbi_record_told);
     return &k->h;
 }
 
