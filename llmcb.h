@@ -2260,6 +2260,31 @@ static size_t llmcbi_first_byte(uint64_t tops)
 #endif
 }
 
+/* Skips plain ASCII text, eight bytes at a time: no quote, no backslash, none
+ * below 0x20 or above 0x7F. */
+static inline const char *llmcbi_json_plain(const char *p, const char *end)
+{
+    const uint64_t ones = 0x0101010101010101u, tops = ones << 7;
+    unsigned char c;
+
+    for (; end - p >= 8; p += 8) {
+        uint64_t w, q, b;
+        memcpy(&w, p, 8);
+        q = w ^ ones * '"';
+        b = w ^ ones * '\\';
+        q = ((w - ones * 0x20) | (q - ones) | (b - ones) | w) & tops;
+        if (q) {
+            p += llmcbi_first_byte(q);
+            break;
+        }
+    }
+    for (; p < end; p++) {
+        c = (unsigned char)*p;
+        if (c == '"' || c == '\\' || c < 0x20 || c > 0x7F) break;
+    }
+    return p;
+}
+
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
 {
@@ -2269,21 +2294,7 @@ static bool llmcbi_json_string(llmcbi_json *j)
     j->escaped = j->high = false;
     for (;;) {
         unsigned char c;
-        /* eight plain ASCII bytes at a time: no quote, no backslash, none
-         * below 0x20 or above 0x7F */
-        while (end - p >= 8) {
-            uint64_t w, q, b;
-            const uint64_t ones = 0x0101010101010101u, tops = ones << 7;
-            memcpy(&w, p, 8);
-            q = w ^ ones * '"';
-            b = w ^ ones * '\\';
-            q = ((w - ones * 0x20) | (q - ones) | (b - ones) | w) & tops;
-            if (q) {
-                p += llmcbi_first_byte(q);
-                break;
-            }
-            p += 8;
-        }
+        p = llmcbi_json_plain(p, end);
         if (p == end) return false;
         c = (unsigned char)*p++;
         if (c == '"') break;
@@ -5465,6 +5476,17 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
     if (run->flusher && run->flush_at < run->mark) run->mark = run->flush_at;
 }
 
+/* The number of the event up to which others than memory cannot be in the way
+ * of an append. */
+static inline uint64_t llmcbi_run_until(const llmcbi_run *run)
+{
+    uint64_t from = run->slowest;
+
+    if (run->lockstep) return run->head + 1;
+    if (run->has_pull && run->pull < from) from = run->pull;
+    return from + run->window_events;
+}
+
 /* Whether the window has room. It is counted from the slowest cursor; an
  * empty log takes anything. */
 static inline bool llmcbi_run_fits(const llmcbi_run *run)
@@ -6424,8 +6446,8 @@ typedef struct llmcbi_sink {
     void (*connected)(void *owner);
     void (*status)(void *owner, int status);
     void (*header)(void *owner, llmcb_str name, llmcb_str value);
-    /* Returns how much it took: the rest must wait for resume. */
-    size_t (*data)(void *owner, const char *bytes, size_t len);
+    /* Shortens each piece by what it took: the rest must wait for resume. */
+    void (*data)(void *owner, llmcb_str *pieces, size_t n);
     void (*end)(void *owner, llmcb_ending ending, const llmcb_error *error);
 } llmcbi_sink;
 
@@ -6513,18 +6535,28 @@ LLMCBI_DEF void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
     if (x && !x->ended) x->sink.header(x->owner, name, value);
 }
 
+/* Pieces of the body; what is not taken of them is held until resume. */
+static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
+                                   size_t n)
+{
+    size_t i;
+
+    if (!x || x->ended) return false;
+    if (!x->paused) x->sink.data(x->owner, pieces, n);
+    for (i = 0; i < n; i++) {
+        if (!pieces[i].len) continue;
+        x->paused = true;
+        llmcbi_buf_add(&x->loop->alloc, &x->held, pieces[i].ptr, pieces[i].len);
+    }
+    return !x->paused;
+}
+
 LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
                                     size_t len)
 {
-    size_t taken = 0;
+    llmcb_str piece = llmcbi_slice(bytes, len);
 
-    if (!x || x->ended) return false;
-    if (!len) return !x->paused;
-    if (!x->paused) taken = x->sink.data(x->owner, bytes, len);
-    if (taken == len) return !x->paused;
-    x->paused = true;
-    llmcbi_buf_add(&x->loop->alloc, &x->held, bytes + taken, len - taken);
-    return false;
+    return llmcbi_exchange_pieces(x, &piece, len ? 1 : 0);
 }
 
 LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
@@ -6556,9 +6588,12 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
         x->sink.end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
         return;
     }
-    if (x->held_at < x->held.len)
-        x->held_at += x->sink.data(x->owner, x->held.ptr + x->held_at,
-                                   x->held.len - x->held_at);
+    if (x->held_at < x->held.len) {
+        llmcb_str rest =
+            llmcbi_slice(x->held.ptr + x->held_at, x->held.len - x->held_at);
+        x->sink.data(x->owner, &rest, 1);
+        x->held_at = x->held.len - rest.len;
+    }
     if (x->held_at < x->held.len) return;
     llmcbi_buf_free(&x->loop->alloc, &x->held);
     x->held_at = 0;
@@ -6999,15 +7034,18 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
     return line.len ? llmcbi_h1_header(h, line) : llmcbi_h1_head_end(h);
 }
 
-/* From the end of one chunk to the data of the next, in one go, if all of it
- * is there and nothing about it is unusual. */
-static void llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p, const char *end)
+/* The whole next chunk as LLMCBI_H1_DATA, in one go: from the end of one to
+ * the end of another, if all of it is there and nothing about it is unusual. */
+static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
+                                        const char *end)
 {
-    const char *from = *p, *q = from;
+    const char *from = *p, *q = from + 2;
     uint64_t size = 0;
 
-    if (end - q < 13 || q[0] != '\r' || q[1] != '\n') return;
-    for (q += 2; q < from + 10; q++) {
+    if (h->state != LLMCBI_H1_AT_CHUNK_CR || end - from < 13 ||
+        memcmp(from, "\r\n", 2) != 0)
+        return false;
+    for (; q < from + 10; q++) {
         unsigned digit = (unsigned)*q - '0';
         if (digit > 9) {
             digit = ((unsigned)*q | 0x20) - 'a' + 10;
@@ -7015,16 +7053,17 @@ static void llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p, const char *end)
         }
         size = size << 4 | digit;
     }
-    if (q == from + 2 || q[0] != '\r' || q[1] != '\n' || !size ||
+    if (memcmp(q, "\r\n", 2) != 0 || !size || size > (uint64_t)(end - q - 2) ||
         size > h->max_body - h->body ||
         (h->framing + 12 > LLMCBI_H1_FREE_FRAMING &&
          h->body < (h->framing + 12) / 3))
-        return;
+        return false;
     q += 2;
     h->framing += (uint64_t)(q - from);
-    h->left = size;
-    h->state = LLMCBI_H1_AT_CHUNK;
-    *p = q;
+    h->body += size;
+    h->value = llmcbi_slice(q, (size_t)size);
+    *p = q + size;
+    return true;
 }
 
 /* The next thing in the input. After LLMCBI_H1_END, *p shows what is behind
@@ -7038,7 +7077,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
-        if (h->state == LLMCBI_H1_AT_CHUNK_CR) llmcbi_h1_next_chunk(h, p, end);
+        if (llmcbi_h1_next_chunk(h, p, end)) return LLMCBI_H1_DATA;
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
@@ -7172,6 +7211,10 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
                                       llmcb_exchange *x, const char **p,
                                       const char *end)
 {
+    llmcb_str pieces[16]; /* many at once cost less than one by one */
+    const size_t most = sizeof pieces / sizeof *pieces;
+    size_t n;
+
     for (;;) {
         llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end);
         switch (type) {
@@ -7180,7 +7223,10 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
             llmcb_exchange_header(x, h->name, h->value);
             break;
         case LLMCBI_H1_DATA:
-            llmcb_exchange_data(x, h->value.ptr, h->value.len);
+            pieces[0] = h->value;
+            for (n = 1; n < most && llmcbi_h1_next_chunk(h, p, end); n++)
+                pieces[n] = h->value;
+            llmcbi_exchange_pieces(x, pieces, n);
             break;
         case LLMCBI_H1_MORE:
         case LLMCBI_H1_END:
@@ -9128,11 +9174,10 @@ static void llmcbi_take_head_end(llmcbi_take *t)
                     "Transfer-Encoding: chunked\r\n\r\n");
 }
 
-/* Each piece of the body becomes one chunk and one border. */
-static size_t llmcbi_take_data(void *owner, const char *bytes, size_t len)
+/* A piece of the body becomes one chunk and one border. */
+static void llmcbi_take_piece(llmcbi_take *t, const char *bytes, size_t len)
 {
     static const char hex[] = "0123456789abcdef";
-    llmcbi_take *t = (llmcbi_take *)owner;
     const llmcb_allocator *a = &t->outer->loop->alloc;
     int shift;
     bool begun = false;
@@ -9148,7 +9193,16 @@ static size_t llmcbi_take_data(void *owner, const char *bytes, size_t len)
     llmcbi_buf_add(a, &t->http, bytes, len);
     llmcbi_buf_text(a, &t->http, "\r\n");
     if (!llmcb_exchange_data(t->outer, bytes, len)) t->inner->paused = true;
-    return len;
+}
+
+static void llmcbi_take_data(void *owner, llmcb_str *pieces, size_t n)
+{
+    size_t i;
+
+    for (i = 0; i < n; i++) {
+        llmcbi_take_piece((llmcbi_take *)owner, pieces[i].ptr, pieces[i].len);
+        pieces[i].len = 0;
+    }
 }
 
 #ifndef LLMCB_NO_STDIO
@@ -11274,13 +11328,41 @@ static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
                                   "valid JSON");
 }
 
-/* Text of choice 0 and nothing else. */
-static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
+/* Copied at once, however much of it is text: the length of a token cannot be
+ * guessed, so a branch on it costs more than the bytes. */
+#define LLMCBI_SHORT 16
+
+/* Puts plain, short text where `at` points and into the answer. false: it is
+ * neither, or there is something to be careful about. */
+static inline bool llmcbi_prompt_short(llmcbi_prompt *p, llmcbi_choice *c,
+                                       const llmcbi_raw *raw, size_t readable,
+                                       char *at)
+{
+    llmcbi_buf *b = &c->text;
+    size_t n = raw->len;
+
+    if (!raw->plain || n > LLMCBI_SHORT || readable < LLMCBI_SHORT ||
+        c->text_carry.n || c->text_carry.high ||
+        b->cap - b->len <= LLMCBI_SHORT || b->failed ||
+        p->answer.total + n > p->call->chat->d.limits.text)
+        return false;
+    memcpy(at, raw->ptr, LLMCBI_SHORT);
+    memcpy(b->ptr + b->len, raw->ptr, LLMCBI_SHORT);
+    at[n] = '\0';
+    b->len += n;
+    b->ptr[b->len] = '\0';
+    p->answer.total += n;
+    return true;
+}
+
+/* Tells the text of choice 0, which is all that an event brings. So much can
+ * be read from where it begins. */
+static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
+                                      size_t readable)
 {
     llmcbi_choice *c = &p->answer.choices[0];
-    char *at =
-        llmcbi_run_reserve(&p->run, sizeof(llmcb_chunk) + llmcbi_raw_room(raw));
-    char *begin = at;
+    size_t size = sizeof(llmcb_chunk) + llmcbi_raw_room(raw) + LLMCBI_SHORT;
+    char *at = llmcbi_run_reserve(&p->run, size), *begin = at;
     llmcb_chunk *chunk = (llmcb_chunk *)(void *)at;
 
     if (!at) {
@@ -11290,8 +11372,13 @@ static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
     at += sizeof *chunk;
     chunk->choice = 0;
     chunk->parts = &p->call->chat->no_parts;
-    chunk->text = llmcbi_raw_decode(&at, raw, &c->text_carry);
-    if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return;
+    if (llmcbi_prompt_short(p, c, raw, readable, at)) {
+        chunk->text = llmcbi_slice(at, raw->len);
+        at += raw->len + 1;
+    } else {
+        chunk->text = llmcbi_raw_decode(&at, raw, &c->text_carry);
+        if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return;
+    }
     if (p->call->stream && !p->cached)
         llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
 }
@@ -11299,41 +11386,50 @@ static void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw)
 /* Most events of a stream differ from the one before in nothing but their
  * text, and in padding that OpenAI adds. If all around is equal, byte for
  * byte, and these are JSON strings, then the whole event has been read
- * before. */
-static bool llmcbi_prompt_same_again(llmcbi_prompt *p, const char **at,
-                                     const char *end)
+ * before. Takes as many such events as there are and as have room; false:
+ * none. */
+static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
+                                     const llmcb_str *stop)
 {
-    const char *like = p->pattern.ptr, *s = *at;
-    size_t head = p->pattern_head, mid = p->pattern_mid;
-    size_t tail = p->pattern.len - head - mid;
-    llmcbi_raw raw;
-    llmcbi_json j;
+    const char *like = p->pattern.ptr;
+    size_t all = p->pattern.len, head = p->pattern_head, mid = p->pattern_mid;
+    size_t tail = all - head - mid;
+    uint64_t until = llmcbi_run_until(&p->run);
+    bool any = false;
 
-    if ((size_t)(end - s) < p->pattern.len || memcmp(s, like, head) != 0)
-        return false;
-    j.p = s + head;
-    j.end = end;
-    if (!llmcbi_json_string(&j)) return false;
-    raw.ptr = j.str;
-    raw.len = j.len;
-    raw.plain = !j.escaped && !j.high;
-    s = j.p - 1;
-    if ((size_t)(end - s) < mid || memcmp(s, like + head, mid) != 0)
-        return false;
-    s += mid;
-    if (tail) {
-        j.p = s;
-        if (!llmcbi_json_string(&j)) return false;
-        s = j.p - 1;
-        if ((size_t)(end - s) < tail || memcmp(s, like + head + mid, tail) != 0)
-            return false;
-        s += tail;
-    }
-    if ((size_t)(s - *at) - 2 > p->sse.limit) return false;
-    *at = s;
-    p->last_data = p->call->op.loop->now;
-    llmcbi_prompt_text(p, &raw);
-    return true;
+    do {
+        const char *s = piece->ptr, *end = s + piece->len;
+        llmcbi_raw raw;
+        if (piece->len < all || memcmp(s, like, head) != 0) break;
+        raw.ptr = s + head;
+        s = llmcbi_json_plain(raw.ptr, end);
+        raw.plain = s < end && *s == '"';
+        if (!raw.plain) {
+            llmcbi_json j;
+            j.p = raw.ptr;
+            j.end = end;
+            if (!llmcbi_json_string(&j)) break;
+            s = j.p - 1;
+        }
+        raw.len = (size_t)(s - raw.ptr);
+        if ((size_t)(end - s) < mid || memcmp(s, like + head, mid) != 0) break;
+        s += mid;
+        if (tail) {
+            s = llmcbi_json_plain(s, end);
+            if ((size_t)(end - s) < tail ||
+                memcmp(s, like + head + mid, tail) != 0)
+                break;
+            s += tail;
+        }
+        if ((size_t)(s - piece->ptr) - 2 > p->sse.limit) break;
+        *piece = llmcbi_slice(s, (size_t)(end - s));
+        llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr));
+        any = true;
+        if (!piece->len) piece++;
+    } while (piece < stop && !p->outcome && p->run.head < until &&
+             p->run.held <= p->run.window_bytes);
+    if (any) p->last_data = p->call->op.loop->now;
+    return any;
 }
 
 /* Where the padding of an event begins: a member that nobody reads, of random
@@ -11428,40 +11524,46 @@ static void llmcbi_prompt_event_again(llmcbi_prompt *p)
         llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pending);
 }
 
-static size_t llmcbi_prompt_stream(llmcbi_prompt *p, const char *bytes,
-                                   size_t len)
+static void llmcbi_prompt_stream(llmcbi_prompt *p, llmcb_str *piece,
+                                 const llmcb_str *stop)
 {
-    const char *at = bytes, *end = bytes + len;
     llmcb_str data;
 
     while (!p->outcome) {
+        const char *at, *end;
         llmcbi_sse_status status;
+        while (!piece->len && piece + 1 < stop)
+            piece++;
+        at = piece->ptr;
+        end = at + piece->len;
         if (!llmcbi_run_has_room(&p->run)) {
             llmcbi_prompt_pause(p);
             /* choices wait: the end of a line that is not taken yet holds
              * the exchange, and does nothing when it comes again */
-            if (p->pending.len && at == end && len) at--;
-            return (size_t)(at - bytes);
+            if (p->pending.len && at == end) *piece = llmcbi_slice(at - 1, 1);
+            return;
         }
         if (p->pending.len) {
             llmcbi_prompt_event_again(p);
             continue;
         }
-        if (at == end) break;
-        if (p->pattern.len && llmcbi_prompt_same_again(p, &at, end)) continue;
+        if (at == end) return;
+        if (p->pattern.len && llmcbi_prompt_same_again(p, piece, stop))
+            continue;
         p->pattern.len = 0;
         status =
             llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end, &data);
-        if (status == LLMCBI_SSE_MORE) break;
+        *piece = llmcbi_slice(at, (size_t)(end - at));
         if (status == LLMCBI_SSE_EVENT)
             llmcbi_prompt_event(p, data, p->sse.is_error);
         else if (status == LLMCBI_SSE_LIMIT)
             llmcbi_prompt_fail(p, LLMCB_ELIMIT,
                                "an event exceeds limits.event");
-        else
+        else if (status != LLMCBI_SSE_MORE)
             llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
     }
-    return len;
+    for (; piece < stop; piece++)
+        piece->len = 0; /* nobody wants it any more */
 }
 
 /* -- answers that are no stream */
@@ -11531,15 +11633,14 @@ static void llmcbi_prompt_redirect(llmcbi_prompt *p)
     llmcbi_prompt_decide(p, &e);
 }
 
-static size_t llmcbi_prompt_gather(llmcbi_prompt *p, const char *bytes,
-                                   size_t len, size_t most)
+static void llmcbi_prompt_gather(llmcbi_prompt *p, const llmcb_str *piece,
+                                 size_t most)
 {
     size_t room = most - p->text.len;
 
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, bytes,
-                   len < room ? len : room);
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, piece->ptr,
+                   piece->len < room ? piece->len : room);
     if (p->text.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-    return len;
 }
 
 /* -- what the exchange tells */
@@ -11601,8 +11702,7 @@ static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
 
 /* The first byte of a success tells what it is, whatever the head says:
  * servers label both kinds wrongly. */
-static void llmcbi_prompt_sniff(llmcbi_prompt *p, const char **bytes,
-                                size_t *len)
+static void llmcbi_prompt_sniff(llmcbi_prompt *p, llmcb_str *piece)
 {
     if (p->encoded || p->html) {
         llmcbi_prompt_fail(p, LLMCB_ECTYPE,
@@ -11611,41 +11711,44 @@ static void llmcbi_prompt_sniff(llmcbi_prompt *p, const char **bytes,
                                       : "the answer is an HTML page");
         return;
     }
-    while (*len && (**bytes == ' ' || **bytes == '\t' || **bytes == '\r' ||
-                    **bytes == '\n'))
-        (*bytes)++, (*len)--;
-    if (!*len) return;
-    if (**bytes == '<')
+    while (piece->len && (*piece->ptr == ' ' || *piece->ptr == '\t' ||
+                          *piece->ptr == '\r' || *piece->ptr == '\n'))
+        *piece = llmcbi_slice(piece->ptr + 1, piece->len - 1);
+    if (!piece->len) return;
+    if (*piece->ptr == '<')
         llmcbi_prompt_fail(p, LLMCB_ECTYPE, "the answer is a page of markup");
-    p->body_kind = **bytes == '{' ? LLMCBI_BODY_JSON : LLMCBI_BODY_STREAM;
+    p->body_kind = *piece->ptr == '{' ? LLMCBI_BODY_JSON : LLMCBI_BODY_STREAM;
 }
 
-static size_t llmcbi_prompt_data(void *owner, const char *bytes, size_t len)
+static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
 {
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
     const llmcb_limits *limits = &p->call->chat->d.limits;
-    size_t all = len;
+    const llmcb_str *stop = piece + n;
 
-    if (p->outcome || p->over) return len; /* nobody listens any more */
-    if (p->phase == LLMCBI_PHASE_FIRST_BYTE)
-        llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE, p->call->chat->d.idle_ms);
-    if (p->body_kind == LLMCBI_BODY_ERROR) {
-        if (p->status >= 300 && p->status < 400) return len;
-        llmcbi_prompt_gather(p, bytes, len, limits->error_body);
-        if (!p->outcome && p->text.len == limits->error_body)
-            llmcbi_prompt_http_error(p);
-        return len;
+    for (; piece < stop; piece->len = 0, piece++) {
+        if (p->outcome || p->over) continue; /* nobody listens any more */
+        if (p->phase == LLMCBI_PHASE_FIRST_BYTE)
+            llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE,
+                                    p->call->chat->d.idle_ms);
+        if (p->body_kind == LLMCBI_BODY_ERROR) {
+            if (p->status >= 300 && p->status < 400) continue;
+            llmcbi_prompt_gather(p, piece, limits->error_body);
+            if (!p->outcome && p->text.len == limits->error_body)
+                llmcbi_prompt_http_error(p);
+            continue;
+        }
+        p->got_body = true;
+        if (p->body_kind == LLMCBI_BODY_UNKNOWN) llmcbi_prompt_sniff(p, piece);
+        if (p->outcome) continue;
+        if (p->body_kind == LLMCBI_BODY_JSON) {
+            p->last_data = p->call->op.loop->now;
+            llmcbi_prompt_gather(p, piece, limits->body);
+        } else if (p->body_kind == LLMCBI_BODY_STREAM) {
+            llmcbi_prompt_stream(p, piece, stop);
+            return;
+        }
     }
-    p->got_body = true;
-    if (p->body_kind == LLMCBI_BODY_UNKNOWN)
-        llmcbi_prompt_sniff(p, &bytes, &len);
-    if (p->outcome) return all;
-    if (p->body_kind == LLMCBI_BODY_JSON) {
-        p->last_data = p->call->op.loop->now;
-        llmcbi_prompt_gather(p, bytes, len, limits->body);
-        return all;
-    }
-    return all - len + llmcbi_prompt_stream(p, bytes, len);
 }
 
 static bool llmcbi_prompt_all_finished(const llmcbi_prompt *p)
