@@ -1470,6 +1470,21 @@ TEST(streamed_or_not)
     talk_end(&two);
 }
 
+/* A server that streams although it was not asked to. */
+TEST(streamed_unasked)
+{
+    talk asked, unasked;
+
+    play_file(&asked, FIXTURES "joke.usage.http", true);
+    play_file(&unasked, FIXTURES "joke.usage.http", false);
+    CHECK_STR(llmcb_op_text(unasked.op).ptr, llmcb_op_text(asked.op).ptr);
+    CHECK_INT(asked.s.n_tokens, 17);
+    CHECK_INT(unasked.s.n_tokens, 0);
+    CHECK_INT(unasked.s.n_end, 1);
+    talk_end(&asked);
+    talk_end(&unasked);
+}
+
 int main(int argc, char **argv)
 {
     return test_main(argc, argv);
