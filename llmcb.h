@@ -1817,6 +1817,18 @@ static bool llmcbi_buf_reserve(const llmcb_allocator *a, llmcbi_buf *b,
     return true;
 }
 
+/* Gives back what it does not need, if the allocator does that. */
+static void llmcbi_buf_trim(const llmcb_allocator *a, llmcbi_buf *b)
+{
+    char *p = b->len + 1 < b->cap
+                  ? (char *)llmcbi_resize(a, b->ptr, b->cap, b->len + 1)
+                  : NULL;
+
+    if (!p) return;
+    b->ptr = p;
+    b->cap = b->len + 1;
+}
+
 static void llmcbi_buf_add(const llmcb_allocator *a, llmcbi_buf *b,
                            const char *s, size_t len)
 {
@@ -9793,6 +9805,7 @@ static void llmcbi_answer_note(const llmcb_allocator *a, llmcbi_buf *b,
     j.str = raw->ptr;
     j.len = raw->len < 4096 ? raw->len : 0;
     llmcbi_json_text(a, b, &j);
+    llmcbi_buf_trim(a, b);
 }
 
 /* -- tool calls: what servers send, made into calls */
@@ -12472,6 +12485,7 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
                      llmcbi_has_member(config->extra, "messages")
                          ? config->extra
                          : chat->d.extra);
+    llmcbi_buf_trim(&loop->alloc, &p->body);
     p->headers = (llmcb_pair *)llmcbi_arena_get(
         &loop->alloc, &c->arena, (chat->n_headers + 1) * sizeof *p->headers);
     if (p->body.failed || !p->headers) return LLMCB_ENOMEM;

@@ -55,6 +55,7 @@ static inline int counted_wait(int fd, struct epoll_event *ev, int n, int ms)
 typedef struct seen {
     uint64_t tokens, bytes;
     bool marks; /* it tells bench_progress */
+    bool more;  /* -u or -S */
     char *text; /* -u */
     size_t len, cap;
     unsigned sleep_ms, naps;
@@ -117,12 +118,8 @@ static char *curl_strdup(const char *s)
 
 /* -- handlers */
 
-static void see(seen *s, llmcb_str text)
+static void see_more(seen *s, llmcb_str text)
 {
-    if (!text.len) return;
-    s->tokens++;
-    s->bytes += text.len;
-    if (s->marks) bench_progress(s->tokens);
     if (opts.own) {
         if (s->len + text.len > s->cap) {
             s->cap = 2 * (s->len + text.len);
@@ -136,6 +133,15 @@ static void see(seen *s, llmcb_str text)
         s->naps++;
         usleep(s->sleep_ms * 1000);
     }
+}
+
+static void see(seen *s, llmcb_str text)
+{
+    if (!text.len) return;
+    s->tokens++;
+    s->bytes += text.len;
+    if (s->marks) bench_progress(s->tokens);
+    if (s->more) see_more(s, text);
 }
 
 static int on_token(llmcb_handler *h, const llmcb_event *ev)
@@ -255,7 +261,10 @@ static void run_network(llmcb_loop *loop)
         fprintf(stderr, "client: no memory, or no such transport\n");
         exit(2);
     }
-    for (i = 0; i < sets * k; i++) handler_init(&h[i], &s[i]);
+    for (i = 0; i < sets * k; i++) {
+        handler_init(&h[i], &s[i]);
+        s[i].more = opts.own || opts.sleep_ms;
+    }
     if (k && !opts.own) s[sets > 1 ? k : 0].marks = true;
     if (sets == 2) s[0].sleep_ms = opts.sleep_ms;
     sleeper_others = opts.sleep_ms ? opts.streams - 1 : 0;
