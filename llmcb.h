@@ -4184,36 +4184,37 @@ LLMCBI_DEF llmcb_loop *llmcb_task_loop(const llmcb_task *t)
     return t ? ((const llmcbi_task *)(const void *)t)->loop : NULL;
 }
 
-LLMCBI_DEF llmcb_step llmcb_sleep(llmcb_task *pub, int64_t ms)
+LLMCBI_DEF llmcb_step llmcb_sleep(llmcb_task *t, int64_t ms)
 {
-    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_task *task = llmcbi_await(t);
 
-    if (t && ms != LLMCB_FOREVER) llmcbi_timer_start(t->loop, &t->timer, ms);
+    if (task && ms != LLMCB_FOREVER)
+        llmcbi_timer_start(task->loop, &task->timer, ms);
     return LLMCB_WAIT;
 }
 
-LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *pub, int fd, int events,
+LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *t, int fd, int events,
                                      int64_t timeout_ms)
 {
-    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_task *task = llmcbi_await(t);
     llmcb_code code;
     size_t i;
 
-    if (!t) return LLMCB_WAIT;
+    if (!task) return LLMCB_WAIT;
     if (fd < 0 || !events || events & ~(LLMCB_READ | LLMCB_WRITE))
-        return llmcbi_await_over(t, LLMCB_EINVAL);
-    for (i = 0; i < t->loop->n_watches; i++)
-        if (t->loop->watches[i]->fd == fd)
-            return llmcbi_await_over(t, LLMCB_EBUSY);
-    code = llmcbi_watch_set(t->loop, &t->watch, fd, events);
+        return llmcbi_await_over(task, LLMCB_EINVAL);
+    for (i = 0; i < task->loop->n_watches; i++)
+        if (task->loop->watches[i]->fd == fd)
+            return llmcbi_await_over(task, LLMCB_EBUSY);
+    code = llmcbi_watch_set(task->loop, &task->watch, fd, events);
     /* epoll refuses what is always ready: files */
     if (code == LLMCB_ESYS && errno == EPERM)
         code = LLMCB_OK;
     else if (code == LLMCB_OK) {
-        llmcbi_await_limit(t, timeout_ms);
+        llmcbi_await_limit(task, timeout_ms);
         return LLMCB_WAIT;
     }
-    return llmcbi_await_over(t, code);
+    return llmcbi_await_over(task, code);
 }
 
 /* Whether op, or its run, cannot begin before t has ended: t is a handler of
@@ -4238,16 +4239,16 @@ static llmcb_code llmcbi_awaitable(const llmcbi_task *t, const llmcb_op *op)
     return home ? LLMCB_ESTATE : LLMCB_OK;
 }
 
-LLMCBI_DEF llmcb_step llmcb_await(llmcb_task *pub, llmcb_op *op)
+LLMCBI_DEF llmcb_step llmcb_await(llmcb_task *t, llmcb_op *op)
 {
-    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_task *task = llmcbi_await(t);
     llmcb_code code;
 
-    if (!t) return LLMCB_WAIT;
-    code = llmcbi_awaitable(t, op);
-    if (code != LLMCB_OK) return llmcbi_await_over(t, code);
-    if (op->done) return llmcbi_await_over(t, op->error->code);
-    llmcbi_waiter_join(&t->waiter, t, op);
+    if (!task) return LLMCB_WAIT;
+    code = llmcbi_awaitable(task, op);
+    if (code != LLMCB_OK) return llmcbi_await_over(task, code);
+    if (op->done) return llmcbi_await_over(task, op->error->code);
+    llmcbi_waiter_join(&task->waiter, task, op);
     return LLMCB_WAIT;
 }
 
@@ -4299,23 +4300,23 @@ LLMCBI_DEF llmcb_step llmcb_await_any(llmcb_task *t, llmcb_op *const *ops,
     return llmcbi_await_many(t, ops, n, timeout_ms, true);
 }
 
-LLMCBI_DEF llmcb_step llmcb_await_blocking(llmcb_task *pub,
-                                           int (*fn)(void *arg), void *arg)
+LLMCBI_DEF llmcb_step llmcb_await_blocking(llmcb_task *t, int (*fn)(void *arg),
+                                           void *arg)
 {
-    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_task *task = llmcbi_await(t);
     llmcb_op *op;
 
-    if (!t) return LLMCB_WAIT;
-    if (!fn) return llmcbi_await_over(t, LLMCB_EINVAL);
-    op = llmcb_offload(t->loop, fn, arg);
-    if (!op) return llmcbi_await_over(t, LLMCB_ENOMEM);
+    if (!task) return LLMCB_WAIT;
+    if (!fn) return llmcbi_await_over(task, LLMCB_EINVAL);
+    op = llmcb_offload(task->loop, fn, arg);
+    if (!op) return llmcbi_await_over(task, LLMCB_ENOMEM);
     if (op->done) {
         llmcb_code code = op->error->code;
         llmcb_op_free(op);
-        return llmcbi_await_over(t, code);
+        return llmcbi_await_over(task, code);
     }
-    llmcbi_waiter_join(&t->waiter, t, op);
-    t->owned = op;
+    llmcbi_waiter_join(&task->waiter, task, op);
+    task->owned = op;
     return LLMCB_WAIT;
 }
 
@@ -6084,27 +6085,27 @@ LLMCBI_DEF llmcb_code llmcb_run_custom(llmcb_run *run, const char *name,
     return llmcbi_run_emit(run, LLMCB_CUSTOM_EVENT, llmcb_text(name), data);
 }
 
-LLMCBI_DEF llmcb_step llmcb_await_run(llmcb_task *pub, llmcb_run *of)
+LLMCBI_DEF llmcb_step llmcb_await_run(llmcb_task *t, llmcb_run *run)
 {
-    llmcbi_task *t = llmcbi_await(pub);
-    llmcbi_run *run = (llmcbi_run *)(void *)of;
+    llmcbi_task *task = llmcbi_await(t);
+    llmcbi_run *r = (llmcbi_run *)(void *)run;
     llmcb_code code = LLMCB_OK;
 
-    if (!t) return LLMCB_WAIT;
-    if (!run)
+    if (!task) return LLMCB_WAIT;
+    if (!r)
         code = LLMCB_ENOMEM;
-    else if (run->loop != t->loop)
+    else if (r->loop != task->loop)
         code = LLMCB_EINVAL;
-    else if (run->home == t->home || llmcbi_withheld_by(t, run->home))
+    else if (r->home == task->home || llmcbi_withheld_by(task, r->home))
         code = LLMCB_ESTATE;
-    else if (run->flusher)
+    else if (r->flusher)
         code = LLMCB_EBUSY;
-    if (code != LLMCB_OK || run->slowest >= run->head)
-        return llmcbi_await_over(t, code);
-    run->flush_at = run->head;
-    run->flusher = t;
-    t->slot = &run->flusher;
-    llmcbi_make_ready(run->loop, &run->ready); /* sets the mark */
+    if (code != LLMCB_OK || r->slowest >= r->head)
+        return llmcbi_await_over(task, code);
+    r->flush_at = r->head;
+    r->flusher = task;
+    task->slot = &r->flusher;
+    llmcbi_make_ready(r->loop, &r->ready); /* sets the mark */
     return LLMCB_WAIT;
 }
 
@@ -9221,12 +9222,11 @@ static void llmcbi_take_data(void *owner, llmcb_str *pieces, size_t n)
 static bool llmcbi_write_file(const char *path, llmcb_str text)
 {
     int fd = llmcbi_open_file(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW);
-    ssize_t n = 0;
     size_t at = 0;
 
     if (fd < 0) return false;
     while (at < text.len) {
-        n = LLMCBI_SYS(write)(fd, text.ptr + at, text.len - at);
+        ssize_t n = LLMCBI_SYS(write)(fd, text.ptr + at, text.len - at);
         if (n < 0 && errno != EINTR) break;
         if (n > 0) at += (size_t)n;
     }
@@ -10251,15 +10251,15 @@ static void llmcbi_cache_drop_oldest(llmcb_cache *c)
     llmcbi_free(&c->alloc, k, llmcbi_kept_size(k));
 }
 
-LLMCBI_DEF void llmcb_cache_free(llmcb_cache *c)
+LLMCBI_DEF void llmcb_cache_free(llmcb_cache *cache)
 {
     llmcb_allocator a;
 
-    if (!c || --c->refs) return;
-    while (c->first)
-        llmcbi_cache_drop_oldest(c);
-    a = c->alloc;
-    llmcbi_free(&a, c, sizeof *c);
+    if (!cache || --cache->refs) return;
+    while (cache->first)
+        llmcbi_cache_drop_oldest(cache);
+    a = cache->alloc;
+    llmcbi_free(&a, cache, sizeof *cache);
 }
 
 /* FNV-1a, to tell most keys apart at a glance. */
@@ -10346,11 +10346,11 @@ LLMCBI_DEF llmcb_limiter *llmcb_limiter_new(llmcb_loop *loop,
     return l;
 }
 
-LLMCBI_DEF void llmcb_limiter_free(llmcb_limiter *l)
+LLMCBI_DEF void llmcb_limiter_free(llmcb_limiter *limiter)
 {
-    if (!l || --l->refs) return;
-    llmcbi_timer_free(l->loop, &l->timer);
-    llmcbi_free(&l->loop->alloc, l, sizeof *l);
+    if (!limiter || --limiter->refs) return;
+    llmcbi_timer_free(limiter->loop, &limiter->timer);
+    llmcbi_free(&limiter->loop->alloc, limiter, sizeof *limiter);
 }
 
 /* Takes a token, or says in how many milliseconds there will be one. */
@@ -12731,20 +12731,20 @@ LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
     return got != NULL;
 }
 
-LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *pub, llmcb_op *op)
+LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *t, llmcb_op *op)
 {
-    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_task *task = llmcbi_await(t);
     llmcbi_call *c = llmcbi_chunks_of(op);
     llmcb_code code;
 
-    if (!t) return LLMCB_WAIT;
-    code = llmcbi_awaitable(t, op);
+    if (!task) return LLMCB_WAIT;
+    code = llmcbi_awaitable(task, op);
     if (code == LLMCB_OK && !c) code = LLMCB_EINVAL;
     if (code == LLMCB_OK && c->op.reader) code = LLMCB_EBUSY;
     if (code != LLMCB_OK || op->done || llmcbi_call_chunk_ready(c))
-        return llmcbi_await_over(t, code);
-    c->op.reader = t;
-    t->slot = &c->op.reader;
+        return llmcbi_await_over(task, code);
+    c->op.reader = task;
+    task->slot = &c->op.reader;
     return LLMCB_WAIT;
 }
 
@@ -12840,15 +12840,15 @@ LLMCBI_DEF llmcb_usage llmcb_op_usage(const llmcb_op *op)
 }
 
 #ifndef LLMCB_NO_STDIO
-LLMCBI_DEF void llmcb_str_print(llmcb_str s, FILE *out)
+LLMCBI_DEF void llmcb_str_print(llmcb_str text, FILE *out)
 {
     size_t i;
 
-    if (!s.ptr || !out) return;
-    for (i = 0; i < s.len; i++) {
-        unsigned char c = (unsigned char)s.ptr[i];
-        unsigned char d = i + 1 < s.len ? (unsigned char)s.ptr[i + 1] : 0;
-        unsigned char e = i + 2 < s.len ? (unsigned char)s.ptr[i + 2] : 0;
+    if (!text.ptr || !out) return;
+    for (i = 0; i < text.len; i++) {
+        unsigned char c = (unsigned char)text.ptr[i];
+        unsigned char d = i + 1 < text.len ? (unsigned char)text.ptr[i + 1] : 0;
+        unsigned char e = i + 2 < text.len ? (unsigned char)text.ptr[i + 2] : 0;
         if ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7F) {
             fprintf(out, "\\x%02x", c);
         } else if (c == 0xC2 && d >= 0x80 && d < 0xA0) {
@@ -13439,11 +13439,11 @@ static llmcb_code llmcbi_work_room(llmcb_run *run, llmcbi_work **w)
     return code;
 }
 
-LLMCBI_DEF llmcb_code llmcb_run_action(llmcb_run *pub,
+LLMCBI_DEF llmcb_code llmcb_run_action(llmcb_run *run,
                                        const llmcb_action *action)
 {
     llmcbi_work *w;
-    llmcb_code code = llmcbi_work_room(pub, &w);
+    llmcb_code code = llmcbi_work_room(run, &w);
     llmcb_action from, *to;
     size_t size;
     char *at;
@@ -13469,11 +13469,11 @@ LLMCBI_DEF llmcb_code llmcb_run_action(llmcb_run *pub,
     return LLMCB_OK;
 }
 
-LLMCBI_DEF llmcb_code llmcb_run_agent_finish(llmcb_run *pub, llmcb_str output,
+LLMCBI_DEF llmcb_code llmcb_run_agent_finish(llmcb_run *run, llmcb_str output,
                                              llmcb_str log)
 {
     llmcbi_work *w;
-    llmcb_code code = llmcbi_work_room(pub, &w);
+    llmcb_code code = llmcbi_work_room(run, &w);
     llmcb_output *to;
     size_t size;
     char *at;
