@@ -1306,7 +1306,8 @@ typedef struct llmcb_tool {
     int (*call)(llmcb_tool_use *use);
     llmcb_step (*step)(llmcb_task *t, llmcb_tool_use *use);
     size_t frame_size;
-    int64_t timeout_ms; /* default none; a blocking function goes on */
+    int64_t timeout_ms; /* after approval, if one is asked for; default none.
+                           A blocking function goes on */
     bool handle_errors; /* tell the model what went wrong, and go on; else the
                            agent fails with it */
     void *user;
@@ -13123,6 +13124,12 @@ static void llmcbi_work_destroy(llmcb_op *op)
     llmcbi_work_free((llmcbi_work *)(void *)op);
 }
 
+static void llmcbi_work_limit(llmcbi_work *w)
+{
+    if (w->d.timeout_ms > 0)
+        llmcbi_timer_start(w->op.loop, &w->limit, w->d.timeout_ms);
+}
+
 static void llmcbi_work_step(llmcbi_ready *r)
 {
     llmcbi_work *w = LLMCBI_OWNER(llmcbi_work, ready, r);
@@ -13136,8 +13143,7 @@ static void llmcbi_work_step(llmcbi_ready *r)
     if (w->op.done || !llmcbi_run_settled(run)) return;
     if (run->state == LLMCBI_RUN_STARTING) {
         llmcbi_run_set_state(run, LLMCBI_RUN_OPEN);
-        if (w->d.timeout_ms > 0)
-            llmcbi_timer_start(w->op.loop, &w->limit, w->d.timeout_ms);
+        if (!w->use || !w->use->approve) llmcbi_work_limit(w);
         llmcbi_op_open(&w->op);
         llmcbi_work_begin_body(w);
     }
@@ -13793,6 +13799,7 @@ static llmcb_step llmcbi_tool_step(llmcb_task *t)
             llmcbi_work_fail(w, LLMCB_OK, NULL);
             return LLMCB_DONE;
         }
+        llmcbi_work_limit(w); /* who approves takes his time */
         if (tool->call) return LLMCB_DONE;
         t->at = 0;
         t->result = LLMCB_OK;
