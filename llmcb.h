@@ -2607,13 +2607,16 @@ static bool llmcbi_json_int(const llmcbi_json *j, int64_t *out)
 {
     const char *p = j->str, *end = p + j->len;
     bool negative = p < end && *p == '-';
-    int64_t v = 0;
+    uint64_t v = 0, most = (uint64_t)INT64_MAX + negative;
 
-    for (p += negative; p < end; p++) {
-        if (*p < '0' || *p > '9' || v > (INT64_MAX - 9) / 10) return false;
-        v = v * 10 + (*p - '0');
+    for (p += negative; p < end && *p != '.'; p++) {
+        unsigned digit = (unsigned)*p - '0';
+        if (digit > 9 || v > (most - digit) / 10) return false;
+        v = v * 10 + digit;
     }
-    *out = negative ? -v : v;
+    for (p += p < end; p < end; p++) /* 1.0 is whole */
+        if (*p != '0') return false;
+    *out = negative && v ? -(int64_t)(v - 1) - 1 : (int64_t)v;
     return true;
 }
 
@@ -13631,11 +13634,14 @@ LLMCBI_DEF llmcb_code llmcb_tool_fail(llmcb_tool_use *use, const char *why)
 
 static bool llmcbi_is_whole(const llmcbi_json *j)
 {
+    bool point = false;
     size_t i;
 
-    for (i = 0; i < j->len; i++)
-        if (j->str[i] == '.' || j->str[i] == 'e' || j->str[i] == 'E')
-            return false;
+    for (i = 0; i < j->len; i++) {
+        char c = j->str[i];
+        if (c == 'e' || c == 'E' || (point && c != '0')) return false;
+        point |= c == '.';
+    }
     return true;
 }
 

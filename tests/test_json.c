@@ -476,6 +476,9 @@ TEST(numbers_are_whole_and_fit_or_are_none)
         { "4294967295", true, 4294967295 },
         { "4294967296", true, 4294967296 },
         { "922337203685477580", true, 922337203685477580 },
+        { "9223372036854775807", true, INT64_MAX },
+        { "-9223372036854775808", true, INT64_MIN },
+        { "9223372036854775807.0", true, INT64_MAX },
         { "9223372036854775808", false, 0 },
         { "-9223372036854775809", false, 0 },
         { "18446744073709551616", false, 0 },
@@ -485,8 +488,11 @@ TEST(numbers_are_whole_and_fit_or_are_none)
         { "1e2", false, 0 },
         { "1E2", false, 0 },
         { "1.5", false, 0 },
-        { "1.0", false, 0 },
-        { "-0.0", false, 0 },
+        { "1.01", false, 0 },
+        { "1.0e2", false, 0 },
+        { "1.0", true, 1 },
+        { "-12.000", true, -12 },
+        { "-0.0", true, 0 },
     };
 
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
