@@ -5366,28 +5366,27 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
     c->run->loop->unpublished = c;
 }
 
-/* More tokens up to `limit` behind one, as far as they follow each other:
- * what a lone inline handler gets nearly all the time. */
-static void llmcbi_cursor_tokens(llmcbi_cursor *c, uint64_t limit)
+/* The next event if it is a token, which most are: what advance does for an
+ * inline handler, without what cannot be. */
+static inline bool llmcbi_cursor_token(llmcbi_cursor *c, uint64_t limit)
 {
     const llmcbi_run *run = c->run;
+    const llmcbi_record *rec;
+    int result;
 
-    if (c->ev.kind != LLMCB_LLM_NEW_TOKEN ||
-        c->token_lane != LLMCBI_LANE_INLINE)
-        return;
-    if (limit == run->finish_seq) limit--;
-    while (c->done < limit && !c->running && !c->mute && !c->passing &&
-           !run->skipping) {
-        const llmcbi_record *rec = llmcbi_record_at(&c->pos);
-        int result;
-        if (rec->kind != LLMCB_LLM_NEW_TOKEN) return;
-        c->pos += rec->size;
-        c->ev.seq = c->done + 1;
-        c->ev.token = (const llmcb_chunk *)(const void *)(rec + 1);
-        result = c->on_token(c->handler, &c->ev);
-        c->known = ++c->done;
-        if (result) llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
-    }
+    if (c->token_lane != LLMCBI_LANE_INLINE || c->done >= limit ||
+        c->done + 1 == run->finish_seq || c->ev.kind != LLMCB_LLM_NEW_TOKEN ||
+        c->running || c->mute || c->passing || run->skipping)
+        return false;
+    rec = llmcbi_record_at(&c->pos);
+    if (rec->kind != LLMCB_LLM_NEW_TOKEN) return false;
+    c->pos += rec->size;
+    c->ev.seq = c->done + 1;
+    c->ev.token = (const llmcb_chunk *)(const void *)(rec + 1);
+    result = c->on_token(c->handler, &c->ev);
+    c->known = ++c->done;
+    if (result) llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
+    return true;
 }
 
 /* One event of those up to `limit`, if the handler is free. false: it has to
@@ -5591,6 +5590,19 @@ static uint64_t llmcbi_run_inlined(const llmcbi_run *run, uint64_t limit)
     return limit;
 }
 
+/* Tokens to the inline handlers, event by event. */
+static void llmcbi_run_tokens(const llmcbi_run *run, uint64_t limit)
+{
+    llmcbi_cursor *c, *end = run->cursors + run->n_cursors;
+    bool moved;
+
+    do {
+        moved = false;
+        for (c = run->cursors; c < end; c++)
+            moved |= llmcbi_cursor_token(c, limit);
+    } while (moved);
+}
+
 /* Gives every handler what it can take, then tells the owner if something
  * that it waits for has come. */
 static void llmcbi_run_pump(llmcbi_ready *r)
@@ -5606,9 +5618,10 @@ static void llmcbi_run_pump(llmcbi_ready *r)
         for (i = 0; i < run->n_cursors; i++) /* inline, event by event */
             if (run->cursors[i].handler->flags & LLMCB_INLINE)
                 moved |= llmcbi_cursor_advance(&run->cursors[i], limit);
-        if (moved && run->n_cursors == 1)
-            llmcbi_cursor_tokens(run->cursors, limit);
-        if (moved) continue;
+        if (moved) {
+            llmcbi_run_tokens(run, limit);
+            continue;
+        }
         run->visible = llmcbi_run_inlined(run, limit);
         for (i = 0; i < run->n_cursors; i++)
             while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
