@@ -2027,6 +2027,12 @@ typedef volatile unsigned char llmcbi_flag;
 #define LLMCBI_FLAG_GET(f) (*(f))
 #endif
 
+/* A span of time that can be added to any moment. */
+static int64_t llmcbi_span(int64_t ms)
+{
+    return ms < INT64_MAX / 4 ? ms : INT64_MAX / 4;
+}
+
 static int64_t llmcbi_clock_ms(void)
 {
     struct timespec ts;
@@ -3764,7 +3770,8 @@ LLMCBI_DEF llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc)
     loop->alloc = a;
     loop->log = desc->log;
     loop->log_user = desc->log_user;
-    loop->shutdown_ms = desc->shutdown_ms > 0 ? desc->shutdown_ms : 5000;
+    loop->shutdown_ms =
+        desc->shutdown_ms > 0 ? llmcbi_span(desc->shutdown_ms) : 5000;
     loop->workers = desc->workers ? desc->workers : 4;
     if (loop->workers < 2) loop->workers = 2;
     if (loop->workers > 64) loop->workers = 64;
@@ -6498,7 +6505,7 @@ struct llmcb_exchange {
 
 LLMCBI_DEF void *llmcb_exchange_state(llmcb_exchange *x)
 {
-    return (char *)x + LLMCBI_EXCHANGE_HEAD;
+    return x ? (char *)x + LLMCBI_EXCHANGE_HEAD : NULL;
 }
 
 LLMCBI_DEF llmcb_code llmcb_transport_init(llmcb_loop *loop,
@@ -7922,11 +7929,11 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
     if (c->next) c->next->prev = c;
     sock->conns = c;
     c->key = (char *)llmcbi_alloc(&loop->alloc, n + 1);
+    if (c->key) memcpy(c->key, request->url, n); /* freed by its length */
     if (!c->key || !llmcbi_timer_init(loop, &c->timer, llmcbi_conn_timer)) {
         llmcbi_conn_free(c);
         return LLMCB_ENOMEM;
     }
-    memcpy(c->key, request->url, n);
     *llmcbi_conn_slot(x) = c;
     llmcbi_make_ready(loop, &c->ready);
     return LLMCB_OK;
@@ -10612,7 +10619,7 @@ static const char *llmcbi_env(const char *given, const char *name,
 
 static int64_t llmcbi_ms(int64_t given, int64_t otherwise)
 {
-    return given ? given : otherwise;
+    return given ? llmcbi_span(given) : otherwise;
 }
 
 static void llmcbi_chat_resolve(llmcb_chat *chat)
@@ -10939,7 +10946,7 @@ static void llmcbi_prompt_set_phase(llmcbi_prompt *p, llmcbi_phase phase,
     int64_t now = p->call->op.loop->now;
 
     p->phase = (uint8_t)phase;
-    p->phase_due = ms < 0 || ms > INT64_MAX / 4 ? 0 : now + ms;
+    p->phase_due = ms < 0 ? 0 : now + ms;
     if (p->phase_due == 0 && ms == 0) p->phase_due = 1;
     p->last_data = now;
     llmcbi_prompt_arm(p);
@@ -12490,7 +12497,7 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     p->run.told = llmcbi_prompt_told;
     p->run.window_events = chat->d.limits.window_events;
     p->run.window_bytes = chat->d.limits.window_bytes;
-    p->run.handler_ms = chat->d.handler_ms;
+    p->run.handler_ms = llmcbi_span(chat->d.handler_ms);
     if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
         return LLMCB_ENOMEM;
     code = llmcbi_run_init(loop, &p->run, setup->handlers, setup->n_handlers,
@@ -13271,7 +13278,7 @@ static llmcb_code llmcbi_work_build(llmcbi_work *w, const llmcb_config *config)
     w->run.told = llmcbi_work_told;
     w->run.window_events = 1024;
     w->run.window_bytes = (size_t)1 << 20;
-    w->run.handler_ms = d->handler_ms;
+    w->run.handler_ms = llmcbi_span(d->handler_ms);
     if (w->arena.failed ||
         !llmcbi_timer_init(loop, &w->limit, llmcbi_work_timed_out))
         return LLMCB_ENOMEM;
