@@ -7071,18 +7071,17 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
     return line.len ? llmcbi_h1_header(h, line) : llmcbi_h1_head_end(h);
 }
 
-/* The whole next chunk as LLMCBI_H1_DATA, in one go: from the end of one to
- * the end of another, if all of it is there and nothing about it is unusual. */
+/* A whole chunk as LLMCBI_H1_DATA in one go, from its size to the line end
+ * behind its data, if all of it is there and nothing about it is unusual. */
 static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
                                         const char *end)
 {
-    const char *from = *p, *q = from + 2;
+    const char *from = *p, *q = from;
+    const char *stop = end - from < 8 ? end : from + 8;
     uint64_t size = 0;
 
-    if (h->state != LLMCBI_H1_AT_CHUNK_CR || end - from < 13 ||
-        memcmp(from, "\r\n", 2) != 0)
-        return false;
-    for (; q < from + 10; q++) {
+    if (h->state != LLMCBI_H1_AT_SIZE || h->digits) return false;
+    for (; q < stop; q++) {
         unsigned digit = (unsigned)*q - '0';
         if (digit > 9) {
             digit = ((unsigned)*q | 0x20) - 'a' + 10;
@@ -7090,16 +7089,16 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
         }
         size = size << 4 | digit;
     }
-    if (memcmp(q, "\r\n", 2) != 0 || !size || size > (uint64_t)(end - q - 2) ||
+    if (!size || end - q < 4 || size > (uint64_t)(end - q - 4) ||
+        memcmp(q, "\r\n", 2) != 0 || memcmp(q + 2 + size, "\r\n", 2) != 0 ||
         size > h->max_body - h->body ||
         (h->framing + 12 > LLMCBI_H1_FREE_FRAMING &&
          h->body < (h->framing + 12) / 3))
         return false;
-    q += 2;
-    h->framing += (uint64_t)(q - from);
+    h->framing += (uint64_t)(q + 4 - from);
     h->body += size;
-    h->value = llmcbi_slice(q, (size_t)size);
-    *p = q + size;
+    h->value = llmcbi_slice(q + 2, (size_t)size);
+    *p = q + size + 4;
     return true;
 }
 

@@ -1182,7 +1182,7 @@ static const row rows[] = {
     { 85, "index_huge", STREAM(TWO CHOICE(4294967295, "x") MORE),
       .code = LLMCB_ELIMIT, .tokens = TWO_TOKENS },
     { 85, "index_2_63", STREAM(TWO CHOICE(9223372036854775807, "x") MORE),
-      .tokens = TWO_TOKENS "x||" },
+      .code = LLMCB_ELIMIT, .tokens = TWO_TOKENS },
     { 85, "index_20_digits", STREAM(CHOICE(99999999999999999999, "x") MORE),
       .tokens = "x||" },
     { 85, "index_negative", STREAM(CHOICE(-1, "x") MORE), .tokens = "x||" },
