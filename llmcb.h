@@ -2613,16 +2613,16 @@ static bool llmcbi_json_int(const llmcbi_json *j, int64_t *out)
 {
     const char *p = j->str, *end = p + j->len;
     bool negative = p < end && *p == '-';
-    uint64_t v = 0, most = (uint64_t)INT64_MAX + negative;
+    int64_t v = 0, least = negative ? INT64_MIN : -INT64_MAX;
 
     for (p += negative; p < end && *p != '.'; p++) {
-        unsigned digit = (unsigned)*p - '0';
-        if (digit > 9 || v > (most - digit) / 10) return false;
-        v = v * 10 + digit;
+        int digit = *p - '0';
+        if (digit < 0 || digit > 9 || v < (least + digit) / 10) return false;
+        v = v * 10 - digit; /* there is one more below 0 than above */
     }
     for (p += p < end; p < end; p++) /* 1.0 is whole */
         if (*p != '0') return false;
-    *out = negative && v ? -(int64_t)(v - 1) - 1 : (int64_t)v;
+    *out = negative ? v : -v;
     return true;
 }
 
@@ -4696,11 +4696,15 @@ LLMCBI_DEF const char *llmcb_event_name(llmcb_event_kind kind)
 /* An event as it stands in the log, its payload behind it. Start and finish
  * are no records: they are part of the run and cannot fail. */
 typedef struct llmcbi_record {
-    uint32_t size; /* bytes to the next record */
-    uint32_t kind; /* llmcb_event_kind, or LLMCBI_JUMP */
+    uint32_t size; /* with its payload; the next one is 8-aligned */
+    uint32_t kind; /* llmcb_event_kind, or one of these */
 } llmcbi_record;
 
 #define LLMCBI_JUMP 0xFFFFu
+/* A token that is text of choice 0 and nothing else, as most are: the payload
+ * is the text. Who shows it makes the chunk, so that a third of the memory
+ * goes from thread to thread. */
+#define LLMCBI_TEXT 0xFFFEu
 
 /* Where the log goes on. There is room for one behind each block's last
  * record, and one is the beginning of every log. */
@@ -4749,6 +4753,7 @@ struct llmcbi_run {
     size_t held;           /* bytes in blocks */
     size_t window_events, window_bytes;
     int64_t handler_ms;
+    const llmcb_parts *no_parts; /* of a token that is only text */
     const llmcb_start *start;
     const llmcb_result *result;
     const llmcb_output *output;
@@ -4909,14 +4914,14 @@ static inline char *llmcbi_run_reserve(llmcbi_run *run, size_t size)
     return run->tail + sizeof(llmcbi_record);
 }
 
-static inline void llmcbi_run_commit(llmcbi_run *run, llmcb_event_kind kind,
+static inline void llmcbi_run_commit(llmcbi_run *run, unsigned kind,
                                      size_t size)
 {
     llmcbi_record *rec = (llmcbi_record *)(void *)run->tail;
 
-    rec->kind = (uint32_t)kind;
-    rec->size = (uint32_t)LLMCBI_ALIGN8(sizeof *rec + size);
-    run->tail += rec->size;
+    rec->kind = kind;
+    rec->size = (uint32_t)(sizeof *rec + size);
+    run->tail += LLMCBI_ALIGN8(rec->size);
     run->head++;
     llmcbi_make_ready(run->loop, &run->ready);
 }
@@ -4931,6 +4936,30 @@ static const llmcbi_record *llmcbi_record_at(const char **pos)
         rec = (const llmcbi_record *)(const void *)*pos;
     }
     return rec;
+}
+
+static const llmcbi_record *llmcbi_record_take(const char **pos)
+{
+    const llmcbi_record *rec = llmcbi_record_at(pos);
+
+    *pos += LLMCBI_ALIGN8(rec->size);
+    return rec;
+}
+
+static bool llmcbi_record_is_token(const llmcbi_record *rec)
+{
+    return rec->kind == LLMCBI_TEXT || rec->kind == LLMCB_LLM_NEW_TOKEN;
+}
+
+/* A token as it is shown: as it stands there, or in *room. */
+static const llmcb_chunk *llmcbi_record_token(const llmcbi_record *rec,
+                                              llmcb_chunk *room)
+{
+    if (rec->kind == LLMCB_LLM_NEW_TOKEN)
+        return (const llmcb_chunk *)(const void *)(rec + 1);
+    room->text =
+        llmcbi_slice((const char *)(rec + 1), rec->size - sizeof *rec - 1);
+    return room;
 }
 
 /* A string behind the fixed part of a payload. */
@@ -4989,6 +5018,7 @@ struct llmcbi_cursor {
     llmcbi_strand *strand;          /* NULL: nothing runs on the pool */
     llmcbi_task *task;              /* NULL: nothing is async */
     llmcb_event ev;                 /* what the handler is shown */
+    llmcb_chunk chunk;              /* and what it may point to */
     llmcb_sync_fn on_token;         /* of the handler; nearly all are these */
     const char *pos;                /* the next record */
     uint64_t done;                  /* events it is done with */
@@ -5140,8 +5170,9 @@ static void llmcbi_cursor_load(llmcbi_cursor *c, const char **pos,
     if (done + 1 == finish_seq) {
         kind = run->finish_kind;
     } else {
-        rec = llmcbi_record_at(pos);
-        kind = (llmcb_event_kind)rec->kind;
+        rec = llmcbi_record_take(pos);
+        kind = llmcbi_record_is_token(rec) ? LLMCB_LLM_NEW_TOKEN
+                                           : (llmcb_event_kind)rec->kind;
     }
     if (kind != before) {
         ev->kind = kind;
@@ -5160,13 +5191,14 @@ static void llmcbi_cursor_load(llmcbi_cursor *c, const char **pos,
     }
     payload = rec + 1;
     switch (kind) {
-    case LLMCB_LLM_NEW_TOKEN: ev->token = (const llmcb_chunk *)payload; break;
+    case LLMCB_LLM_NEW_TOKEN:
+        ev->token = llmcbi_record_token(rec, &c->chunk);
+        break;
     case LLMCB_RETRY: ev->retry = (const llmcb_retry *)payload; break;
     case LLMCB_AGENT_ACTION: ev->action = (const llmcb_action *)payload; break;
     case LLMCB_AGENT_FINISH: ev->output = (const llmcb_output *)payload; break;
     default: ev->data = (const llmcb_data *)payload; break;
     }
-    *pos += rec->size;
 }
 
 /* -- workers */
@@ -5386,10 +5418,10 @@ static inline bool llmcbi_cursor_token(llmcbi_cursor *c, uint64_t limit)
         c->running || c->mute || c->passing || run->skipping)
         return false;
     rec = llmcbi_record_at(&c->pos);
-    if (rec->kind != LLMCB_LLM_NEW_TOKEN) return false;
-    c->pos += rec->size;
+    if (!llmcbi_record_is_token(rec)) return false;
+    c->pos += LLMCBI_ALIGN8(rec->size);
     c->ev.seq = c->done + 1;
-    c->ev.token = (const llmcb_chunk *)(const void *)(rec + 1);
+    c->ev.token = llmcbi_record_token(rec, &c->chunk);
     result = c->on_token(c->handler, &c->ev);
     c->known = ++c->done;
     if (result) llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
@@ -5788,6 +5820,7 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
     c->handler = h;
     c->pos = (const char *)&run->anchor;
     c->ev.run = &run->pub;
+    c->chunk.parts = run->no_parts;
     if (llmcbi_any_async(h)) {
         size_t size = LLMCBI_ALIGN(sizeof(llmcbi_task)) + h->frame_size;
         llmcbi_task *t;
@@ -10825,6 +10858,7 @@ struct llmcbi_call {
     const llmcb_error *late; /* a failure that changed no event */
     size_t told;             /* prompts whose error has been told, in order */
     bool stream;             /* the request asks for one */
+    llmcb_chunk chunk;       /* what the pull interface shows */
     bool shown; /* the record at pull_pos is in the program's hands */
     bool pull;
     bool cancelled;
@@ -11397,26 +11431,19 @@ static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
                                       size_t readable)
 {
     llmcbi_choice *c = &p->answer.choices[0];
-    size_t size = sizeof(llmcb_chunk) + llmcbi_raw_room(raw) + LLMCBI_SHORT;
-    char *at = llmcbi_run_reserve(&p->run, size), *begin = at;
-    llmcb_chunk *chunk = (llmcb_chunk *)(void *)at;
+    char *at = llmcbi_run_reserve(&p->run, llmcbi_raw_room(raw) + LLMCBI_SHORT);
+    llmcb_str text = llmcbi_slice(at, raw->len);
 
     if (!at) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return;
     }
-    at += sizeof *chunk;
-    chunk->choice = 0;
-    chunk->parts = &p->call->chat->no_parts;
-    if (llmcbi_prompt_short(p, c, raw, readable, at)) {
-        chunk->text = llmcbi_slice(at, raw->len);
-        at += raw->len + 1;
-    } else {
-        chunk->text = llmcbi_raw_decode(&at, raw, &c->text_carry);
-        if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return;
+    if (!llmcbi_prompt_short(p, c, raw, readable, at)) {
+        text = llmcbi_raw_decode(&at, raw, &c->text_carry);
+        if (!llmcbi_prompt_keep(p, &c->text, text)) return;
     }
     if (p->call->stream && !p->cached)
-        llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
+        llmcbi_run_commit(&p->run, LLMCBI_TEXT, text.len + 1);
 }
 
 /* Most events of a stream differ from the one before in nothing but their
@@ -12494,6 +12521,7 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     p->call = c;
     p->retry_after = LLMCBI_NO_WISH;
     p->run.told = llmcbi_prompt_told;
+    p->run.no_parts = &chat->no_parts;
     p->run.window_events = chat->d.limits.window_events;
     p->run.window_bytes = chat->d.limits.window_bytes;
     p->run.handler_ms = llmcbi_span(chat->d.handler_ms);
@@ -12631,6 +12659,7 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     memset(&none, 0, sizeof none);
     if (!config) config = &none;
     c->chat = chat;
+    c->chunk.parts = &chat->no_parts;
     chat->refs++;
     c->stream = stream;
     c->pull = pull;
@@ -12710,7 +12739,7 @@ static void llmcbi_call_pass(llmcbi_call *c)
 {
     llmcbi_run *run = &c->prompts[0].run;
 
-    run->pull_pos += llmcbi_record_at(&run->pull_pos)->size;
+    llmcbi_record_take(&run->pull_pos);
     run->pull++;
     c->shown = false;
     if (run->starved) llmcbi_make_ready(run->loop, &run->ready);
@@ -12725,8 +12754,8 @@ static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
     if (c->shown) llmcbi_call_pass(c);
     while (llmcbi_call_chunk_ready(c)) {
         const llmcbi_record *rec = llmcbi_record_at(&run->pull_pos);
-        c->shown = rec->kind == LLMCB_LLM_NEW_TOKEN;
-        if (c->shown) return (const llmcb_chunk *)(const void *)(rec + 1);
+        c->shown = llmcbi_record_is_token(rec);
+        if (c->shown) return llmcbi_record_token(rec, &c->chunk);
         llmcbi_call_pass(c);
     }
     return NULL;
