@@ -1,0 +1,47 @@
+/* [JSON]: strings decoded. One byte or escape from all that may have come
+ * before is any string: a whole one is that, again and again. */
+/* reached: 90 */
+/* eva: -eva-slevel-function decode:2000 */
+/* eva: -inline-calls llmcbi_put_byte,llmcbi_carry_flush */
+/* eva: -inline-calls llmcbi_put_replacement,llmcbi_put_utf8 */
+/* eva: -inline-calls llmcbi_json_decode */
+#include "proof.h"
+
+static void decode(void)
+{
+    int kind = Frama_C_interval(0, 8), n = Frama_C_interval(0, 3);
+    int high = Frama_C_interval(0, 1), unit = Frama_C_interval(0, 2);
+    int part = Frama_C_interval(0, 2);
+    llmcbi_carry c;
+    char *in, *out;
+    size_t len, room, did, left;
+
+    /*@ split kind; */
+    /*@ split n; */
+    /*@ split high; */
+    /*@ split unit; */
+    /*@ split part; */
+    if (kind ? n == 0 || n >= CARRY_SIZE(kind) : n > 0) return;
+    c = any_carry(kind, n, high);
+    len = unit == 0 ? 1 : unit == 1 ? 2 : 6;
+    in = any_bytes(len);
+    if (unit == 0) {
+        in[0] = any_but('\\', part);
+    } else {
+        in[0] = '\\';
+        in[1] = unit == 1 ? any_but('u', part) : 'u';
+    }
+    room = 3 * len + (kind ? 3 : 0) + (high ? 3 : 0);
+    out = (char *)malloc(room);
+    did = llmcbi_json_decode(out, in, len, &c);
+    left = (c.n ? 3 : 0) + (c.high ? 3 : 0);
+    /*@ assert paid: did + left <= room; */
+    /*@ assert carry: c.n <= 3; */
+    /*@ assert high: c.high == 0 || 0xD800 <= c.high <= 0xDBFF; */
+}
+
+int main(void)
+{
+    decode();
+    return 0;
+}
