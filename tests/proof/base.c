@@ -7,7 +7,7 @@
 /* eva: -inline-calls llmcbi_put_byte,llmcbi_carry_flush */
 /* eva: -inline-calls llmcbi_put_replacement */
 #include "proof.h"
-#define N 4
+#define N 6
 
 static void copy(void)
 {

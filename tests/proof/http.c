@@ -10,7 +10,7 @@
 /* eva: -eva-slevel-function llmcbi_h1_next:3000,llmcbi_h1_header:500 */
 /* eva: -eva-slevel-function values:50,fields:50 */
 #include "proof.h"
-#define N 2
+#define N 3
 #define CAP 8
 
 static llmcbi_h1 any_h1(int state, int kept)

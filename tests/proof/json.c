@@ -5,7 +5,7 @@
 /* eva: -eva-slevel-function llmcbi_json_close:10,llmcbi_json_value:20 */
 /* eva: -eva-slevel-function llmcbi_json_raw:30,llmcbi_json_next:30 */
 #include "proof.h"
-#define N 10
+#define N 16
 
 /* Depth and state belong together, too: hints has assertions on that. */
 static void good(const llmcbi_json *j)

@@ -7,7 +7,7 @@
 /* eva: -eva-slevel-function llmcbi_sse_next:3000 */
 /* eva: -inline-calls llmcbi_sse_bom,llmcbi_sse_eol,proof_memchr */
 #include "proof.h"
-#define N 2
+#define N 3
 #define CAP 16
 
 static llmcbi_sse any_sse(int bom, bool in_data)
