@@ -5,7 +5,7 @@
 /* eva: -eva-slevel-function llmcbi_json_close:10,llmcbi_json_value:20 */
 /* eva: -eva-slevel-function llmcbi_json_raw:30,llmcbi_json_next:30 */
 #include "proof.h"
-#define N 16
+#define N 10
 
 /* Depth and state belong together, too: hints has assertions on that. */
 static void good(const llmcbi_json *j)
@@ -69,7 +69,7 @@ static void raw(void)
 
 static void numbers(void)
 {
-    int n = Frama_C_interval(0, 24);
+    int n = Frama_C_interval(0, 20);
     llmcbi_json j;
     int64_t v;
 
