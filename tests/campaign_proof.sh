@@ -155,7 +155,7 @@ if [ "$mode" ]; then
     mutant field_reads_on \
         "$(in_function llmcbi_sse_line 's/value.len > 1 && //')" sse 3
     mutant chunk_size_reads_on \
-        "$(in_function llmcbi_h1_next_chunk 's/end - from < 13/end - from < 3/')" \
+        "$(in_function llmcbi_h1_next_chunk 's/end - q < 4 || //')" \
         http 4
     mutant date_overflows \
         "$(in_function llmcbi_parse_seconds 's|INT64_MAX / 100000|INT64_MAX / 100|')" \

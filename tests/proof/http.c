@@ -136,7 +136,7 @@ static void chunk(void)
     llmcbi_h1 h;
 
     /*@ split n; */
-    h = any_h1(LLMCBI_H1_AT_CHUNK_CR, -1);
+    h = any_h1(LLMCBI_H1_AT_SIZE, -1);
     p = any_bytes(n);
     end = p + n;
     llmcbi_h1_next_chunk(&h, &p, end);
