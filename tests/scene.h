@@ -198,10 +198,12 @@ static inline bool is_finish(llmcb_event_kind k)
     return k == LLMCB_LLM_END || k == LLMCB_LLM_ERROR;
 }
 
-/* The event in one word. Reads the whole payload, so that one that was freed
+/* The event in one word, controls as \xNN. Reads the whole payload, so that one that was freed
  * too early is found. */
 static inline void event_word(char *out, size_t cap, const llmcb_event *ev)
 {
+    size_t i, n;
+
     switch (ev->kind) {
     case LLMCB_CHAT_MODEL_START:
         snprintf(out, cap, "start");
@@ -210,7 +212,12 @@ static inline void event_word(char *out, size_t cap, const llmcb_event *ev)
         snprintf(out, cap, "llm(%s)", ev->start->prompt.ptr);
         break;
     case LLMCB_LLM_NEW_TOKEN:
-        snprintf(out, cap, "%s", ev->token->text.ptr);
+        for (i = n = 0; i < ev->token->text.len && n + 5 < cap; i++) {
+            unsigned char c = (unsigned char)ev->token->text.ptr[i];
+            if (c < 0x20) n += (size_t)sprintf(out + n, "\\x%02x", c);
+            else out[n++] = (char)c;
+        }
+        out[n] = '\0';
         break;
     case LLMCB_LLM_END:
         snprintf(out, cap, "end");

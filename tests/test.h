@@ -8,9 +8,9 @@
  *     }
  *     int main(int argc, char **argv) { return test_main(argc, argv); }
  *
- * A program runs the tests whose names contain its first argument, all
- * without one, prints one line a failure or skip and, at the end,
- * "NAME: N passed, N failed, N skipped". Tests register themselves through
+ * A program runs the tests whose names contain its argument, all without
+ * one, prints one line a failure or skip, with -v before the argument one a
+ * test, and, at the end, "NAME: N passed, N failed, N skipped". Tests register themselves through
  * constructors, which both compilers of the suite have. */
 #ifndef TEST_H
 #define TEST_H
@@ -91,10 +91,12 @@ static inline int test_main(int argc, char **argv)
 {
     int passed = 0, failed = 0, skipped = 0;
     const char *base = strrchr(argv[0], '/');
+    int verbose = argc > 1 && strcmp(argv[1], "-v") == 0;
+    const char *part = argc > 1 + verbose ? argv[1 + verbose] : "";
 
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (test_case *t = test_first; t; t = t->next) {
-        if (argc > 1 && !strstr(t->name, argv[1])) continue;
+        if (!strstr(t->name, part)) continue;
         test_failures_here = test_skipped_here = 0;
         test_current = t->name;
         t->run();
@@ -105,6 +107,7 @@ static inline int test_main(int argc, char **argv)
             skipped++;
         } else {
             passed++;
+            if (verbose) printf("ok %s\n", t->name);
         }
     }
     printf("%s: %d passed, %d failed, %d skipped\n",

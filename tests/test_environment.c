@@ -60,16 +60,6 @@ static int spawn_wait(pid_t pid)
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-/* The same loop and transport, another address. */
-static void trial_move(trial *t, const char *base)
-{
-    llmcb_op_free(t->op);
-    t->op = NULL;
-    llmcb_chat_free(t->chat);
-    t->cd.base_url = base;
-    t->chat = llmcb_chat_new(t->loop, &t->cd);
-}
-
 /* Time passes once the first try has failed. */
 static void pass_back_off(trial *t)
 {

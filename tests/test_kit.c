@@ -656,7 +656,7 @@ TEST(tokens_as_they_come)
     token_scene("Hel|lo|, |\\n\\tyou" DONE, false, "Hello, \n\tyou");
 }
 
-TEST(tokens_escape_what_moves_the_cursor)
+TEST(fault_113_token_handler)
 {
     /* C0, DEL, C1; what turns the direction; what only looks like it */
     token_scene("a\\u001b[2J\\u007f\\r|\\u0085\\u009b|\\u202e\\u2066x\\u2069"
@@ -672,7 +672,7 @@ TEST(tokens_escape_what_moves_the_cursor)
 }
 
 /* The bytes of one character come in several tokens. */
-TEST(tokens_escape_characters_in_pieces)
+TEST(fault_113_token_handler_in_pieces)
 {
     token_scene("a\302|\233b|\342|\200|\256c|\342\201|\246d|\303|\251" DONE,
                 false, "a\\u009bb\\u202ec\\u2066d\303\251");

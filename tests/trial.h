@@ -114,6 +114,7 @@ static inline void trial_begin(trial *t, int transport, const server_script *s,
     memset(t, 0, sizeof *t);
     sys_plan(SYS_N, 0, false, 0);
     sys.blocking_opens = sys.unknown_closes = 0;
+    sys.still = false;
     t->transport = transport;
     pthread_mutex_init(&t->heap.m, NULL);
     t->fds = trial_shared ? 0 : open_fds();
@@ -185,9 +186,19 @@ static inline void trial_ask(trial *t)
     t->op = llmcb_chat_generate(t->chat, &question, 1, NULL);
 }
 
+/* The same loop and transport, another address. */
+static inline void trial_move(trial *t, const char *base)
+{
+    llmcb_op_free(t->op);
+    t->op = NULL;
+    llmcb_chat_free(t->chat);
+    t->cd.base_url = base;
+    t->chat = llmcb_chat_new(t->loop, &t->cd);
+}
+
 static inline bool has_canary(const char *s)
 {
-    return strstr(s, "canary") || strstr(s, "sk-ca");
+    return strstr(s, "canary") || strstr(s, "sk-c");
 }
 
 static inline void check_no_canary(const llmcb_error *e)
