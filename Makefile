@@ -14,7 +14,8 @@
 # CC=clang and the like are honoured. SKIPS=fail: what cannot be tested on
 # this machine counts as failed. SETUP=no: install no package.
 
-# Sanitizers make optimised builds three times as slow to build.
+# Sanitizers make optimised builds three times as slow to build; -Og, of what
+# is linked with many, pays.
 CFLAGS ?= -g
 SKIPS ?=
 T ?=
@@ -62,18 +63,27 @@ build/examples/%: examples/%.c llmcb.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) -std=c99 $(WARN) $(CFLAGS) -I. -o $@ $< $(LDFLAGS) -lpthread $(CURL)
 
-# The programs of make test, in both forms.
+# The programs of make test, in both forms. Those that use the public
+# functions are linked with one implementation, the others have their own.
+IMPL := test_call test_cases test_load test_scenarios test_task test_tls
+SYS := test_environment test_faults test_security test_syscalls
+$(IMPL:%=build/tests/%): build/tests/impl.o
+$(IMPL:%=build/tsan/%): build/tsan/impl.o
+$(SYS:%=build/tests/%): build/tests/sys.o
+$(SYS:%=build/tsan/%): build/tsan/sys.o
+SHARED := llmcb.h $(wildcard tests/*.h) examples/chain.c tests/load.c
+compile = @mkdir -p $(@D) && rm -f $@ && echo $@ && \
+	$(CC) $(WARN) $(CFLAGS) $(1) $(if $(filter %.o,$^),-DTEST_LINKED) \
+	-I. -o $@ $< $(filter %.o,$^) $(LDFLAGS) -lpthread $(extra) $(CURL)
 programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
-build/tests/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c \
-		tests/load.c
-	@mkdir -p $(@D) && rm -f $@
-	$(CC) $(WARN) $(CFLAGS) $(ASAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
-		$(extra) $(CURL)
-build/tsan/%: tests/%.c llmcb.h $(wildcard tests/*.h) examples/chain.c \
-		tests/load.c
-	@mkdir -p $(@D) && rm -f $@
-	$(CC) $(WARN) $(CFLAGS) $(TSAN) -I. -o $@ $< $(LDFLAGS) -lpthread \
-		$(extra) $(CURL)
+build/tests/%: tests/%.c $(SHARED)
+	$(call compile,$(ASAN))
+build/tsan/%: tests/%.c $(SHARED)
+	$(call compile,$(TSAN))
+build/tests/%.o: tests/%.c $(SHARED)
+	$(call compile,$(ASAN) -Og -c)
+build/tsan/%.o: tests/%.c $(SHARED)
+	$(call compile,$(TSAN) -Og -c)
 build/tests/serve: tests/serve.c tests/server.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) -o $@ $< $(LDFLAGS) -lpthread

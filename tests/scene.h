@@ -6,13 +6,11 @@
 #ifndef SCENE_H
 #define SCENE_H
 
-#ifndef LLMCB_IMPLEMENTATION
-#define LLMCB_IMPLEMENTATION
-#ifndef LLMCB_NO_CURL
+#if !defined(TEST_LINKED) && !defined(LLMCB_IMPLEMENTATION) && \
+    !defined(LLMCB_NO_CURL)
 #define LLMCB_NO_CURL
 #endif
-#include "../llmcb.h"
-#endif
+#include "impl.h"
 #include "test.h"
 #include <stdarg.h>
 

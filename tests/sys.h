@@ -1,6 +1,7 @@
 /* Every system call of llmcb.h behind a hook: counted by name, failing on
  * demand, on a clock that a test can move. To be included before llmcb.h; a
- * call that has no hook here does not compile.
+ * call that has no hook here does not compile. A program that is linked with
+ * sys.c (see impl.h) has the hooks there.
  *
  * A fault behaves like the real one: a close that fails has closed, a reset
  * connection stays reset, a name that failed gave no addresses. */
@@ -63,7 +64,7 @@ static const char *const sys_names[] = { SYS_CALLS(SYS_NAME) "none" };
 #define SYS_GUARD_MS 3000
 #define SYS_STILL 1700000000 /* Tue, 14 Nov 2023 22:13:20 GMT, and 0.3 s */
 
-static struct {
+typedef struct sys_state {
     pthread_mutex_t lock;
     long calls[SYS_N];
     /* The fault: the at-th call of this name, from 1, 0: none. */
@@ -81,7 +82,16 @@ static struct {
     bool still;          /* they stand at SYS_STILL, but for these two */
     bool hung;           /* a wait without end in which nothing came */
     long blocking_opens; /* of what may never open */
-} sys = { .lock = PTHREAD_MUTEX_INITIALIZER };
+} sys_state;
+extern sys_state sys;
+
+/* What a test wants a name to be: addresses, dead ones first. */
+typedef struct sys_host {
+    const char *host;
+    int ports[4];
+    int n, asked;
+} sys_host;
+extern sys_host sys_names_of;
 
 static inline void sys_plan(sys_call call, long at, bool for_ever, int error)
 {
@@ -112,6 +122,10 @@ static inline long sys_struck(void)
     pthread_mutex_unlock(&sys.lock);
     return n;
 }
+
+#ifndef TEST_LINKED
+sys_state sys = { .lock = PTHREAD_MUTEX_INITIALIZER };
+sys_host sys_names_of;
 
 /* The error of this call; 0: it is a real one. */
 static inline int sys_fault(sys_call call)
@@ -390,13 +404,6 @@ static inline ssize_t sys_recv(int fd, void *buf, size_t len, int flags)
     return -1;
 }
 
-/* What a test wants a name to be: addresses, dead ones first. */
-static struct {
-    const char *host;
-    int ports[4];
-    int n, asked;
-} sys_names_of;
-
 static inline int sys_getaddrinfo(const char *host, const char *port,
                                   const struct addrinfo *hints,
                                   struct addrinfo **found)
@@ -433,4 +440,6 @@ static inline int sys_getaddrinfo(const char *host, const char *port,
 #include "../llmcb.h"
 #undef pthread_join
 #undef pthread_detach
+#endif
+#include "impl.h"
 #endif

@@ -1,5 +1,6 @@
 /* [BASE]: buffers, arena, errors, ids, UTF-8. White-box: the functions are
  * called as the other sections call them. */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
 #define LLMCB_IMPLEMENTATION
 #define LLMCB_NO_CURL
 #include "../llmcb.h"

@@ -1,5 +1,6 @@
 /* [JSON]: the pull reader against a corpus and against a second reader, the
  * decoder, the writer. What is read ends at memory that cannot be read. */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* mmap with MAP_ANONYMOUS */
 #endif

@@ -4,6 +4,7 @@
  * Nothing here measures time. Where a test needs the real clock it replaces
  * clock_gettime, and the loop's wait then moves that clock by what it would
  * have waited. */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
 #if !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif

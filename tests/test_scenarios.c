@@ -3,8 +3,7 @@
  * all that a handler can see of a run, but ids of runs, delays and messages.
  * So must every way of cutting the bytes, and what the recorder made of
  * them. What must stand in the result is pinned in a table. */
-#define LLMCB_IMPLEMENTATION
-#include "../llmcb.h"
+#include "impl.h"
 #include "test.h"
 #include "server.h"
 

@@ -1,5 +1,6 @@
 /* [SSE]: the framer against a second decoder, which works on the whole
  * stream, for every way in which the stream may be cut into reads. */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* mmap with MAP_ANONYMOUS */
 #endif

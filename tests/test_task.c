@@ -1,11 +1,10 @@
 /* Coroutines and operations: every await, every way to end one, and the
  * rules of step functions. All on the virtual clock; what waits for a
  * descriptor that nothing comes from holds that clock. */
-#ifndef LLMCB_NO_CURL
+#if !defined(TEST_LINKED) && !defined(LLMCB_NO_CURL)
 #define LLMCB_NO_CURL
 #endif
-#define LLMCB_IMPLEMENTATION
-#include "../llmcb.h"
+#include "impl.h"
 #include "test.h"
 #include <signal.h>
 #include <sys/wait.h>

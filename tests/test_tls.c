@@ -1,7 +1,6 @@
 /* TLS with the libcurl transport: nginx in front of the scripted server,
  * with certificates of an authority of our own, good ones and bad ones. */
-#define LLMCB_IMPLEMENTATION
-#include "../llmcb.h"
+#include "impl.h"
 #include "server.h"
 #include "test.h"
 #include <signal.h>

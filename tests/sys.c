@@ -1,0 +1,2 @@
+/* The same with all system calls behind the hooks of sys.h. */
+#include "sys.h"
