@@ -75,7 +75,7 @@ compile() { # object, source, flags
     o=$1 c=$2
     shift 2
     # Without -fno-pie tables of pointers would be in a writable section.
-    $cc -std=c99 -O1 -fno-pie -I. "$@" -c -o "$dir/$o.o" "$dir/$c.c" 2>&1
+    $cc -std=c99 -fno-pie -I. "$@" -c -o "$dir/$o.o" "$dir/$c.c" 2>&1
 }
 
 # The names of the public functions, from the declarations.

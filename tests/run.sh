@@ -31,15 +31,6 @@ mkdir -p $dir
 log=$dir/notes # skips and failures of this script itself
 : >$log
 
-bounded() { # seconds, command
-    if command -v timeout >/dev/null 2>&1; then
-        timeout -k 5 "$@"
-    else
-        shift
-        "$@"
-    fi
-}
-
 # ---- which sanitizers work here --------------------------------------------
 
 # TSan of older compilers cannot run where the kernel randomises much.
@@ -87,10 +78,10 @@ fi
 targets=
 for n in $tests; do targets="$targets build/tests/$n"; done
 for n in $tsans; do targets="$targets build/tsan/$n"; done
-[ "$T" ] || targets="$targets build/tests/serve examples"
+[ "$T" ] || targets="$targets build/tests/serve"
 # A program that another compiler or other flags have built is not this one.
 if [ "$(cat build/flags 2>/dev/null)" != "$CC|$CFLAGS|$asan" ]; then
-    rm -rf build/tests build/tsan build/examples
+    rm -rf build/tests build/tsan
     echo "$CC|$CFLAGS|$asan" >build/flags
 fi
 # shellcheck disable=SC2086
@@ -100,69 +91,18 @@ fi
 # Warnings of the programs are shown, but fail nothing here.
 grep -E 'warning:' $dir/make.log | sort -u | head -n 20
 
-# Programs that are run count when they are not there; these are not run.
-if [ ! "$T" ]; then
-    for f in tests/serve examples/*.c; do
-        f=build/${f%.c}
-        [ -x "$f" ] || echo "  FAILED: $f: not built" | tee -a $log
-    done
-fi
+# Programs that are run count when they are not there; this is not run.
+[ "$T" ] || [ -x build/tests/serve ] ||
+    echo "  FAILED: build/tests/serve: not built" | tee -a $log
 
 # ---- run -------------------------------------------------------------------
 
-for n in $tests; do
-    echo "$n $limit build/tests/$n $wrap_asan"
-done >$dir/list
-for n in $tsans; do
-    echo "$n-tsan $limit build/tsan/$n $wrap_tsan"
-done >>$dir/list
-cat >$dir/one.sh <<'END'
-name=$1
-limit=$2
-program=$3
-shift 3
-if [ ! -x "$program" ]; then
-    echo "$name: not built" >build/run/$name.out
-    echo 1 >build/run/$name.status
-    exit
-fi
-start=$(date +%s)
-if command -v timeout >/dev/null 2>&1; then
-    timeout -k 5 "$limit" "$@" "$program"
-else
-    "$@" "$program"
-fi </dev/null >build/run/$name.out 2>&1
-echo $? >build/run/$name.status
-echo $(($(date +%s) - start)) >build/run/$name.seconds
-END
-# A blank at the end of a line would join it with the next.
-sed -i.bak 's/ *$//' $dir/list
-[ ! -s $dir/list ] || xargs -P "$jobs" -L 1 sh $dir/one.sh <$dir/list
-
-names=$(cut -d ' ' -f 1 $dir/list | tr '\n' ' ')
-# ---- analysers -------------------------------------------------------------
-
-# Each is one pass, failure or skip. They run beside the scripts below.
-analyse() { # name, command
-    a=$1
-    shift
-    {
-        start=$(date +%s)
-        if ! command -v "$1" >/dev/null 2>&1; then
-            echo "  skipped: $a: $1 is not installed"
-            echo "$a: 0 passed, 0 failed, 1 skipped"
-            echo 0 >"$dir/$a.status"
-        elif bounded 900 "$@" </dev/null; then
-            echo "$a: 1 passed, 0 failed, 0 skipped"
-            echo 0 >"$dir/$a.status"
-        else
-            echo "  FAILED: $*"
-            echo "$a: 0 passed, 1 failed, 0 skipped"
-            echo 1 >"$dir/$a.status"
-        fi
-        echo $(($(date +%s) - start)) >"$dir/$a.seconds"
-    } >"$dir/$a.out" 2>&1
+# One line each: name, seconds that it may take, command. So many run at a
+# time; what takes long begins early.
+plan() {
+    case $1 in *"$T"*) echo "$@" >>$dir/plan ;; esac
 }
+: >$dir/plan
 if [ "$mode" = check ]; then
     printf '#define LLMCB_IMPLEMENTATION\n#include "llmcb.h"\n' \
         >$dir/impl.c
@@ -170,55 +110,55 @@ if [ "$mode" = check ]; then
     printf '#include <curl/curl.h>\n' | $CC -E - >/dev/null 2>&1 ||
         curl=-DLLMCB_NO_CURL
     # With -Xclang -analyzer-output=text it also tells how it comes there.
-    # shellcheck disable=SC2086
-    {
-        analyse clang-analyzer clang --analyze -Xclang -analyzer-werror \
-            -Xclang -analyzer-opt-analyze-headers -I. $curl \
-            -o $dir/impl.plist $dir/impl.c
-        analyse gcc-analyzer gcc -fanalyzer -Werror -I. $curl -c \
-            -o $dir/impl.o $dir/impl.c
-    } &
+    plan clang-analyzer 900 sh $dir/analyse.sh clang --analyze \
+        -Xclang -analyzer-werror -Xclang -analyzer-opt-analyze-headers -I. \
+        $curl -o $dir/impl.plist $dir/impl.c
+    plan gcc-analyzer 900 sh $dir/analyse.sh gcc -fanalyzer -Werror -I. \
+        $curl -c -o $dir/impl.o $dir/impl.c
+    plan check_build 600 sh tests/check_build.sh all
+else
+    plan check_build 600 sh tests/check_build.sh
 fi
+plan test_examples 600 sh tests/test_examples.sh
+# shellcheck disable=SC2086
+for n in $tsans; do plan "$n-tsan" "$limit" $wrap_tsan "build/tsan/$n"; done
+# shellcheck disable=SC2086
+for n in $tests; do plan "$n" "$limit" $wrap_asan "build/tests/$n"; done
+plan fuzz 600 sh tests/fuzz/run.sh
+for f in tests/test_*.sh tests/check_*.sh; do
+    n=$(basename "$f" .sh)
+    grep -q "^$n " $dir/plan || plan "$n" 600 sh "$f"
+done
 
-# ---- scripts ---------------------------------------------------------------
-
-# Most of them do one thing after the other, so they run side by side.
-cat >$dir/script.sh <<'END'
+# An analyser is one pass, failure or skip.
+cat >$dir/analyse.sh <<'END'
+if ! command -v "$1" >/dev/null 2>&1; then
+    echo "  skipped: $1: is not installed"
+    echo "analyser: 0 passed, 0 failed, 1 skipped"
+elif "$@"; then
+    echo "analyser: 1 passed, 0 failed, 0 skipped"
+else
+    echo "  FAILED: $*"
+    echo "analyser: 0 passed, 1 failed, 0 skipped"
+    exit 1
+fi
+END
+cat >$dir/one.sh <<'END'
 name=$1
-only=$2
+limit=$2
 shift 2
-[ "$only" = . ] && only=
 start=$(date +%s)
 if command -v timeout >/dev/null 2>&1; then
-    T=$only timeout -k 5 600 sh "$@"
+    timeout -k 5 "$limit" "$@"
 else
-    T=$only sh "$@"
+    "$@"
 fi </dev/null >build/run/$name.out 2>&1
 echo $? >build/run/$name.status
 echo $(($(date +%s) - start)) >build/run/$name.seconds
 END
-: >$dir/scripts
-# the longest first
-for f in tests/check_build.sh tests/fuzz/run.sh tests/test_*.sh \
-    tests/check_*.sh; do
-    n=$(basename "$f" .sh) only=${T:-.}
-    [ "$f" = tests/fuzz/run.sh ] && n=fuzz only=.
-    case $n in *"$T"*) ;; *) continue ;; esac
-    case " $names " in *" $n "*) continue ;; esac
-    [ -f "$f" ] || continue
-    all=
-    [ "$mode" = check ] && [ "$n" = check_build ] && all=all
-    echo "$n $only $f $all" >>$dir/scripts
-    names="$names $n"
-done
-sed -i.bak 's/ *$//' $dir/scripts
-[ ! -s $dir/scripts ] ||
-    JOBS=1 xargs -P "$jobs" -L 1 sh $dir/script.sh <$dir/scripts
-
-if [ "$mode" = check ]; then
-    wait
-    names="$names clang-analyzer gcc-analyzer"
-fi
+[ ! -s $dir/plan ] ||
+    JOBS=1 xargs -P "$jobs" -L 1 sh $dir/one.sh <$dir/plan
+names=$(cut -d ' ' -f 1 $dir/plan)
 
 # ---- add up ----------------------------------------------------------------
 

@@ -100,12 +100,11 @@ for file in examples/*.c; do
         fail "$name" "does not include llmcb.h first"
     fi
 
-    # shellcheck disable=SC2086
-    if ! $CC -std=c99 $warnings -g -I. -o "$dir/$name" "$file" -lpthread \
-        $curl >"$out/$name.log" 2>&1; then
+    rm -f "$dir/$name"
+    if ! ${MAKE:-make} -s "$dir/$name" "CC=$CC" "CFLAGS=-g $warnings" \
+        >"$out/$name.log" 2>&1; then
         fail "$name" "does not compile"
         head -n 20 "$out/$name.log"
-        rm -f "$dir/$name"
     elif grep -q 'warning: .*\[-W' "$out/$name.log"; then # gcc's and clang's
         fail "$name" "warnings"
         head -n 20 "$out/$name.log"

@@ -3,7 +3,7 @@
  * makes of it. Options: limit, cuts. */
 #include "fuzz.h"
 
-static const char head[] =
+static const char chunk_head[] =
     "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
 
 /* The number of bytes of a chunked body, which is added to *out; 0: bad. */
@@ -41,15 +41,16 @@ static size_t dechunk(llmcbi_buf *out, const char *s, size_t n)
 }
 
 /* Adds the body to *out and its length to *taken. */
-static llmcbi_h1_type read_all(llmcbi_buf *out, size_t *taken, llmcb_str s,
+static llmcbi_h1_type read_chunks(llmcbi_buf *out, size_t *taken, llmcb_str s,
                                llmcbi_h1 *h, uint32_t rng)
 {
-    const char *p = head;
+    const char *p = chunk_head;
     llmcbi_h1_type type;
 
     *taken = 0;
     do
-        type = llmcbi_h1_next(&fuzz_alloc, h, &p, head + sizeof head - 1);
+        type = llmcbi_h1_next(&fuzz_alloc, h, &p,
+                              chunk_head + sizeof chunk_head - 1);
     while (type == LLMCBI_H1_STATUS || type == LLMCBI_H1_HEADER);
     while (type == LLMCBI_H1_MORE && *taken < s.len) {
         size_t n = fuzz_cut(&rng, s.len - *taken);
@@ -87,7 +88,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (i = 0; i < 3; i++) {
         fuzz_heap_set(0, false);
         llmcbi_h1_init(&h[i], &limits);
-        type[i] = read_all(&out[i], &taken[i], s, &h[i],
+        type[i] = read_chunks(&out[i], &taken[i], s, &h[i],
                            i < 2 ? (uint32_t)i : 2 + cuts * 2654435761u);
         code[i] = h[i].code;
         FUZZ_CHECK(type[i] == type[0] && code[i] == code[0]);

@@ -3,7 +3,8 @@
  *
  * A target is a function from bytes to nothing that stops the program when
  * an invariant does not hold. With -DFUZZ_ENGINE a fuzzer's own main calls
- * it; else the main below runs each file that it is given. */
+ * it; else the main below runs each file that it is given. replay.c is all of
+ * them in one program. */
 #ifndef FUZZ_H
 #define FUZZ_H
 
@@ -256,8 +257,8 @@ static inline bool fuzz_json_valid(llmcb_str s)
 
 /* ---- replay: each file named as argument -------------------------------- */
 
-#ifndef FUZZ_ENGINE
-int main(int argc, char **argv)
+static inline int fuzz_replay(int (*run)(const uint8_t *data, size_t size),
+                              int argc, char **argv)
 {
     int i;
 
@@ -278,12 +279,18 @@ int main(int argc, char **argv)
         fclose(f);
         exact = fuzz_copy(b.ptr, b.len);
         alarm(30); /* one that hangs is a find, too */
-        LLVMFuzzerTestOneInput((const uint8_t *)exact, b.len);
+        run((const uint8_t *)exact, b.len);
         free(exact);
         fuzz_drop(&b);
     }
     printf("%d inputs\n", argc - 1);
     return 0;
+}
+
+#ifndef FUZZ_ENGINE
+int main(int argc, char **argv)
+{
+    return fuzz_replay(LLVMFuzzerTestOneInput, argc, argv);
 }
 #endif
 #endif

@@ -17,7 +17,6 @@ here=tests/fuzz
 dir=build/fuzz
 cc=${CC:-cc}
 flags="-std=c99 -Wall -Wextra ${CFLAGS:--O1 -g}"
-jobs=${JOBS:-1}
 passed=0 failed=0 skipped=0
 export UBSAN_OPTIONS="${UBSAN_OPTIONS:-print_stacktrace=1}"
 unset OPENAI_API_KEY OPENAI_BASE_URL OPENAI_ORG_ID
@@ -26,6 +25,7 @@ mkdir -p $dir/finds $dir/corpus $dir/replay
 targets=
 for f in "$here"/*.c; do
     t=$(basename "$f" .c)
+    [ "$t" = replay ] && continue
     case fuzz_$t in *"${T:-}"*) targets="$targets $t" ;; esac
 done
 
@@ -61,20 +61,17 @@ stale() {
 
 # ---- replay -----------------------------------------------------------------
 
+prog=$dir/replay/all
 replay() { # target
     name=fuzz_$1
-    if [ ! -x $dir/replay/"$1" ]; then
-        fail "$name: not built" $dir/replay/"$1".log
-        return
-    fi
     files=$(find $here/corpus/"$1" $here/finds/"$1" -type f 2>/dev/null | sort)
     # shellcheck disable=SC2086
-    if $dir/replay/"$1" $files >$dir/out 2>&1; then
+    if $prog "$1" $files >$dir/out 2>&1; then
         pass "$name: $(tail -n 1 $dir/out)"
         return
     fi
     for f in $files; do
-        $dir/replay/"$1" "$f" >$dir/out 2>&1 || fail "$name: $f" $dir/out
+        $prog "$1" "$f" >$dir/out 2>&1 || fail "$name: $f" $dir/out
     done
 }
 if [ "$mode" = replay ]; then
@@ -90,14 +87,14 @@ if [ "$mode" = replay ]; then
         rm -f $dir/replay/*
         echo "$cc $flags $asan" >$dir/replay/flags
     fi
-    for t in $targets; do
-        stale $dir/replay/"$t" && rm -f $dir/replay/"$t" && echo "$t"
-    done | xargs -P "$jobs" -I % sh -c "$cc $flags $asan -o $dir/replay/% \
-        $here/%.c ${LDFLAGS:-} -lpthread >$dir/replay/%.log 2>&1"
-    for t in $targets; do
-        [ -f $dir/replay/"$t".log ] && grep 'warning:' $dir/replay/"$t".log
-        replay "$t"
-    done
+    # shellcheck disable=SC2086
+    if stale $prog && rm -f $prog && ! $cc $flags $asan -o $prog \
+        $here/replay.c ${LDFLAGS:-} -lpthread >$dir/replay/log 2>&1; then
+        fail "replay: not built" $dir/replay/log
+        finish
+    fi
+    grep 'warning:' $dir/replay/log
+    for t in $targets; do replay "$t"; done
     finish
 fi
 if [ "$mode" != campaign ]; then

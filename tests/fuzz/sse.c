@@ -41,8 +41,8 @@ static void reference(llmcbi_buf *log, llmcb_str s)
     fuzz_drop(&data);
 }
 
-static llmcbi_sse_status decode(llmcbi_buf *log, llmcb_str s, size_t limit,
-                                uint32_t rng)
+static llmcbi_sse_status decode_events(llmcbi_buf *log, llmcb_str s,
+                                       size_t limit, uint32_t rng)
 {
     llmcbi_sse_status status = LLMCBI_SSE_MORE;
     llmcbi_sse sse;
@@ -84,8 +84,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(logs, 0, sizeof logs);
     for (i = 0; i < 4; i++) {
         fuzz_heap_set(i == 3 ? fail_at : 0, cuts & 1);
-        status[i] = decode(&logs[i], s, limit,
-                           i < 2 ? (uint32_t)i : 2 + cuts * 2654435761u);
+        status[i] =
+            decode_events(&logs[i], s, limit,
+                          i < 2 ? (uint32_t)i : 2 + cuts * 2654435761u);
         if (i < 3) FUZZ_CHECK(status[i] == status[0]);
         if (i < 3) FUZZ_CHECK(fuzz_same(&logs[i], &logs[0]));
     }

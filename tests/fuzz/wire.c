@@ -4,12 +4,12 @@
  * limits, cuts, kind of answer, failing allocation. */
 #include "stack.h"
 
-static const char head[] = "HTTP/1.1 200 OK\r\n\r\n";
+static const char wire_head[] = "HTTP/1.1 200 OK\r\n\r\n";
 
 /* Lines to a stream, or the first line as a whole answer. */
-static void compose(llmcbi_buf *b, llmcb_str s, bool stream)
+static void wire_compose(llmcbi_buf *b, llmcb_str s, bool stream)
 {
-    fuzz_note(b, head, sizeof head - 1);
+    fuzz_note(b, wire_head, sizeof wire_head - 1);
     while (s.len) {
         const char *lf = (const char *)memchr(s.ptr, '\n', s.len);
         size_t n = lf ? (size_t)(lf - s.ptr) : s.len;
@@ -42,7 +42,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     size_t at, n, i;
 
     memset(&bytes, 0, sizeof bytes);
-    compose(&bytes, fuzz_rest(&in), !(kind & 1));
+    wire_compose(&bytes, fuzz_rest(&in), !(kind & 1));
     segments = (llmcb_segment *)calloc(bytes.len + 1, sizeof *segments);
     if (!segments) abort();
     for (i = 0; i < 4; i++) {
