@@ -72,18 +72,22 @@ $(IMPL:%=build/tsan/%): build/tsan/impl.o
 $(SYS:%=build/tests/%): build/tests/sys.o
 $(SYS:%=build/tsan/%): build/tsan/sys.o
 SHARED := llmcb.h $(wildcard tests/*.h) examples/chain.c tests/load.c
-compile = @mkdir -p $(@D) && rm -f $@ && echo $@ && \
-	$(CC) $(WARN) $(CFLAGS) $(1) $(if $(filter %.o,$^),-DTEST_LINKED) \
-	-I. -o $@ $< $(filter %.o,$^) $(LDFLAGS) -lpthread $(extra) $(CURL)
+define compile
+@mkdir -p $(@D) && rm -f $@
+$(CC) $(WARN) $(CFLAGS) $(1) -I. -o $@ $< $(if $(filter %.o,$@), \
+	-Og -c $(filter-out -l% -L%,$(CURL)), \
+	$(if $(filter %.o,$^),-DTEST_LINKED $(filter %.o,$^)) \
+	$(LDFLAGS) -lpthread $(extra) $(CURL))
+endef
 programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
 build/tests/%: tests/%.c $(SHARED)
 	$(call compile,$(ASAN))
+build/tests/%.o: tests/%.c $(SHARED)
+	$(call compile,$(ASAN))
 build/tsan/%: tests/%.c $(SHARED)
 	$(call compile,$(TSAN))
-build/tests/%.o: tests/%.c $(SHARED)
-	$(call compile,$(ASAN) -Og -c)
 build/tsan/%.o: tests/%.c $(SHARED)
-	$(call compile,$(TSAN) -Og -c)
+	$(call compile,$(TSAN))
 build/tests/serve: tests/serve.c tests/server.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) $(WARN) $(CFLAGS) -o $@ $< $(LDFLAGS) -lpthread

@@ -107,6 +107,19 @@ static inline void *heap_resize(void *user, void *ptr, size_t old, size_t size)
     return fresh ? fresh + HEAP_HEAD : NULL;
 }
 
+/* There is memory again; whether allocation `at` had been reached. A job may
+ * still be at it. */
+static inline bool heap_mend(heap *h, long at)
+{
+    bool reached;
+
+    pthread_mutex_lock(&h->m);
+    reached = h->calls >= at;
+    h->fail_at = 0;
+    pthread_mutex_unlock(&h->m);
+    return reached;
+}
+
 /* ---- the trace: what happened in what order, over all handlers ----------- */
 
 static pthread_mutex_t trace_lock = PTHREAD_MUTEX_INITIALIZER;
