@@ -31,7 +31,11 @@ ifeq ($(CURL),)
 CURL := -DLLMCB_NO_CURL
 endif
 
-EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
+# The examples on another library's loop are built where that is.
+UV := $(shell pkg-config --cflags --libs libuv 2>/dev/null)
+GLIB := $(shell pkg-config --cflags --libs glib-2.0 2>/dev/null)
+EXAMPLES := $(filter-out $(if $(UV),,embed_uv) $(if $(GLIB),,embed_glib), \
+	$(patsubst examples/%.c,%,$(wildcard examples/*.c)))
 TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 # Programs that ThreadSanitizer cannot run or that have no threads.
 NO_TSAN := test_base test_json test_sse test_http test_wire test_walk
@@ -59,9 +63,12 @@ build/demo: examples/async_callbacks.c llmcb.h
 	$(CC) -I. -o $@ $< -DLLMCB_NO_CURL -lpthread
 
 examples: $(EXAMPLES:%=build/examples/%)
+build/examples/embed_uv: LIBS = $(UV:-I%=-isystem%)
+build/examples/embed_glib: LIBS = $(GLIB:-I%=-isystem%)
 build/examples/%: examples/%.c llmcb.h
 	@mkdir -p $(@D) && rm -f $@
-	$(CC) -std=c99 $(WARN) $(CFLAGS) -I. -o $@ $< $(LDFLAGS) -lpthread $(CURL)
+	$(CC) -std=c99 $(WARN) $(CFLAGS) -I. -o $@ $< $(LDFLAGS) -lpthread \
+		$(CURL) $(LIBS)
 
 # The programs of make test, in both forms. Those that use the public
 # functions are linked with one implementation, the others have their own.

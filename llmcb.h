@@ -1800,7 +1800,7 @@ static bool llmcbi_buf_reserve(const llmcb_allocator *a, llmcbi_buf *b,
     char *p;
 
     if (b->failed) return false;
-    if (more < b->cap - b->len && b->cap) return true;
+    if (more < b->cap - b->len) return true;
     if (more > SIZE_MAX / 4 - b->len) {
         b->failed = true;
         return false;
@@ -5616,19 +5616,6 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
                            first + run->handler_ms - now);
 }
 
-/* Events that the inline handlers are done with, up to a limit. */
-static uint64_t llmcbi_run_inlined(const llmcbi_run *run, uint64_t limit)
-{
-    size_t i;
-
-    for (i = 0; i < run->n_cursors; i++) {
-        const llmcbi_cursor *c = &run->cursors[i];
-        if (c->handler->flags & LLMCB_INLINE && !c->running && c->done < limit)
-            limit = c->done;
-    }
-    return limit;
-}
-
 /* Tokens to the inline handlers, event by event. */
 static void llmcbi_run_tokens(const llmcbi_run *run, uint64_t limit)
 {
@@ -5661,7 +5648,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
             llmcbi_run_tokens(run, limit);
             continue;
         }
-        run->visible = llmcbi_run_inlined(run, limit);
+        run->visible = limit;
         for (i = 0; i < run->n_cursors; i++)
             while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
                 moved = true;
@@ -7158,7 +7145,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         case LLMCBI_H1_AT_CHUNK:
             type = llmcbi_h1_body(h, p, end, h->left);
             h->left -= h->value.len;
-            if (type == LLMCBI_H1_DATA && !h->left)
+            if (!h->left)
                 h->state = h->state == LLMCBI_H1_AT_CHUNK
                                ? LLMCBI_H1_AT_CHUNK_CR
                                : LLMCBI_H1_AT_END;

@@ -32,6 +32,12 @@ missing() {
     compiles '#include <curl/curl.h>' -lcurl || echo curl
     has nginx || echo nginx
     has openssl || echo openssl
+    if has pkg-config; then
+        pkg-config --exists libuv || echo uv
+        pkg-config --exists glib-2.0 || echo glib
+    else
+        echo pkg-config uv glib
+    fi
     if has clang && has clang++; then :; else echo clang; fi
     if [ "$(uname -s)" = Linux ]; then
         has tcc || echo tcc
@@ -58,6 +64,16 @@ package() {
     apk:curl) echo curl-dev ;;
     pacman:curl) echo curl ;;
     *:nginx) echo nginx ;;
+    apt:uv) echo libuv1-dev ;;
+    dnf:uv) echo libuv-devel ;;
+    apk:uv) echo libuv-dev ;;
+    pacman:uv) echo libuv ;;
+    apt:glib) echo libglib2.0-dev ;;
+    dnf:glib) echo glib2-devel ;;
+    apk:glib) echo glib-dev ;;
+    pacman:glib) echo glib2 ;;
+    apt:pkg-config) echo pkg-config ;;
+    *:pkg-config) echo pkgconf ;;
     *:openssl) echo openssl ;;
     *:clang) echo clang ;;
     apt:tcc | dnf:tcc | apk:tcc | pacman:tcc) echo tcc ;;

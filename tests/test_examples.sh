@@ -89,6 +89,7 @@ for file in examples/*.c; do
     case $name in
     trace) limit=340 ;;
     chain) limit=200 ;;
+    embed_*) limit=170 ;;
     esac
     lines=$(($(wc -l <"$file")))
     if [ $lines -lt $limit ]; then pass; else fail "$name" "$lines lines"; fi
@@ -101,6 +102,17 @@ for file in examples/*.c; do
     fi
 
     rm -f "$dir/$name"
+    lib=
+    case $name in
+    embed_uv) lib=libuv ;;
+    embed_glib) lib=glib-2.0 ;;
+    esac
+    if [ "$lib" ] && ! pkg-config --exists $lib 2>/dev/null; then
+        skip "$name" "$lib is not installed"
+        continue
+    fi
+    flags=
+    [ "$lib" ] && flags=$(pkg-config --cflags $lib | sed 's/-I/-isystem/g')
     if ! ${MAKE:-make} -s "$dir/$name" "CC=$CC" "CFLAGS=-g $warnings" \
         >"$out/$name.log" 2>&1; then
         fail "$name" "does not compile"
@@ -116,8 +128,9 @@ for file in examples/*.c; do
     if [ "$name" != async_callbacks ]; then
         if [ ! "$cxx" ]; then
             skip "$name as C++" "no compiler for C++20"
+        # shellcheck disable=SC2086
         elif $cxx -std=c++20 -x c++ -DLLMCB_NO_CURL -Wall -I. -fsyntax-only \
-            "$file" >"$out/$name.log" 2>&1; then
+            $flags "$file" >"$out/$name.log" 2>&1; then
             pass
         else
             fail "$name" "does not compile as C++"
@@ -204,6 +217,13 @@ run many_error 1 $dir/many --replay $fixtures/error-401.http one two &&
 printf 'one\ntwo\nthree\n' >$out/in
 run embed_poll 0 sh -c "$dir/embed_poll --replay $joke <$out/in" &&
     count embed_poll 3 '^.*Why don.t scientists trust atoms'
+
+for f in embed_uv embed_glib; do
+    [ -x $dir/$f ] || continue
+    run $f 0 $dir/$f --replay $joke &&
+        count $f 1 '^Why don.t scientists trust atoms'
+    run ${f}_error 1 $dir/$f --replay $fixtures/error-401.http
+done
 
 printf 'hello\n\nagain\n' >$out/in
 run chat 0 sh -c "$dir/chat --replay $joke <$out/in" && expect chat <<'END'
