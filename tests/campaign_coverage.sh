@@ -79,7 +79,7 @@ if [ "$1" != report ]; then
         mkdir -p "$o"
         # Counters of threads must not lose counts.
         # shellcheck disable=SC2086
-        if ! { $cc -O0 -g --coverage -fprofile-update=atomic $extra $curl -I. \
+        if ! { $cc -g --coverage -fprofile-update=atomic $extra -O0 $curl -I. \
             -c -o "$o/$n.o" "$src" && $cc --coverage -o "$o/$n" "$o/$n.o" \
             -lpthread $extra $curl; } >"$o/log" 2>&1; then
             fail "$n: not built"
