@@ -109,7 +109,8 @@ if [ "$1" != report ]; then
             continue
         fi
         begin=$(date +%s)
-        LLVM_PROFILE_FILE=$dir/$n.profraw \
+        # its children add theirs
+        LLVM_PROFILE_FILE=$dir/$n-%m.profraw \
             bounded "$limit" "$dir/$n" </dev/null >"$dir/$n.out" 2>&1
         status=$?
         if [ $status = 124 ] || [ $status = 137 ]; then
@@ -132,8 +133,8 @@ if ! [ -e "$1" ] || ! "$profdata" merge -o "$dir/all.prof" "$@"; then
     fail "there is nothing to add"
     finish
 fi
-for raw in "$@"; do
-    o=${raw%.profraw}
+for out in "$dir"/test_*.out; do
+    o=${out%.out}
     "$cov" show "$o" -instr-profile="$dir/all.prof" -show-mcdc \
         -show-branches=count "$root/llmcb.h" >"$o.show" 2>"$o.show.log"
     [ -s "$o.show" ] || fail "$(basename "$o"): nothing is said of llmcb.h"

@@ -808,7 +808,7 @@ TEST(fault_102_handler_never_returns)
     pid_t pid = fork();
 
     REQUIRE(pid >= 0);
-    if (pid == 0) _exit(never_returns());
+    if (pid == 0) test_exit(never_returns());
     status = spawn_wait(pid);
     CHECK_INT(status, 0);
 }
@@ -1145,7 +1145,7 @@ TEST_ON_ALL(fault_111_fork_while_streaming)
         trial_until(&t, 2);
         pid = fork();
         REQUIRE(pid >= 0);
-        if (pid == 0) _exit(how ? 0 : forked(&t));
+        if (pid == 0) test_exit(how ? 0 : forked(&t));
         CHECK_INT(spawn_wait(pid), 0);
         /* no byte, no end of file: the server has seen one request */
         if (t.server) {
@@ -1182,7 +1182,7 @@ TEST_ON_NET(fault_111_child_frees_and_lives_on)
         llmcb_loop_free(t.loop);
         if (write(said[1], "f", 1) != 1) _exit(1);
         if (read(go[0], &byte, 1) < 0) _exit(2);
-        _exit(0);
+        test_exit(0);
     }
     CHECK(read(said[0], &byte, 1) == 1);
     llmcb_op_cancel(t.op);

@@ -386,7 +386,7 @@ TEST(offload_results_that_are_no_codes)
             job_set(&j, 0, rows[i]);
             code = llmcb_op_wait(llmcb_offload(loop, job_run, &j));
             llmcb_loop_free(loop);
-            _exit(code < 0 && code != LLMCB_ENOMEM ? 0 : 1);
+            test_exit(code < 0 && code != LLMCB_ENOMEM ? 0 : 1);
         }
         REQUIRE(waitpid(pid, &status, 0) == pid);
         if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
@@ -979,7 +979,7 @@ TEST(free_gives_up_a_function_that_does_not_return)
         REQUIRE(pid >= 0);
         if (pid == 0) {
             alarm(30);
-            _exit(stuck_child(how));
+            test_exit(stuck_child(how));
         }
         REQUIRE(waitpid(pid, &status, 0) == pid);
         if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)

@@ -1387,7 +1387,7 @@ TEST(the_child_of_a_fork_may_only_free)
     CHECK_INT(llmcb_loop_prepare(loop, &ms), LLMCB_OK);
     pid = fork();
     REQUIRE(pid >= 0);
-    if (pid == 0) _exit(fork_child(loop));
+    if (pid == 0) test_exit(fork_child(loop));
     REQUIRE(waitpid(pid, &status, 0) == pid);
     CHECK(WIFEXITED(status));
     CHECK_INT(WEXITSTATUS(status), 0);

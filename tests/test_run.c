@@ -3425,7 +3425,7 @@ TEST(null_labels_are_refused)
         if (child == 0) {
             int null = open("/dev/null", O_WRONLY);
             if (null >= 0) dup2(null, 2); /* a crash need not be told twice */
-            _exit(null_element(which) == LLMCB_EINVAL ? 0 : 1);
+            test_exit(null_element(which) == LLMCB_EINVAL ? 0 : 1);
         }
         status = -1;
         CHECK(waitpid(child, &status, 0) == child);

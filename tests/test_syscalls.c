@@ -657,7 +657,10 @@ TEST(fault_105_memory_of_libcurl)
             struck = play(ON_CURL, &b);
             told(0, ON_CURL, &b);
             fflush(stdout);
-            _exit(test_failures_here ? 1 : !struck ? 3 : limits_said ? 4 : 0);
+            test_exit(test_failures_here ? 1
+                      : !struck          ? 3
+                      : limits_said      ? 4
+                                         : 0);
         }
         REQUIRE(pid > 0);
         while (waitpid(pid, &status, 0) < 0 && errno == EINTR)

@@ -1299,7 +1299,7 @@ TEST(what_a_step_returns_may_be_no_code)
             llmcb_code code;
             alarm(20);
             code = llmcb_op_wait(op);
-            _exit(code < 0 && code != LLMCB_ENOMEM ? 0 : 1);
+            test_exit(code < 0 && code != LLMCB_ENOMEM ? 0 : 1);
         }
         REQUIRE(waitpid(pid, &status, 0) == pid);
         if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)

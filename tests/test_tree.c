@@ -3162,7 +3162,7 @@ TEST(freeing_the_loop_with_a_stuck_handler)
         REQUIRE(pid >= 0);
         if (pid == 0) {
             alarm(30);
-            _exit(stuck_child(i));
+            test_exit(stuck_child(i));
         }
         REQUIRE(waitpid(pid, &status, 0) == pid);
         if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
