@@ -223,6 +223,19 @@ static const struct {
       IN_CHUNKS "<hello> end ORDERLY" },
     { D(CHUNKED "5\r\nhello\r\n0\r\nA: b\r\nContent-Length: 9\r\n\r\nx"),
       IN_CHUNKS "<hello> end left:x ORDERLY" },
+    /* what the short way from chunk to chunk leaves to the long one */
+    { D(CHUNKED "5\r\nhello\r\n00000005\r\nworld\r\n0\r\n\r\n"),
+      IN_CHUNKS "<helloworld> end ORDERLY" },
+    { D(CHUNKED "5\r\nhello\r\n000000005\r\nworld\r\n0\r\n\r\n"),
+      IN_CHUNKS "<helloworld> end ORDERLY" },
+    { D(CHUNKED "5\r\nhello\rx5\r\nworld\r\n0\r\n\r\n"),
+      IN_CHUNKS "<hello> EPROTO" },
+    { D(CHUNKED "5\r\nhello\r\n\r\nworld\r\n0\r\n\r\n"),
+      IN_CHUNKS "<hello> EPROTO" },
+    { D(CHUNKED "5\r\nhello\r\n@\r\nworld\r\n0\r\n\r\n"),
+      IN_CHUNKS "<hello> EPROTO" },
+    { D(CHUNKED "5\r\nhello\r\n5\rxworld\r\n0\r\n\r\n"),
+      IN_CHUNKS "<hello> EPROTO" },
     /* where it is cut, in each state */
     { D(""), "BROKEN EIO" },
     { D("H"), "BROKEN EPROTO" },
@@ -261,6 +274,7 @@ static const struct {
     { D("http/1.1 200 OK\r\n\r\n"), "EPROTO" },
     { D("HTTP/1.x 200 OK\r\n\r\n"), "EPROTO" },
     { D("HTTP/1.12 200 OK\r\n\r\n"), "EPROTO" },
+    { D("HTTP/1./ 200 OK\r\n\r\n"), "EPROTO" },
     { D("HTTP/1. 200 OK\r\n\r\n"), "EPROTO" },
     { D("HTTP/1.1\t200 OK\r\n\r\n"), "EPROTO" },
     { D("HTTP/1.1 20\r\n\r\n"), "EPROTO" },
@@ -393,6 +407,12 @@ static const struct {
       "ORDERLY close" },
     { D(OK11 "Connection: a,\tclose\r\nContent-Length: 0\r\n\r\n"),
       "200 Connection=a,\tclose Content-Length=0 end ORDERLY close" },
+    { D(OK11 "Connection: a,\tclose\t,b\r\nContent-Length: 0\r\n\r\n"),
+      "200 Connection=a,\tclose\t,b Content-Length=0 end ORDERLY close" },
+    { D(OK11 "Connection: a,,\t, close\r\nContent-Length: 0\r\n\r\n"),
+      "200 Connection=a,,\t, close Content-Length=0 end ORDERLY close" },
+    { D(OK11 "Connection:\r\nContent-Length: 0\r\n\r\n"),
+      "200 Connection= Content-Length=0 end ORDERLY" },
 };
 
 TEST(responses_are_read_the_same_in_any_pieces)
@@ -489,6 +509,18 @@ TEST(a_body_up_to_the_close_arrives_up_to_the_limit)
     check_response(&l, D(OK11 "\r\n0123456789a"), "200 <0123456789> ELIMIT");
     check_response(&l, D(OK11 "\r\n0123456789abcdef"),
                    "200 <0123456789> ELIMIT");
+}
+
+/* A chunk that does not fit is refused by its size, before any of it. */
+TEST(a_chunk_beyond_the_limit_is_refused_by_its_size)
+{
+    llmcb_limits l = usual;
+
+    l.body = 10;
+    check_response(&l, D(CHUNKED "5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n"),
+                   IN_CHUNKS "<helloworld> end ORDERLY");
+    check_response(&l, D(CHUNKED "5\r\nhello\r\n6\r\nworlds\r\n0\r\n\r\n"),
+                   IN_CHUNKS "<hello> ELIMIT");
 }
 
 TEST(huge_heads_are_refused)
@@ -645,6 +677,8 @@ TEST(addresses_are_taken_apart)
           false },
         { "http://1270.0.0.1/", "1270.0.0.1", "1270.0.0.1", "/", 80, false,
           false },
+        { "http://127.0-0.1/", "127.0-0.1", "127.0-0.1", "/", 80, false,
+          false },
         { "http://127/", "127", "127", "/", 80, false, false },
         { "http://0.0.0.0/", "0.0.0.0", "0.0.0.0", "/", 80, false, false },
         { "unix:/run/s:/v1/x", "localhost", "localhost", "/v1/x", 0, false,
@@ -729,6 +763,8 @@ TEST(retry_after_is_seconds_or_a_date)
         { " 5", -1 },
         { "5 ", -1 },
         { "5s", -1 },
+        { "5.5s", -1 },
+        { "5.5 ", -1 },
         { ".5", -1 },
         { "NaN", -1 },
         { "inf", -1 },
