@@ -128,6 +128,33 @@ TEST(strings_are_compared_with_their_length)
             TEST_FAIL("row %d", (int)i);
     }
     CHECK_INT(llmcb_text(NULL).len, 0);
+    /* of two lengths, where neither may have bytes */
+    CHECK(llmcbi_str_equal(llmcbi_slice(NULL, 0), llmcbi_slice(NULL, 0)));
+    CHECK(llmcbi_str_equal(llmcbi_slice("a\0b", 3), llmcbi_slice("a\0b", 3)));
+    CHECK(!llmcbi_str_equal(llmcbi_slice("a\0b", 3), llmcbi_slice("a\0c", 3)));
+    CHECK(!llmcbi_str_equal(llmcbi_slice("ab", 2), llmcbi_slice("a", 1)));
+}
+
+TEST(words_of_a_list_are_whole)
+{
+    CHECK(llmcbi_str_listed(llmcb_text("a"), "a bc"));
+    CHECK(llmcbi_str_listed(llmcb_text("BC"), "a bc"));
+    CHECK(!llmcbi_str_listed(llmcb_text("b"), "a bc"));
+    CHECK(!llmcbi_str_listed(llmcb_text("bcd"), "a bc"));
+    CHECK(!llmcbi_str_listed(llmcb_text(""), "a bc"));
+    CHECK(!llmcbi_str_listed(llmcb_text("a"), ""));
+}
+
+/* Kinds that there are have names of their own, others have none. */
+TEST(every_event_has_its_name)
+{
+    for (int a = 0; a < LLMCB_N_EVENTS; a++) {
+        const char *name = llmcb_event_name((llmcb_event_kind)a);
+        CHECK(strncmp(name, "on_", 3) == 0);
+        for (int b = 0; b < a; b++)
+            CHECK(strcmp(name, llmcb_event_name((llmcb_event_kind)b)) != 0);
+    }
+    CHECK_STR(llmcb_event_name(LLMCB_N_EVENTS), "");
 }
 
 TEST(decimal_digits)

@@ -3391,7 +3391,13 @@ static int null_element(int which)
     scene_init(&s);
     scene_tape(&s, OK_HEAD, "a" DONE, 0, LLMCB_REPLAY_KEEP);
     scene_add(&s, r);
-    if (which < 3 && which % 3 == 0) {
+    if (which == 6) {
+        config.local_tags = tags;
+        config.n_local_tags = 2;
+    } else if (which > 6) {
+        config.local_metadata = &pair;
+        config.n_local_metadata = 1;
+    } else if (which == 0) {
         config.tags = tags;
         config.n_tags = 2;
     } else if (which < 3) {
@@ -3417,7 +3423,7 @@ TEST(null_labels_are_refused)
 {
     int which, status;
 
-    for (which = 0; which < 6; which++) {
+    for (which = 0; which < 9; which++) {
         pid_t child;
         fflush(stdout);
         child = fork();
@@ -3432,6 +3438,340 @@ TEST(null_labels_are_refused)
         if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
             TEST_FAIL("NULL label %d: status %d", which, status);
     }
+}
+
+/* ======== a handler by itself ============================================= */
+
+/* A lone inline handler that raises in the first of three tokens that came
+ * at once gets no other; what it says in there comes behind them. */
+static int act_lone(rec *r, const llmcb_event *ev)
+{
+    if (ev->kind != LLMCB_LLM_NEW_TOKEN || ev->token->text.ptr[0] != 'a')
+        return 0;
+    if (r->user) return FAILED;
+    CHECK_INT(llmcb_run_text(ev->run, str("t")), LLMCB_OK);
+    return 0;
+}
+
+TEST(a_lone_inline_handler_among_tokens)
+{
+    int raises;
+
+    for (raises = 0; raises < 2; raises++) {
+        scene s;
+        rec *r = rec_new("I", INLINE);
+        llmcb_op *op;
+
+        scene_init(&s);
+        s.fed = true;
+        scene_add(&s, r);
+        r->h.flags |= LLMCB_RAISE;
+        r->act = act_lone;
+        r->user = raises ? r : NULL;
+        scene_open(&s);
+        op = scene_call(&s);
+        while (s.spy.requests < 1) turns(&s, 1);
+        feed_head(&s);
+        feed_events(&s, "a|b|c");
+        turns(&s, 3);
+        if (!raises) llmcb_op_cancel(op);
+        CHECK_INT(llmcb_op_wait(op),
+                  raises ? LLMCB_EHANDLER : LLMCB_ECANCELLED);
+        CHECK_STR(r->log, raises ? "start|a|error:EHANDLER"
+                                 : "start|a|b|c|text:t|error:ECANCELLED");
+        CHECK_REC(r);
+        llmcb_op_free(op);
+        scene_close(&s);
+        free(r);
+    }
+}
+
+/* Tokens and an event of the program between them, all in the log before the
+ * handler is given any. */
+typedef struct mixture {
+    scene *s;
+    llmcb_run *run;
+} mixture;
+
+static void mixture_arrive(void *arg)
+{
+    mixture *m = (mixture *)arg;
+    char bytes[512];
+
+    llmcb_exchange_data(m->s->spy.fed, bytes,
+                        events_text(bytes, "a|b", NULL, NULL));
+    CHECK_INT(llmcb_run_text(m->run, str("t")), LLMCB_OK);
+    llmcb_exchange_data(m->s->spy.fed, bytes,
+                        events_text(bytes, "c", NULL, NULL));
+}
+
+TEST(a_lone_inline_handler_of_tokens_and_texts)
+{
+    scene s;
+    rec *r = rec_new("I", INLINE);
+    mixture m = { &s, NULL };
+    llmcb_op *op;
+
+    scene_init(&s);
+    s.fed = true;
+    scene_add(&s, r);
+    scene_open(&s);
+    op = scene_call(&s);
+    m.run = llmcb_op_run_at(op, 0);
+    while (s.spy.requests < 1) turns(&s, 1);
+    feed_head(&s);
+    llmcb_loop_post(s.loop, mixture_arrive, &m);
+    turns(&s, 3);
+    CHECK_STR(r->log, "start|a|b|text:t|c");
+    llmcb_op_cancel(op);
+    llmcb_op_wait(op);
+    CHECK_REC(r);
+    llmcb_op_free(op);
+    scene_close(&s);
+    free(r);
+}
+
+/* A coroutine that is cancelled at its await and says so has not failed; one
+ * that says so of its own accord has. */
+static int act_say_cancelled(rec *r, const llmcb_event *ev)
+{
+    return ev->kind == LLMCB_LLM_NEW_TOKEN && (r->cancelled || r->user)
+               ? (int)LLMCB_ECANCELLED
+               : 0;
+}
+
+TEST(a_cancelled_coroutine_that_says_so_has_not_failed)
+{
+    unsigned i;
+
+    for (i = 0; i < 4; i++) {
+        scene s;
+        rec *r = rec_new("A", ASYNC);
+        bool alone = i / 2 == 1;
+        char lines[512] = "";
+        llmcb_op *op;
+
+        scene_init(&s);
+        s.fed = true;
+        s.ld.log = keep_line;
+        s.ld.log_user = lines;
+        scene_add(&s, r);
+        r->h.flags |= i % 2 ? LLMCB_RAISE : 0;
+        r->act = act_say_cancelled;
+        r->user = alone ? r : NULL;
+        r->ms = alone ? 0 : 1000000;
+        scene_open(&s);
+        op = scene_call(&s);
+        while (s.spy.requests < 1) {
+            turns(&s, 1);
+            llmcb_clock_advance(s.loop, 1000000);
+        }
+        feed_head(&s);
+        feed_events(&s, "a");
+        while (!noted("A<a")) turns(&s, 1);
+        if (!alone) llmcb_op_cancel(op);
+        turns(&s, 3);
+        if (alone && i % 2 == 0) llmcb_op_cancel(op);
+        while (!llmcb_op_done(op)) {
+            turns(&s, 1);
+            llmcb_clock_advance(s.loop, 1000000);
+        }
+        CHECK_INT(llmcb_op_code(op),
+                  alone && i % 2 ? LLMCB_EHANDLER : LLMCB_ECANCELLED);
+        CHECK_INT(llmcb_op_error(op)->handler_result,
+                  alone && i % 2 ? LLMCB_ECANCELLED : 0);
+        CHECK_INT(lines[0] != '\0', alone && i % 2 == 0);
+        CHECK_REC(r);
+        llmcb_op_free(op);
+        scene_close(&s);
+        free(r);
+    }
+}
+
+TEST(a_failing_handler_without_a_name)
+{
+    scene s;
+    rec *r = rec_new("I", INLINE);
+    char lines[512] = "";
+    unsigned at = 1;
+    llmcb_op *op;
+
+    scene_init(&s);
+    s.ld.log = keep_line;
+    s.ld.log_user = lines;
+    scene_tape(&s, OK_HEAD, "a" DONE, 0, LLMCB_REPLAY_KEEP);
+    scene_add(&s, r);
+    r->h.name = NULL;
+    r->act = act_fail_at;
+    r->user = &at;
+    scene_open(&s);
+    op = scene_call(&s);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    CHECK(strstr(lines, "handler (no name) failed in on_chat_model_start"));
+    llmcb_op_free(op);
+    scene_close(&s);
+    free(r);
+}
+
+/* ======== awaiting a run ================================================== */
+
+static llmcb_step await_the_run(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_await_run(t, (llmcb_run *)t->self));
+    return t->result;
+    LLMCB_END(t);
+}
+
+/* Nothing else wakes the loop, and the run is open and its window empty: the
+ * worker must be told how far it is waited for. */
+TEST(a_coroutine_that_awaits_a_run_is_woken_by_its_worker)
+{
+    gate g = GATE;
+    scene s;
+    rec *r = rec_new("S", SYNC);
+    llmcb_op *op, *task;
+
+    scene_init(&s);
+    s.fed = true;
+    s.ld.virtual_clock = false;
+    scene_add(&s, r);
+    r->gate = &g;
+    r->gate_kind = LLMCB_TEXT;
+    scene_open(&s);
+    op = scene_call(&s);
+    while (s.spy.requests < 1) llmcb_loop_run_once(s.loop, 10);
+    CHECK_INT(llmcb_run_text(llmcb_op_run_at(op, 0), str("t")), LLMCB_OK);
+    turn_to_gate(&s, &g, 1);
+    task = llmcb_task_start(s.loop, await_the_run, 0, llmcb_op_run_at(op, 0));
+    turns(&s, 3);
+    CHECK(!llmcb_op_done(task));
+    gate_let(&g, ALL);
+    pool_rests(&s); /* from here on nobody calls */
+    CHECK_INT(llmcb_op_wait(task), LLMCB_OK);
+    CHECK_STR(r->log, "start|text:t");
+    llmcb_op_free(task);
+    llmcb_op_cancel(op);
+    llmcb_op_wait(op);
+    CHECK_REC(r);
+    llmcb_op_free(op);
+    scene_close(&s);
+    free(r);
+}
+
+/* ... and one that awaits it as the call, the task or the loop goes is told,
+ * once. */
+TEST(a_coroutine_that_awaits_a_run_is_told_of_its_end)
+{
+    int how;
+
+    for (how = 0; how < 4; how++) {
+        scene s;
+        rec *r = rec_new("A", ASYNC);
+        llmcb_op *op, *task;
+
+        scene_init(&s);
+        s.fed = true;
+        scene_add(&s, r);
+        scene_open(&s);
+        op = scene_call(&s);
+        while (s.spy.requests < 1) turns(&s, 1);
+        r->ms = 1000000;
+        CHECK_INT(llmcb_run_text(llmcb_op_run_at(op, 0), str("t")), LLMCB_OK);
+        task = llmcb_task_start(s.loop, await_the_run, 0,
+                                llmcb_op_run_at(op, 0));
+        while (!noted("A<text:t")) turns(&s, 1);
+        CHECK(!llmcb_op_done(task));
+        if (how == 0) llmcb_op_cancel(op);
+        if (how == 1) llmcb_op_free(op);
+        if (how == 2) llmcb_op_cancel(task);
+        if (how < 3) {
+            llmcb_code code = llmcb_op_wait(task);
+            CHECK_INT(code, how == 2 ? LLMCB_ECANCELLED : LLMCB_OK);
+            CHECK_INT(r->cancelled, how == 2 ? 0 : 1);
+            llmcb_op_free(task);
+        }
+        if (how != 1) llmcb_op_free(op);
+        if (how == 3) llmcb_op_free(task);
+        scene_close(&s);
+        CHECK_REC(r);
+        free(r);
+    }
+}
+
+TEST(a_run_of_another_loop_is_not_awaited)
+{
+    scene s[2];
+    rec *r = rec_new("A", ASYNC);
+    llmcb_op *op, *task;
+
+    scene_init(&s[0]);
+    s[0].fed = true;
+    scene_add(&s[0], r);
+    scene_open(&s[0]);
+    scene_init(&s[1]);
+    scene_open(&s[1]);
+    op = scene_call(&s[0]);
+    turns(&s[0], 1);
+    task = llmcb_task_start(s[1].loop, await_the_run, 0,
+                            llmcb_op_run_at(op, 0));
+    CHECK_INT(llmcb_op_wait(task), LLMCB_EINVAL);
+    llmcb_op_free(task);
+    llmcb_op_free(op);
+    scene_close(&s[0]);
+    scene_close(&s[1]);
+    CHECK_REC(r);
+    free(r);
+}
+
+/* What nobody could hold is refused before it is read. */
+TEST(texts_beyond_all_bounds_are_refused)
+{
+    scene s;
+    llmcb_str text = { "x", SIZE_MAX };
+    llmcb_op *op;
+
+    scene_init(&s);
+    scene_tape(&s, OK_HEAD, "a" DONE, 50, LLMCB_REPLAY_KEEP);
+    scene_open(&s);
+    op = scene_call(&s);
+    CHECK_INT(llmcb_run_text(llmcb_op_run_at(op, 0), text), LLMCB_EINVAL);
+    CHECK_INT(llmcb_run_custom(llmcb_op_run_at(op, 0), "n", text),
+              LLMCB_EINVAL);
+    text.len = SIZE_MAX / 4; /* no record is so long */
+    CHECK_INT(llmcb_run_text(llmcb_op_run_at(op, 0), text), LLMCB_ENOMEM);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    llmcb_op_free(op);
+    scene_close(&s);
+}
+
+/* More than a few hooks: each is told, and none twice. */
+TEST(many_hooks)
+{
+    enum { MANY = 9 };
+    scene s;
+    rec *r[MANY];
+    llmcb_op *op;
+    int i;
+
+    scene_init(&s);
+    scene_tape(&s, OK_HEAD, "a" DONE, 0, LLMCB_REPLAY_KEEP);
+    scene_open(&s);
+    for (i = 0; i < MANY; i++) {
+        r[i] = rec_new("H", INLINE);
+        CHECK_INT(llmcb_loop_hook(s.loop, &r[i]->h), LLMCB_OK);
+        CHECK_INT(llmcb_loop_hook(s.loop, &r[i]->h), LLMCB_OK);
+    }
+    llmcb_loop_unhook(s.loop, &r[4]->h);
+    op = scene_call(&s);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    for (i = 0; i < MANY; i++) {
+        CHECK_STR(r[i]->log, i == 4 ? "" : "start|a||end");
+        CHECK_REC(r[i]);
+    }
+    llmcb_op_free(op);
+    scene_close(&s);
+    for (i = 0; i < MANY; i++) free(r[i]);
 }
 
 /* ======== the pull interface ============================================== */

@@ -1573,6 +1573,69 @@ TEST(a_waiter_frees_what_it_waited_for)
     CHECK_INT(c.live, 0);
 }
 
+/* ... while the program waits for it, too: that still learns how it ended. */
+TEST(a_waiter_frees_what_the_program_waits_for)
+{
+    counter c;
+    llmcb_loop *loop;
+    part p;
+    llmcb_op *op, *mine, *a;
+
+    counter_init(&c);
+    loop = loop_with(&c, true, 2);
+    part_set(&p, 5, LLMCB_EIO);
+    mine = op = llmcb_task_start(loop, part_step, 0, &p);
+    a = llmcb_task_start(loop, free_after_step, 0, &op);
+    CHECK_INT(llmcb_op_wait(mine), LLMCB_EIO);
+    CHECK(op == NULL); /* and with it `mine` is gone */
+    llmcb_op_free(a);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    CHECK_INT(c.live, 0);
+}
+
+/* Both sleep as long: when the first runs, the second's time is over, too. A
+ * cancel does not undo that; the next await says it. */
+typedef struct pair_of {
+    llmcb_op *other;
+    llmcb_code first, second;
+} pair_of;
+
+static llmcb_step cancels_other(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 10));
+    llmcb_op_cancel(((pair_of *)t->self)->other);
+    LLMCB_END(t);
+}
+
+static llmcb_step is_cancelled(llmcb_task *t)
+{
+    pair_of *p = (pair_of *)t->self;
+
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 10));
+    p->first = t->result;
+    LLMCB_AWAIT(t, llmcb_sleep(t, 10));
+    p->second = t->result;
+    LLMCB_END(t);
+}
+
+TEST(cancelled_as_its_await_is_over)
+{
+    llmcb_loop *loop = virtual_loop();
+    pair_of p = { NULL, (llmcb_code)1, (llmcb_code)1 };
+    llmcb_op *a = llmcb_task_start(loop, cancels_other, 0, &p);
+
+    p.other = llmcb_task_start(loop, is_cancelled, 0, &p);
+    llmcb_op_wait(p.other);
+    CHECK_INT(p.first, LLMCB_OK);
+    CHECK_INT(p.second, LLMCB_ECANCELLED);
+    CHECK_INT(llmcb_loop_now(loop), 10);
+    llmcb_op_free(a);
+    llmcb_op_free(p.other);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+}
+
 TEST(a_thousand_coroutines)
 {
     enum { N = 1000 };
