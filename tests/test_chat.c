@@ -198,14 +198,15 @@ static server_script script(const char *bytes, server_end end)
 /* A transport that never gets anywhere: connect_ms must be the library's. */
 typedef struct mute {
     llmcb_transport base;
+    llmcb_exchange *x; /* the last one */
     size_t n_started, n_cancelled, n_freed;
 } mute;
 
 static llmcb_code mute_start(llmcb_transport *tr, llmcb_exchange *x,
                              const llmcb_request *request)
 {
-    (void)x;
     (void)request;
+    ((mute *)(void *)tr)->x = x;
     ((mute *)(void *)tr)->n_started++;
     return LLMCB_OK;
 }
@@ -590,6 +591,32 @@ TEST(time_paused_then_stalled)
     talk_end(&t);
 }
 
+/* None begins to run when a slow handler had held the transport. */
+TEST(time_without_limits)
+{
+    llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+    llmcb_segment segs[2];
+    talk t;
+
+    memset(segs, 0, sizeof segs);
+    segs[1].offset = strlen(SSE "Connection: close\r\n\r\n" EV("Hel") EV("lo"));
+    segs[1].delay_ms = (int64_t)1000 * 3600 * 24 * 365;
+    rec.segments = segs;
+    rec.n_segments = 2;
+    talk_replay(&t, &rec, 1);
+    memset(&t.h, 0, sizeof t.h);
+    t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
+        t.h.async.on_llm_end = t.h.async.on_llm_error = note_slowly;
+    t.h.user = &t.s;
+    t.s.sleep = 1000;
+    t.d.limits.window_events = 1;
+    t.d.connect_ms = t.d.first_byte_ms = t.d.idle_ms = t.d.total_ms =
+        LLMCB_FOREVER;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_STR(t.s.tokens, "Hel|lo||");
+    talk_end(&t);
+}
+
 /* ---- the environment ----------------------------------------------------- */
 
 static void clear_env(void)
@@ -882,6 +909,337 @@ TEST(bad_descriptors)
         CHECK_INT(t.s.n_start, 0);
         talk_end(&t);
     }
+}
+
+/* Lists and labels that are NULL, and headers: the chat says so, and so does
+ * each call; the first thing that is wrong is what is told. */
+TEST(bad_lists)
+{
+    static const char *const tags[] = { "a", NULL };
+    static const llmcb_pair pairs[] = { { "k", NULL }, { NULL, "v" } };
+    int i;
+
+    for (i = 0; i < 10; i++) {
+        llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+        talk t;
+
+        talk_replay(&t, &rec, 1);
+        switch (i) {
+        case 0: t.d.callbacks = NULL; break;
+        case 1: t.d.n_tags = 1; break;
+        case 2: t.d.n_metadata = 1; break;
+        case 3: t.d.n_headers = 1; break;
+        case 4: t.d.tags = tags, t.d.n_tags = 2; break;
+        case 5:
+        case 6: t.d.metadata = &pairs[i - 5], t.d.n_metadata = 1; break;
+        case 7:
+        case 8: t.d.headers = &pairs[i - 7], t.d.n_headers = 1; break;
+        default: /* the tags are first */
+            t.d.tags = tags, t.d.n_tags = 2;
+            t.d.extra = "[";
+            break;
+        }
+        CHECK_INT(talk_ask(&t), LLMCB_EINVAL);
+        CHECK_INT(llmcb_chat_error(t.chat)->code, LLMCB_EINVAL);
+        CHECK(!!strstr(llmcb_chat_error(t.chat)->message, "list is NULL") ==
+              (i < 4));
+        CHECK(!!strstr(llmcb_chat_error(t.chat)->message, "tag or metadata") ==
+              ((i > 3 && i < 7) || i == 9));
+        CHECK_INT(t.s.n_start, 0);
+        talk_end(&t);
+    }
+    CHECK(llmcb_chat_new(NULL, NULL) == NULL);
+    CHECK_INT(llmcb_chat_error(NULL)->code, LLMCB_ENOMEM);
+    CHECK(llmcb_chat_batch(NULL, NULL, 0, NULL) == NULL);
+}
+
+/* What a call adds to the request must be an object, too. */
+TEST(bad_extra_of_a_call)
+{
+    static const char *const extras[] = { "[]", "1", "{", "{} {}", "x" };
+    llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+    llmcb_config config;
+    size_t i;
+    talk t;
+
+    talk_replay(&t, &rec, 1);
+    t.chat = llmcb_chat_new(t.loop, &t.d);
+    memset(&config, 0, sizeof config);
+    for (i = 0; i < sizeof extras / sizeof *extras; i++) {
+        config.extra = extras[i];
+        t.op = llmcb_chat_generate(t.chat, &question, 1, &config);
+        CHECK_INT(llmcb_op_wait(t.op), LLMCB_EINVAL);
+        CHECK(strstr(llmcb_op_error(t.op)->message, "extra"));
+        llmcb_op_free(t.op);
+    }
+    CHECK_INT(t.s.n_start, 0);
+    config.extra = "{\"seed\":1}";
+    t.op = llmcb_chat_generate(t.chat, &question, 1, &config);
+    CHECK_INT(llmcb_op_wait(t.op), LLMCB_OK);
+    talk_end(&t);
+}
+
+/* ---- transports of the program ------------------------------------------- */
+
+TEST(a_transport_needs_its_four_functions)
+{
+    mute m;
+    talk t;
+    int i;
+
+    talk_init(&t, true);
+    for (i = 0; i < 4; i++) {
+        memset(&m, 0, sizeof m);
+        m.base.start = mute_start;
+        m.base.resume = m.base.release = mute_nothing;
+        m.base.cancel = mute_cancel;
+        if (i == 0) m.base.start = NULL;
+        if (i == 1) m.base.resume = NULL;
+        if (i == 2) m.base.release = NULL;
+        if (i == 3) m.base.cancel = NULL;
+        CHECK_INT(llmcb_transport_init(t.loop, &m.base), LLMCB_EINVAL);
+    }
+    CHECK_INT(llmcb_transport_init(NULL, &m.base), LLMCB_ENOMEM);
+    CHECK_INT(llmcb_transport_init(t.loop, NULL), LLMCB_ENOMEM);
+    talk_end(&t);
+}
+
+static void say(llmcb_exchange *x, const char *bytes)
+{
+    llmcb_exchange_data(x, bytes, strlen(bytes));
+}
+
+/* A whole answer; then all of it again, behind the end. */
+static void answer_twice(void *arg)
+{
+    llmcb_exchange *x = ((mute *)arg)->x;
+    int i;
+
+    for (i = 0; i < 2; i++) {
+        llmcb_exchange_connected(x);
+        llmcb_exchange_status(x, i ? 500 : 200);
+        llmcb_exchange_header(x, llmcb_text("Content-Encoding"),
+                              llmcb_text(i ? "zip" : "identity"));
+        CHECK_INT(llmcb_exchange_data(x, "", 0), i == 0);
+        say(x, i ? EV("again") : EV("a") FIN);
+        llmcb_exchange_end(x, i ? LLMCB_BROKEN : LLMCB_ORDERLY,
+                           i ? LLMCB_EIO : LLMCB_OK, 0, "again");
+    }
+    llmcb_exchange_connected(NULL);
+    llmcb_exchange_status(NULL, 500);
+    llmcb_exchange_header(NULL, llmcb_text("a"), llmcb_text("b"));
+    CHECK(!llmcb_exchange_data(NULL, "x", 1));
+    llmcb_exchange_end(NULL, LLMCB_BROKEN, LLMCB_EIO, 0, "x");
+}
+
+TEST(nothing_comes_behind_the_end_of_an_exchange)
+{
+    mute m;
+    talk t;
+
+    talk_init(&t, true);
+    mute_init(&m, t.loop);
+    t.d.transport = &m.base;
+    t.d.connect_ms = LLMCB_FOREVER;
+    t.chat = llmcb_chat_new(t.loop, &t.d);
+    t.op = llmcb_chat_generate(t.chat, &question, 1, NULL);
+    while (!m.x) llmcb_loop_run_once(t.loop, 0);
+    llmcb_loop_post(t.loop, answer_twice, &m);
+    CHECK_INT(llmcb_op_wait(t.op), LLMCB_OK);
+    CHECK_STR(t.s.tokens, "a||");
+    CHECK_INT(m.n_cancelled, 0);
+    talk_end(&t);
+}
+
+/* ---- heads and first bytes ----------------------------------------------- */
+
+TEST(what_the_head_says_of_the_body)
+{
+    static const struct {
+        const char *bytes;
+        llmcb_code code;
+        int64_t wish; /* of a retry */
+    } rows[] = {
+        { SSE "Content-Encoding: identity\r\n\r\n" EV("a") FIN, LLMCB_OK, 0 },
+        { SSE "Content-Encoding:\r\n\r\n" EV("a") FIN, LLMCB_OK, 0 },
+        { SSE "Content-Encoding: gzip\r\n\r\n" EV("a") FIN, LLMCB_ECTYPE, 0 },
+        { "HTTP/1.1 200 OK\r\nContent-Type: a\r\n\r\n" EV("a") FIN, LLMCB_OK,
+          0 },
+        { "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" EV("a") FIN,
+          LLMCB_ECTYPE, 0 },
+        { "HTTP/1.1 200 OK\r\nLocation: http://b/\r\n\r\n" EV("a") FIN,
+          LLMCB_OK, 0 },
+        /* blanks of all kinds before what says what it is */
+        { "HTTP/1.1 200 OK\r\n\r\n \t\r\n{\"choices\":[{\"message\":{"
+          "\"content\":\"a\"},\"finish_reason\":\"stop\"}]}", LLMCB_OK, 0 },
+        { "HTTP/1.1 200 OK\r\n\r\n\n\r\t <p>", LLMCB_ECTYPE, 0 },
+        { "HTTP/1.1 200 OK\r\n\r\n \t\r\n", LLMCB_ETRUNCATED, 0 },
+        { FAIL("400", "Retry-After-Ms: soon\r\nRetry-After: 7\r\n"),
+          LLMCB_EHTTP, 7000 },
+        { FAIL("400", "Retry-After-Ms: 5\r\nRetry-After: 7\r\n"),
+          LLMCB_EHTTP, 5 },
+        { FAIL("302", "Location: http://b/\r\n"), LLMCB_EREDIRECT, -1 },
+        { "HTTP/1.1 302 X\r\nContent-Length: 3\r\n\r\nabc", LLMCB_EREDIRECT,
+          -1 },
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+        llmcb_recording rec = recording(rows[i].bytes, LLMCB_REPLAY_CLOSE);
+        talk t;
+
+        talk_replay(&t, &rec, 1);
+        if (talk_ask(&t) != rows[i].code)
+            TEST_FAIL("row %d: %s", (int)i,
+                      llmcb_code_name(llmcb_op_code(t.op)));
+        if (rows[i].code == LLMCB_EHTTP || rows[i].code == LLMCB_EREDIRECT)
+            CHECK_INT(t.s.error.retry_after_ms, rows[i].wish);
+        if (rows[i].code == LLMCB_OK) {
+            llmcb_str text = llmcb_op_text(t.op);
+            CHECK_STR(text.ptr, "a");
+        }
+        talk_end(&t);
+    }
+}
+
+/* An address to go on to is told, as far as it is one; not kilobytes of it. */
+TEST(long_locations_are_not_told)
+{
+    char *bytes = (char *)malloc(6000);
+    size_t n;
+
+    for (n = 4000; n <= 5000; n += 1000) {
+        llmcb_recording rec;
+        talk t;
+
+        strcpy(bytes, "HTTP/1.1 307 X\r\nLocation: http://elsewhere/");
+        while (strlen(bytes) < n) strcat(bytes, "aaaaaaaaaaaaaaaaaaaaaaaaa");
+        strcat(bytes, "\r\nContent-Length: 0\r\n\r\n");
+        rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+        talk_replay(&t, &rec, 1);
+        CHECK_INT(talk_ask(&t), LLMCB_EREDIRECT);
+        CHECK(!!strstr(t.s.error.message, "elsewhere") == (n < 4096));
+        talk_end(&t);
+    }
+    free(bytes);
+}
+
+/* ---- results ------------------------------------------------------------- */
+
+static llmcb_step no_steps(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_END(t);
+}
+
+/* Of what is not there, or not yet, or no call. */
+TEST(results_of_nothing)
+{
+    llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+    llmcb_op *task;
+    talk t;
+
+    CHECK(!llmcb_op_result(NULL)->complete);
+    CHECK_INT(llmcb_op_error_at(NULL, 0)->code, llmcb_op_error(NULL)->code);
+    CHECK_STR(llmcb_op_text(NULL).ptr, "");
+    CHECK_INT(llmcb_op_n_prompts(NULL), 0);
+    CHECK(llmcb_op_run_at(NULL, 0) == NULL);
+    talk_replay(&t, &rec, 1);
+    task = llmcb_task_start(t.loop, no_steps, 0, NULL);
+    CHECK_INT(llmcb_op_wait(task), LLMCB_OK);
+    CHECK_STR(llmcb_op_text(task).ptr, "");
+    CHECK(!llmcb_op_result(task)->complete);
+    CHECK_INT(llmcb_op_error_at(task, 0)->code, LLMCB_OK);
+    llmcb_op_free(task);
+    t.chat = llmcb_chat_new(t.loop, &t.d);
+    t.op = llmcb_chat_generate(t.chat, &question, 1, NULL);
+    CHECK_STR(llmcb_op_text(t.op).ptr, "");
+    CHECK(llmcb_op_error_at(t.op, 0) == llmcb_op_error(t.op));
+    CHECK_INT(llmcb_op_wait(t.op), LLMCB_OK);
+    CHECK_STR(llmcb_op_text(t.op).ptr, "Hello");
+    CHECK_STR(llmcb_op_result_at(t.op, 0)->generations[0].text.ptr, "Hello");
+    CHECK(!llmcb_op_result_at(t.op, 1)->complete);
+    CHECK_INT(llmcb_op_error_at(t.op, 0)->code, LLMCB_OK);
+    CHECK(llmcb_op_error_at(t.op, 1) == llmcb_op_error(t.op));
+    CHECK(llmcb_op_run_at(t.op, 1) == NULL);
+    talk_end(&t);
+}
+
+static char *printed(const llmcb_result *result, llmcb_str s)
+{
+    static char text[2048];
+    FILE *f = tmpfile();
+    size_t n;
+
+    if (!f) abort();
+    if (result)
+        llmcb_result_print(result, f);
+    else
+        llmcb_str_print(s, f);
+    rewind(f);
+    n = fread(text, 1, sizeof text - 1, f);
+    text[n] = '\0';
+    fclose(f);
+    return text;
+}
+
+/* What could speak to a terminal, or turn a line around, is spelled. */
+TEST(printing_is_safe)
+{
+    static const struct {
+        const char *s, *want;
+    } rows[] = {
+        { "", "" },
+        { "a\n\tb", "a\n\tb" },
+        { "\x1B[2J\x07\x7F\r", "\\x1b[2J\\x07\\x7f\\x0d" },
+        { "\xC2\x7F\xC2\x80\xC2\x9F\xC2\xA0",
+          "\xC2\\x7f\\u0080\\u009f\xC2\xA0" },
+        { "\xC2", "\xC2" },
+        { "\xE2\x80\xA9|\xE2\x80\xAA|\xE2\x80\xAE|\xE2\x80\xAF",
+          "\xE2\x80\xA9|\\u202a|\\u202e|\xE2\x80\xAF" },
+        { "\xE2\x81\xA5|\xE2\x81\xA6|\xE2\x81\xA9|\xE2\x81\xAA",
+          "\xE2\x81\xA5|\\u2066|\\u2069|\xE2\x81\xAA" },
+        { "\xE2\x82\xAC \xE2\x7F\xAA \xE2\x80", /* no such character */
+          "\xE2\x82\xAC \xE2\\x7f\xAA \xE2\x80" },
+        { "\xC3\xA9\xF0\x9F\x98\x80", "\xC3\xA9\xF0\x9F\x98\x80" },
+    };
+    llmcb_str none = { NULL, 0 };
+    size_t i;
+
+    for (i = 0; i < sizeof rows / sizeof *rows; i++)
+        CHECK_STR(printed(NULL, llmcb_text(rows[i].s)), rows[i].want);
+    CHECK_STR(printed(NULL, none), "");
+    llmcb_str_print(llmcb_text("x"), NULL);
+    llmcb_result_print(NULL, stdout);
+    llmcb_result_print(llmcb_op_result(NULL), NULL);
+}
+
+TEST(results_are_printed_whole)
+{
+    static const char calls[] =
+        "HTTP/1.1 200 OK\r\n\r\n{\"model\":\"gpt\",\"choices\":[{\"index\":0,"
+        "\"message\":{\"content\":\"a\\u001b\",\"refusal\":\"no\","
+        "\"tool_calls\":[{\"id\":\"1\",\"function\":{\"name\":\"f\","
+        "\"arguments\":\"{}\"}}]},\"finish_reason\":\"tool_calls\"}],"
+        "\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4,"
+        "\"total_tokens\":7}}";
+    static const char cut[] = SSE "\r\n" EV("half");
+    llmcb_recording rec[2];
+    talk t;
+
+    rec[0] = recording(calls, LLMCB_REPLAY_CLOSE);
+    rec[1] = recording(cut, LLMCB_REPLAY_RESET);
+    talk_replay(&t, rec, 2);
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK_STR(printed(llmcb_op_result(t.op), llmcb_text("")),
+              "text: a\\x1b\nrefusal: no\ntool call: f {}\n"
+              "finish reason: tool_calls\nmodel name: gpt\n"
+              "usage: 3 input, 4 output, 7 total tokens\n");
+    CHECK_INT(talk_ask(&t), LLMCB_EIO);
+    CHECK_STR(printed(llmcb_op_result(t.op), llmcb_text("")),
+              "text: half\nfinish reason: none\nmodel name: \n"
+              "usage: unknown\n");
+    talk_end(&t);
 }
 
 /* ---- connections --------------------------------------------------------- */
