@@ -1009,7 +1009,8 @@ static void say(llmcb_exchange *x, const char *bytes)
     llmcb_exchange_data(x, bytes, strlen(bytes));
 }
 
-/* A whole answer; then all of it again, behind the end. */
+/* A whole answer, more than the window holds; then another one behind its
+ * end. */
 static void answer_twice(void *arg)
 {
     llmcb_exchange *x = ((mute *)arg)->x;
@@ -1021,7 +1022,7 @@ static void answer_twice(void *arg)
         llmcb_exchange_header(x, llmcb_text("Content-Encoding"),
                               llmcb_text(i ? "zip" : "identity"));
         CHECK_INT(llmcb_exchange_data(x, "", 0), i == 0);
-        say(x, i ? EV("again") : EV("a") FIN);
+        say(x, i ? EV("again") : EV("a") EV("b") EV("c") FIN);
         llmcb_exchange_end(x, i ? LLMCB_BROKEN : LLMCB_ORDERLY,
                            i ? LLMCB_EIO : LLMCB_OK, 0, "again");
     }
@@ -1039,14 +1040,20 @@ TEST(nothing_comes_behind_the_end_of_an_exchange)
 
     talk_init(&t, true);
     mute_init(&m, t.loop);
+    memset(&t.h, 0, sizeof t.h);
+    t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
+        t.h.async.on_llm_end = t.h.async.on_llm_error = note_slowly;
+    t.h.user = &t.s;
+    t.s.sleep = 1000;
     t.d.transport = &m.base;
+    t.d.limits.window_events = 1;
     t.d.connect_ms = LLMCB_FOREVER;
     t.chat = llmcb_chat_new(t.loop, &t.d);
     t.op = llmcb_chat_generate(t.chat, &question, 1, NULL);
     while (!m.x) llmcb_loop_run_once(t.loop, 0);
     llmcb_loop_post(t.loop, answer_twice, &m);
     CHECK_INT(llmcb_op_wait(t.op), LLMCB_OK);
-    CHECK_STR(t.s.tokens, "a||");
+    CHECK_STR(t.s.tokens, "a|b|c||");
     CHECK_INT(m.n_cancelled, 0);
     talk_end(&t);
 }
@@ -1075,6 +1082,8 @@ TEST(what_the_head_says_of_the_body)
         { "HTTP/1.1 200 OK\r\n\r\n\n\r\t <p>", LLMCB_ECTYPE, 0 },
         { "HTTP/1.1 200 OK\r\n\r\n \t\r\n", LLMCB_ETRUNCATED, 0 },
         { FAIL("400", "Retry-After-Ms: soon\r\nRetry-After: 7\r\n"),
+          LLMCB_EHTTP, 7000 },
+        { FAIL("400", "Retry-After: 7\r\nRetry-After-Ms: soon\r\n"),
           LLMCB_EHTTP, 7000 },
         { FAIL("400", "Retry-After-Ms: 5\r\nRetry-After: 7\r\n"),
           LLMCB_EHTTP, 5 },
