@@ -90,6 +90,7 @@ typedef struct sys_host {
     const char *host;
     int ports[4];
     int n, asked;
+    void (*wait)(void); /* what resolving it takes */
 } sys_host;
 extern sys_host sys_names_of;
 
@@ -422,6 +423,7 @@ static inline int sys_getaddrinfo(const char *host, const char *port,
     if (!sys_names_of.host || strcmp(host, sys_names_of.host) != 0)
         return getaddrinfo(host, port, hints, found);
     sys_names_of.asked++;
+    if (sys_names_of.wait) sys_names_of.wait();
     *found = NULL;
     h.ai_flags = AI_NUMERICHOST;
     for (i = 0; i < sys_names_of.n; i++) {

@@ -576,25 +576,12 @@ TEST(answer_before_the_request_is_sent)
     size_t n = 24u << 20;
     char *long_text = (char *)malloc(n + 1), base[64];
     llmcb_message m = { .role = LLMCB_USER };
-    struct sockaddr_in a;
-    socklen_t len = sizeof a;
-    int listener = socket(AF_INET, SOCK_STREAM, 0), fd = -1, small = 4096;
+    int listener = listen_narrowly(base, sizeof base), fd = -1;
     trial t;
 
-    if (!long_text || listener < 0) abort();
+    if (!long_text) abort();
     memset(long_text, 'x', n);
     long_text[n] = '\0';
-    memset(&a, 0, sizeof a);
-    a.sin_family = AF_INET;
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
-    if (bind(listener, (struct sockaddr *)&a, sizeof a) != 0 ||
-        listen(listener, 1) != 0 ||
-        getsockname(listener, (struct sockaddr *)&a, &len) != 0)
-        abort();
-    fcntl(listener, F_SETFL, O_NONBLOCK);
-    snprintf(base, sizeof base, "http://127.0.0.1:%d/v1",
-             (int)ntohs(a.sin_port));
     trial_begin(&t, CURL_T, NULL, 0);
     t.cd.base_url = base;
     trial_open(&t);
@@ -818,37 +805,6 @@ TEST(sigpipe_of_the_program_stays)
 
 /* ---- requests of other transports ---------------------------------------- */
 
-typedef struct bend {
-    llmcb_transport base;
-    llmcb_transport *inner;
-    const char *url;
-} bend;
-
-static llmcb_code bend_start(llmcb_transport *tr, llmcb_exchange *x,
-                             const llmcb_request *q)
-{
-    bend *b = (bend *)(void *)tr;
-    llmcb_request other = *q;
-
-    other.url = b->url;
-    return b->inner->start(b->inner, x, &other);
-}
-
-static void bend_resume(llmcb_transport *tr, llmcb_exchange *x)
-{
-    ((bend *)(void *)tr)->inner->resume(((bend *)(void *)tr)->inner, x);
-}
-
-static void bend_release(llmcb_transport *tr, llmcb_exchange *x)
-{
-    ((bend *)(void *)tr)->inner->release(((bend *)(void *)tr)->inner, x);
-}
-
-static void bend_cancel(llmcb_transport *tr, llmcb_exchange *x)
-{
-    ((bend *)(void *)tr)->inner->cancel(((bend *)(void *)tr)->inner, x);
-}
-
 /* A transport of the program's that passes on another address. */
 TEST(address_of_another_transport)
 {
@@ -856,20 +812,10 @@ TEST(address_of_another_transport)
     bend b;
     trial t;
 
-    memset(&b, 0, sizeof b);
     trial_begin(&t, CURL_T, &s, 1);
     trial_open(&t);
-    llmcb_chat_free(t.chat);
-    b.base.state_size = t.tr->state_size;
-    b.base.start = bend_start;
-    b.base.resume = bend_resume;
-    b.base.release = bend_release;
-    b.base.cancel = bend_cancel;
-    b.inner = t.tr;
+    trial_bend(&t, &b);
     b.url = "http://:0/";
-    CHECK_INT(llmcb_transport_init(t.loop, &b.base), LLMCB_OK);
-    t.cd.transport = &b.base;
-    t.chat = llmcb_chat_new(t.loop, &t.cd);
     trial_ask(&t);
     trial_wait(&t);
     CHECK(llmcb_op_code(t.op) != LLMCB_OK);

@@ -371,6 +371,75 @@ static inline void trial_end(trial *t)
     trial_close(t);
 }
 
+/* A transport of the program's that passes on another address. */
+typedef struct bend {
+    llmcb_transport base;
+    llmcb_transport *inner;
+    llmcb_request other; /* one at a time: it must last as long as it */
+    const char *url;
+} bend;
+
+static inline llmcb_code bend_start(llmcb_transport *tr, llmcb_exchange *x,
+                             const llmcb_request *q)
+{
+    bend *b = (bend *)(void *)tr;
+
+    b->other = *q;
+    b->other.url = b->url;
+    return b->inner->start(b->inner, x, &b->other);
+}
+
+static inline void bend_resume(llmcb_transport *tr, llmcb_exchange *x)
+{
+    ((bend *)(void *)tr)->inner->resume(((bend *)(void *)tr)->inner, x);
+}
+
+static inline void bend_release(llmcb_transport *tr, llmcb_exchange *x)
+{
+    ((bend *)(void *)tr)->inner->release(((bend *)(void *)tr)->inner, x);
+}
+
+static inline void bend_cancel(llmcb_transport *tr, llmcb_exchange *x)
+{
+    ((bend *)(void *)tr)->inner->cancel(((bend *)(void *)tr)->inner, x);
+}
+
+/* The trial's chat then goes that way. */
+static inline void trial_bend(trial *t, bend *b)
+{
+    memset(b, 0, sizeof *b);
+    b->base.state_size = t->tr->state_size;
+    b->base.start = bend_start;
+    b->base.resume = bend_resume;
+    b->base.release = bend_release;
+    b->base.cancel = bend_cancel;
+    b->inner = t->tr;
+    CHECK_INT(llmcb_transport_init(t->loop, &b->base), LLMCB_OK);
+    llmcb_chat_free(t->chat);
+    t->cd.transport = &b->base;
+    t->chat = llmcb_chat_new(t->loop, &t->cd);
+}
+
+/* Where connections are taken, but next to nothing of what is sent on them:
+ * the test accepts. */
+static inline int listen_narrowly(char *base, size_t cap)
+{
+    int fd = socket(AF_INET, SOCK_STREAM, 0), small = 4096;
+    struct sockaddr_in a;
+    socklen_t len = sizeof a;
+
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+    if (bind(fd, (struct sockaddr *)&a, sizeof a) != 0 || listen(fd, 4) != 0 ||
+        getsockname(fd, (struct sockaddr *)&a, &len) != 0)
+        abort();
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    snprintf(base, cap, "http://127.0.0.1:%d/v1", (int)ntohs(a.sin_port));
+    return fd;
+}
+
 /* The clock that the library sees goes on. */
 static inline void pass_ms(trial *t, int64_t ms)
 {
