@@ -329,8 +329,11 @@ TEST(each_code_has_its_meaning)
         { CURLE_GOT_NOTHING, { LLMCB_EIO } },
         { CURLE_PARTIAL_FILE, { LLMCB_ETRUNCATED } }
     };
-    static const char *const bytes[] = { "", /* refused */ SSE "Content-Length: 0\r\n\r\n",
-                                         SSE "Content-Length: 9\r\n\r\n: x" };
+    static const char *const bytes[] = {
+        "", /* refused */
+        SSE "Content-Length: 0\r\n\r\n",
+        SSE "Content-Length: 9\r\n\r\n: x"
+    };
     struct sockaddr_in a;
     socklen_t len = sizeof a;
     int deaf = socket(AF_INET, SOCK_STREAM, 0), how;
@@ -573,7 +576,7 @@ TEST(lingering_transfer_fails)
 TEST(answer_before_the_request_is_sent)
 {
     static const char answer[] = SSE "\r\n" TWO FIN DONE;
-    size_t n = 24u << 20;
+    size_t n = 8u << 20;
     char *long_text = (char *)malloc(n + 1), base[64];
     llmcb_message m = { .role = LLMCB_USER };
     int listener = listen_narrowly(base, sizeof base), fd = -1;
