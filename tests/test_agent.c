@@ -1142,6 +1142,9 @@ static const struct schema_case {
     { P("\"array\""), "{\"v\":{}}", "wrong type: v" },
     { P("\"object\""), "{\"v\":{\"v\":1}}", NULL },
     { P("\"object\""), "{\"v\":[]}", "wrong type: v" },
+    { P("\"integer\""), "{\"v\":1E2}", "wrong type: v" },
+    { P("\"integer\""), "{\"v\":1e2}", "wrong type: v" },
+    { P("\"integer\""), "{\"v\":1.0}", "wrong type: v" },
     { P("\"null\""), "{\"v\":null}", NULL },
     { P("\"null\""), "{\"v\":false}", "wrong type: v" },
     { P("\"unheard of\""), "{\"v\":1}", NULL },
@@ -1162,6 +1165,7 @@ static const struct schema_case {
     { "{\"required\":[\"a\",\"b\"]}", "{\"b\":1,\"a\":null}", NULL },
     { "{\"required\":[\"a\"]}", "", "missing argument: a" },
     { "{\"required\":[]}", "{}", NULL },
+    { "{\"required\":\"a\"}", "{}", NULL },
     { "{\"required\":[\"a\"]}", "{\"b\":{\"a\":1}}", "missing argument: a" },
     { "{\"additionalProperties\":false,\"properties\":{\"v\":{}}}",
       "{\"v\":1,\"w\":2}", "unknown argument: w" },
@@ -1270,6 +1274,10 @@ TEST(long_names_in_messages)
 
 /* ---- arguments: the getters ---------------------------------------------- */
 
+#define ZEROS_10 "0000000000"
+#define ZEROS_100 \
+    ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 \
+        ZEROS_10 ZEROS_10
 static const char *const getter_arguments =
     "{\"t\":\"a\\u00e9\\ud83d\\ude00\\n\\/\",\"half\":\"x\\ud83dy\","
     "\"low\":\"\\ude00\",\"end\":\"z\\ud83d\",\"nul\":\"a\\u0000b\","
@@ -1278,7 +1286,10 @@ static const char *const getter_arguments =
     "\"frac\":1.5,\"exp\":1e3,\"neg\":-0.25e-2,\"huge\":1e999,"
     "\"tiny\":1e-999,\"yes\":true,\"no\":false,\"null\":null,"
     "\"obj\":{\"t\":\"inner\",\"a\":[1, 2]},\"arr\": [ 1 , \"]\" ] ,"
-    "\"esc\\u0061ped\":1,\"t\":\"second\"}";
+    "\"esc\\u0061ped\":1,\"t\":\"second\",\"cap\":2.5E2,\"plus\":1e+5,"
+    "\"vast\":1e9999999999999999999999,\"faint\":-1E-9999999999999999999999,"
+    "\"long\":1" ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 "e-400,"
+    "\"longest\":1" ZEROS_100 ZEROS_100 ZEROS_100 "}";
 
 static int getters_call(llmcb_tool_use *u)
 {
@@ -1322,6 +1333,12 @@ static int getters_call(llmcb_tool_use *u)
     WANT(llmcb_tool_number(u, "big", &d) && d == 9223372036854775808.0);
     WANT(llmcb_tool_number(u, "tiny", &d) && d == 0);
     WANT(!llmcb_tool_number(u, "huge", &d));
+    WANT(llmcb_tool_number(u, "cap", &d) && d == 250);
+    WANT(llmcb_tool_number(u, "plus", &d) && d == 100000);
+    WANT(!llmcb_tool_number(u, "vast", &d));
+    WANT(llmcb_tool_number(u, "faint", &d) && d == 0);
+    WANT(!llmcb_tool_number(u, "long", &d)); /* of more than 400 bytes */
+    WANT(llmcb_tool_number(u, "longest", &d) && d == 1e300);
     WANT(!llmcb_tool_number(u, "t", &d));
     WANT(!llmcb_tool_number(u, "null", &d));
     WANT(llmcb_tool_bool(u, "yes", &b) && b);
@@ -1371,6 +1388,29 @@ TEST(arguments_by_name)
     locale_point = ".";
     CHECK_INT(llmcb_tool_answer(NULL, llmcb_text("x")), LLMCB_ENOMEM);
     CHECK_INT(llmcb_tool_fail(NULL, "x"), LLMCB_ETOOL);
+    CHECK_INT(llmcb_tool_fail(NULL, NULL), LLMCB_ETOOL);
+}
+
+/* A tool that fails without a word has failed all the same. */
+static int wordless_call(llmcb_tool_use *u)
+{
+    return llmcb_tool_fail(u, NULL);
+}
+
+TEST(a_failure_without_a_word)
+{
+    llmcb_tool tool = echo_tool;
+    stage st;
+
+    tool.step = NULL;
+    tool.call = wordless_call;
+    stage_init(&st, INLINE);
+    says(&st, "x" DONE);
+    CHECK(stage_open(&st));
+    st.op = use(&st, &tool, "{}");
+    CHECK_INT(llmcb_op_wait(st.op), LLMCB_ETOOL);
+    CHECK(*llmcb_op_error(st.op)->message != '\0');
+    finish(&st);
 }
 
 /* ---- approval ------------------------------------------------------------ */
@@ -2395,15 +2435,39 @@ TEST(local_callbacks_and_inheritance)
     free(w);
 }
 
+/* What is asked need not end with a NUL, and there need be no configuration. */
+TEST(a_question_of_a_length)
+{
+    llmcb_message m;
+    stage st;
+
+    stage_init(&st, INLINE);
+    says(&st, SAYS("ok"));
+    CHECK(stage_open(&st));
+    memset(&m, 0, sizeof m);
+    m.content = "what is asked, and no more";
+    m.content_len = strlen("what is asked");
+    st.op = llmcb_agent_start(&st.ad, &m, 1, NULL);
+    CHECK_INT(llmcb_op_wait(st.op), LLMCB_OK);
+    CHECK_STR(llmcb_op_text(st.op).ptr, "ok");
+    CHECK(strstr(st.s.spy.body, "what is asked\""));
+    CHECK(!strstr(st.s.spy.body, "no more"));
+    finish(&st);
+}
+
 TEST(bad_arguments_of_an_agent)
 {
     static const char *const names[] = {
         "no name", "both", "neither", "parameters", "utf8", "twice", "extra",
-        "no messages", "no list", "handler", "chat"
+        "no messages", "no list", "handler", "NULL messages", "a message",
+        "NULL name", "name's utf8", "chat"
     };
+    llmcb_agent_desc no_chat;
     size_t i;
 
     CHECK(llmcb_agent_start(NULL, NULL, 0, NULL) == NULL);
+    memset(&no_chat, 0, sizeof no_chat);
+    CHECK(llmcb_agent_start(&no_chat, NULL, 0, NULL) == NULL);
     CHECK(llmcb_tool_start(NULL, NULL, NULL, NULL) == NULL);
     CHECK(llmcb_agent_messages(NULL, NULL) == NULL);
     CHECK_INT(llmcb_op_usage(NULL).known, 0);
@@ -2425,11 +2489,14 @@ TEST(bad_arguments_of_an_agent)
         if (i == 7) n = 0;
         if (i == 8) st.ad.tools = NULL;
         if (i == 9) st.config.callbacks = NULL;
-        if (i == 10) st.s.cd.base_url = "gopher://x";
+        if (i == 11) m.content = "\xFF";
+        if (i == 12) st.tools[1].name = NULL;
+        if (i == 13) st.tools[1].name = "\xFF";
+        if (i == 14) st.s.cd.base_url = "gopher://x";
         says(&st, SAYS("ok"));
         CHECK(stage_open(&st));
-        st.op = llmcb_agent_start(&st.ad, &m, n, &st.config);
-        if (i < 10) {
+        st.op = llmcb_agent_start(&st.ad, i == 10 ? NULL : &m, n, &st.config);
+        if (i < 14) {
             CHECK(llmcb_op_done(st.op));
             CHECK_INT(llmcb_op_code(st.op), LLMCB_EINVAL);
             CHECK_INT(st.w->events, 0);

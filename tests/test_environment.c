@@ -1321,6 +1321,105 @@ TEST(fault_112_bad_tapes_replay)
     }
 }
 
+static void write_file(const char *path, const char *text)
+{
+    FILE *f = fopen(path, "w");
+
+    if (!f || fputs(text, f) < 0 || fclose(f) != 0) abort();
+}
+
+/* A tape whose borders make no sense is played all the same, at once, as if
+ * it had none; one that has them takes its time. */
+TEST(fault_112_bad_borders_replay)
+{
+    static const char *const good =
+        "{\"x\":[1,{}],\"segments\":[[0,0],[90,7],[95,8]],\"end\":\"keep\"}";
+    static const char *const bad[] = {
+        "", "x", "[]", "{", "{\"segments\":7}", "{\"segments\":[]}",
+        "{\"segments\":[7]}", "{\"segments\":[[]]}", "{\"segments\":[[90]]}",
+        "{\"segments\":[[90,7,1]]}", "{\"segments\":[[\"90\",7]]}",
+        "{\"segments\":[[90,\"7\"]]}", "{\"segments\":[[90,-7]]}",
+        "{\"segments\":[[-90,7]]}", "{\"segments\":[[90.5,7]]}",
+        "{\"end\":7,\"segments\":[[90,7]]}",
+        "{\"segments\":[[99999999999999999999,7]]}"
+    };
+    size_t i;
+
+    for (i = 0; i <= sizeof bad / sizeof *bad; i++) {
+        bool is_good = i == sizeof bad / sizeof *bad;
+        server_script s = script(CLEAN, SERVER_CLOSE);
+        char file[64], borders[64];
+        llmcb_replay_desc d;
+        trial t;
+
+        strcpy(scratch, "build/tmp-XXXXXX");
+        mkdir("build", 0777);
+        if (!mkdtemp(scratch)) abort();
+        strcpy(file, scratch_path("x.http"));
+        strcpy(borders, scratch_path("x.segments.json"));
+        write_file(file, CLEAN);
+        write_file(borders, is_good ? good : bad[i]);
+        trial_begin(&t, REPLAY, &s, 1);
+        trial_open(&t);
+        llmcb_chat_free(t.chat);
+        memset(&d, 0, sizeof d);
+        d.path = scratch_path(i % 2 ? "x" : "x.http"); /* it is the same */
+        t.cd.transport = llmcb_replay_new(t.loop, &d);
+        t.chat = llmcb_chat_new(t.loop, &t.cd);
+        trial_ask(&t);
+        trial_finish(&t, "start|clean|end", LLMCB_OK);
+        CHECK_INT(llmcb_loop_now(t.loop), is_good ? 15 : 0);
+        if (llmcb_loop_now(t.loop) != (is_good ? 15 : 0))
+            TEST_FAIL("%s", is_good ? good : bad[i]);
+        trial_end(&t);
+        unlink(file);
+        unlink(borders);
+        CHECK_INT(rmdir(scratch), 0);
+    }
+}
+
+/* A recorder holds back what its transport must hold back, and writes all. */
+TEST(recorded_while_a_handler_is_slow_replay)
+{
+    server_script s = script(SSE "\r\n" EV("a") EV("b") EV("c") EV("d") FIN DONE,
+                             SERVER_CLOSE);
+    llmcb_replay_desc d;
+    char file[64];
+    trial t;
+    int i;
+
+    strcpy(scratch, "build/tmp-XXXXXX");
+    mkdir("build", 0777);
+    if (!mkdtemp(scratch)) abort();
+    strcpy(file, scratch_path("x.http"));
+    trial_begin(&t, REPLAY, &s, 1);
+    t.cd.limits.window_events = 1;
+    t.r[1]->ms = 5;
+    trial_open(&t);
+    CHECK(llmcb_record_new(t.loop, NULL, file) == NULL);
+    CHECK(llmcb_record_new(t.loop, t.tr, NULL) == NULL);
+    CHECK(llmcb_record_new(NULL, t.tr, file) == NULL);
+    CHECK(llmcb_replay_new(t.loop, NULL) == NULL);
+    memset(&d, 0, sizeof d);
+    d.path = file;
+    for (i = 0; i < 2; i++) {
+        llmcb_chat_free(t.chat);
+        t.cd.transport = i ? llmcb_replay_new(t.loop, &d)
+                           : llmcb_record_new(t.loop, t.tr, file);
+        t.chat = llmcb_chat_new(t.loop, &t.cd);
+        trial_forget(&t);
+        trial_ask(&t);
+        trial_finish(&t, "start|a|b|c|d||end", LLMCB_OK);
+        llmcb_op_free(t.op);
+        t.op = NULL;
+    }
+    t.no_clean = true;
+    trial_end(&t);
+    unlink(file);
+    unlink(scratch_path("x.segments.json"));
+    CHECK_INT(rmdir(scratch), 0);
+}
+
 #ifndef LLMCB_NO_KIT
 /* The same for the trace that a handler writes: what is no file is refused at
  * once, and a disk that fills up ends the trace, not the run. */

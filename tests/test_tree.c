@@ -1545,6 +1545,10 @@ TEST(case_102_a_retriever)
     CHECK_INT(llmcb_run_end_documents(llmcb_op_run(op), found, 2),
               LLMCB_EINVAL);
     page[0].value = value;
+    found[1].n_metadata = 1; /* of which there are none */
+    CHECK_INT(llmcb_run_end_documents(llmcb_op_run(op), found, 2),
+              LLMCB_EINVAL);
+    found[1].n_metadata = 0;
     CHECK_INT(llmcb_run_end_documents(llmcb_op_run(op), found, 2), LLMCB_OK);
     CHECK_INT(llmcb_run_end_documents(llmcb_op_run(op), found, 2),
               LLMCB_ESTATE);
@@ -2615,6 +2619,42 @@ TEST(awaiting_ancestors_is_refused)
     llmcb_op_free(op);
     CHECK(llmcb_task_run(NULL) == NULL);
     world_close(&w);
+}
+
+/* A run that the program fails with what is no error, or with a handler's
+ * failure that is none: that of a real one behind it is attached. */
+static int act_fail_error(ear *e, const llmcb_event *ev)
+{
+    (void)e;
+    return ev->kind == LLMCB_CHAIN_ERROR ? 77 : 0;
+}
+
+TEST(failed_by_the_program_in_odd_ways)
+{
+    int i;
+
+    for (i = 0; i < 3; i++) {
+        world w;
+        llmcb_config c;
+        llmcb_error e;
+        llmcb_op *op;
+        llmcb_code want = i == 2 ? LLMCB_EHANDLER : LLMCB_EINVAL;
+
+        world_init(&w);
+        world_ear(&w, "I", INLINE, LLMCB_RAISE)->act = act_fail_error;
+        world_open(&w);
+        c = world_config(&w);
+        op = run_new(&w, LLMCB_RUN_CHAIN, "r", &c);
+        memset(&e, 0, sizeof e);
+        e.code = i == 2 ? LLMCB_EHANDLER : LLMCB_OK;
+        strcpy(e.message, "mine");
+        CHECK_INT(llmcb_run_fail(llmcb_op_run(op), i ? &e : NULL), want);
+        CHECK_INT(llmcb_op_wait(op), want);
+        CHECK(!!strstr(llmcb_op_error(op)->message, "mine") == (i == 2));
+        CHECK_INT(llmcb_op_error(op)->handler_result, 77);
+        llmcb_op_free(op);
+        world_close(&w);
+    }
 }
 
 /* Fills the window and waits for room. */
