@@ -2436,9 +2436,17 @@ TEST(local_callbacks_and_inheritance)
 }
 
 /* What is asked need not end with a NUL, and there need be no configuration. */
+static int keep_input(llmcb_handler *h, const llmcb_event *ev)
+{
+    snprintf((char *)h->user, 64, "%s", ev->start->input.ptr);
+    return 0;
+}
+
 TEST(a_question_of_a_length)
 {
+    llmcb_handler h;
     llmcb_message m;
+    char input[64] = "";
     stage st;
 
     stage_init(&st, INLINE);
@@ -2447,9 +2455,15 @@ TEST(a_question_of_a_length)
     memset(&m, 0, sizeof m);
     m.content = "what is asked, and no more";
     m.content_len = strlen("what is asked");
+    memset(&h, 0, sizeof h);
+    h.flags = LLMCB_INLINE;
+    h.sync.on_chain_start = keep_input;
+    h.user = input;
+    CHECK_INT(llmcb_loop_hook(st.s.loop, &h), LLMCB_OK);
     st.op = llmcb_agent_start(&st.ad, &m, 1, NULL);
     CHECK_INT(llmcb_op_wait(st.op), LLMCB_OK);
     CHECK_STR(llmcb_op_text(st.op).ptr, "ok");
+    CHECK_STR(input, "what is asked");
     CHECK(strstr(st.s.spy.body, "what is asked\""));
     CHECK(!strstr(st.s.spy.body, "no more"));
     finish(&st);

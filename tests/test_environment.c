@@ -1383,11 +1383,14 @@ TEST(recorded_while_a_handler_is_slow_replay)
 {
     server_script s = script(SSE "\r\n" EV("a") EV("b") EV("c") EV("d") FIN DONE,
                              SERVER_CLOSE);
+    server_segment more = { strlen(SSE "\r\n" EV("a") EV("b") EV("c")), 2 };
     llmcb_replay_desc d;
     char file[64];
     trial t;
     int i;
 
+    s.segments = &more;
+    s.n_segments = 1;
     strcpy(scratch, "build/tmp-XXXXXX");
     mkdir("build", 0777);
     if (!mkdtemp(scratch)) abort();
