@@ -48,6 +48,7 @@
     X(epoll_wait)     \
     X(poll)           \
     X(pthread_create) \
+    X(pthread_init)   \
     X(socket)         \
     X(setsockopt)     \
     X(getsockopt)     \
@@ -434,7 +435,25 @@ static inline int sys_getaddrinfo(const char *host, const char *port,
     return *found ? 0 : EAI_NONAME;
 }
 
+static inline int sys_mutex_init(pthread_mutex_t *m,
+                                 const pthread_mutexattr_t *attributes)
+{
+    int e = sys_fault(SYS_pthread_init);
+
+    return e ? e : pthread_mutex_init(m, attributes);
+}
+
+static inline int sys_cond_init(pthread_cond_t *c,
+                                const pthread_condattr_t *attributes)
+{
+    int e = sys_fault(SYS_pthread_init);
+
+    return e ? e : pthread_cond_init(c, attributes);
+}
+
 #define LLMCBI_SYS(call) sys_##call
+#define pthread_mutex_init(m, a) sys_mutex_init(m, a)
+#define pthread_cond_init(c, a) sys_cond_init(c, a)
 #define pthread_join(thread, result) \
     sys_pthread_gone(pthread_join(thread, result))
 #define pthread_detach(thread) sys_pthread_gone(pthread_detach(thread))
@@ -442,6 +461,8 @@ static inline int sys_getaddrinfo(const char *host, const char *port,
 #include "../llmcb.h"
 #undef pthread_join
 #undef pthread_detach
+#undef pthread_mutex_init
+#undef pthread_cond_init
 #endif
 #include "impl.h"
 #endif

@@ -294,6 +294,137 @@ TEST(each_call_may_fail)
             }
 }
 
+/* Our own memory, on the way by a unix socket. */
+TEST(no_memory_by_a_unix_socket)
+{
+    server_script s = script(CLEAN_KEPT, SERVER_KEEP);
+    char path[64];
+    server *server;
+    long i;
+
+    mkdir("build", 0777);
+    snprintf(path, sizeof path, "build/curl-%ld.sock", (long)getpid());
+    server = server_start_unix(path, &s, 1);
+    if (!server) abort();
+    trial_shared = true;
+    for (i = 1;; i++) {
+        bool used;
+        trial t;
+
+        trial_begin(&t, CURL_T, NULL, 0);
+        t.cd.base_url = server_base(server);
+        trial_open(&t);
+        t.heap.fail_at = t.heap.calls + i;
+        trial_ask(&t);
+        trial_wait(&t);
+        used = t.heap.calls >= t.heap.fail_at;
+        t.heap.fail_at = 0;
+        trial_check(&t, NULL);
+        if (llmcb_op_code(t.op) != LLMCB_OK)
+            CHECK_STR(llmcb_code_name(llmcb_op_code(t.op)), "LLMCB_ENOMEM");
+        llmcb_op_free(t.op);
+        trial_forget(&t);
+        trial_ask(&t);
+        trial_finish(&t, "start|clean|end", LLMCB_OK);
+        t.no_clean = true;
+        trial_end(&t);
+        if (!used) break;
+        REQUIRE(i < 300);
+    }
+    CHECK(i > 5);
+    server_stop(server);
+    trial_shared = false;
+}
+
+/* Bytes that came behind an answer ask for another connection: that, too,
+ * may be refused. */
+TEST(surplus_and_a_call_that_fails)
+{
+    long at;
+
+    for (at = 1; at < 100; at++) {
+        server_segment hold = { strlen(CLEAN_KEPT), SERVER_HOLD };
+        server_script s[2] = { script(CLEAN_KEPT "surplus", SERVER_KEEP),
+                               script(CLEAN_KEPT, SERVER_KEEP) };
+        bool struck;
+        trial t;
+
+        s[0].segments = &hold;
+        s[0].n_segments = 1;
+        trial_begin(&t, CURL_T, s, 2);
+        trial_open(&t);
+        trial_ask(&t);
+        trial_finish(&t, "start|clean|end", LLMCB_OK);
+        llmcb_op_free(t.op);
+        server_go(t.server);
+        CHECK(server_wait_sent(t.server, 1));
+        lib_plan(LIB_easy_setopt, at, false);
+        trial_forget(&t);
+        trial_ask(&t);
+        trial_wait(&t);
+        trial_check(&t, NULL);
+        struck = lib.struck > 0;
+        CHECK_INT(llmcb_op_code(t.op), struck ? LLMCB_ENOMEM : LLMCB_OK);
+        lib_plan(LIB_N, 0, false);
+        trial_clean(&t);
+        CHECK(server_connections(t.server) > 1);
+        t.no_clean = true;
+        trial_end(&t);
+        if (!struck) break;
+    }
+    CHECK(at > 30);
+    CHECK(at < 100);
+}
+
+/* Without a limit on connecting libcurl is given none that is shorter. */
+TEST(no_limit_on_connecting)
+{
+    static const int64_t limits[] = { LLMCB_FOREVER, INT64_MAX, 5000 };
+    size_t i;
+
+    for (i = 0; i < 3; i++) {
+        server_script s = script(CLEAN_KEPT, SERVER_KEEP);
+        trial t;
+
+        trial_begin(&t, CURL_T, &s, 1);
+        t.cd.connect_ms = limits[i];
+        trial_open(&t);
+        trial_ask(&t);
+        trial_finish(&t, "start|clean|end", LLMCB_OK);
+        trial_end(&t);
+    }
+}
+
+/* A chat that names no transport has libcurl; and plain sockets, which do
+ * for http://, where libcurl cannot be had. */
+TEST(sockets_where_libcurl_cannot_be_had)
+{
+    int fails;
+
+    for (fails = 0; fails < 2; fails++) {
+        server_script s = script(CLEAN_KEPT, SERVER_KEEP);
+        int i;
+        trial t;
+
+        trial_begin(&t, CURL_T, &s, 1);
+        t.loop = llmcb_loop_new(&t.ld);
+        t.chat = llmcb_chat_new(t.loop, &t.cd);
+        lib_plan(LIB_global_init, fails, true);
+        for (i = 0; i < 2; i++) {
+            trial_forget(&t);
+            trial_ask(&t);
+            trial_finish(&t, "start|clean|end", LLMCB_OK);
+            llmcb_op_free(t.op);
+        }
+        t.op = NULL;
+        CHECK_INT(lib.calls[LIB_easy_init], fails ? 0 : 2);
+        CHECK_INT(lib.calls[LIB_global_init], 1);
+        CHECK_INT(server_connections(t.server), 1);
+        lib_plan(LIB_N, 0, false);
+        trial_end(&t);
+    }
+}
+
 /* ---- what libcurl says of the end ---------------------------------------- */
 
 /* Each code of libcurl, for a connection that was refused, and a response of

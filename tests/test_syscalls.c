@@ -58,6 +58,8 @@ static const fault faults[] = {
     { SYS_poll, ENOMEM, ONCE, 0 },
     { SYS_pthread_create, EAGAIN, 0, MAY(LLMCB_ESYS) },
     { SYS_pthread_create, EPERM, 0, MAY(LLMCB_ESYS) },
+    { SYS_pthread_init, EAGAIN, 0, NO_LOOP },
+    { SYS_pthread_init, ENOMEM, 0, NO_LOOP },
     { SYS_socket, EMFILE, 0, MAY(LLMCB_ESYS) },
     { SYS_socket, ENFILE, 0, MAY(LLMCB_ESYS) },
     { SYS_socket, ENOBUFS, 0, MAY(LLMCB_ESYS) },
@@ -79,6 +81,7 @@ static const fault faults[] = {
     { SYS_send, SYS_SHORT, 0, 0 },
     { SYS_send, ECONNRESET, 0, MAY(LLMCB_EIO) },
     { SYS_send, EPIPE, 0, MAY(LLMCB_EIO) },
+    { SYS_send, EHOSTUNREACH, 0, MAY(LLMCB_EIO) },
     { SYS_send, ENOBUFS, 0, MAY(LLMCB_ESYS) },
     { SYS_send, ENOMEM, 0, MAY(LLMCB_ESYS) },
     { SYS_recv, EINTR, ONCE, 0 },
@@ -244,7 +247,9 @@ static llmcb_code allowed(const trial *t, const blow *b, llmcb_code code)
         limits_said++;
         codes |= MAY(LLMCB_ELIMIT);
     }
-    if (b->alloc && recording) codes |= MAY(LLMCB_ESYS) | BAD_TAPE;
+    /* nothing may have been recorded */
+    if ((b->alloc || (b->f && b->f->call == SYS_pthread_init)) && recording)
+        codes |= MAY(LLMCB_ESYS) | BAD_TAPE;
     return (codes & MAY(code)) != 0 ? LLMCB_OK : code;
 }
 
