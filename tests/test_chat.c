@@ -617,6 +617,35 @@ TEST(time_without_limits)
     talk_end(&t);
 }
 
+/* The largest number is as good as no limit, whatever the clock says. */
+TEST(time_of_the_largest_number)
+{
+    llmcb_recording rec = recording(HELLO, LLMCB_REPLAY_CLOSE);
+    server_script s = script(HELLO, SERVER_CLOSE);
+    talk t;
+    int i;
+
+    for (i = 0; i < 4; i++) { /* with a slow handler, too */
+        if (i % 2)
+            talk_sock(&t, &s, 1);
+        else
+            talk_replay(&t, &rec, 1);
+        if (i > 1) {
+            memset(&t.h, 0, sizeof t.h);
+            t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
+                t.h.async.on_llm_end = t.h.async.on_llm_error = note_slowly;
+            t.h.user = &t.s;
+            t.s.sleep = 5;
+            t.d.limits.window_events = 1;
+        }
+        t.d.connect_ms = t.d.first_byte_ms = t.d.idle_ms = t.d.total_ms =
+            t.d.handler_ms = INT64_MAX;
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_STR(t.s.tokens, "Hel|lo||");
+        talk_end(&t);
+    }
+}
+
 /* ---- the environment ----------------------------------------------------- */
 
 static void clear_env(void)

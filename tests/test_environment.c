@@ -933,6 +933,71 @@ TEST_ON_ALL(fault_105_no_memory)
         }
 }
 
+/* Timers share one block, which grows with their number: whichever of a call's
+ * it is that finds no room, the call says so, and the next has it. */
+static bool timers_fail;
+static int timers_failed;
+
+static void *resize_but_timers(void *user, void *ptr, size_t old, size_t size)
+{
+    if (timers_fail && old == 16 * sizeof(void *) &&
+        size == 32 * sizeof(void *)) {
+        timers_failed++;
+        return NULL;
+    }
+    return heap_resize(user, ptr, old, size);
+}
+
+static llmcb_step sleeps_long(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 1000000));
+    LLMCB_END(t);
+}
+
+TEST_ON_ALL(fault_105_no_memory_for_timers)
+{
+    int n, i, struck = 0;
+
+    for (n = 0; n < 16; n++) { /* that are there before */
+        server_script s = script(CLEAN_KEPT, SERVER_KEEP);
+        llmcb_op *sleepers[16];
+        trial t;
+
+        trial_begin(&t, transport, &s, 1);
+        t.ld.allocator.resize = resize_but_timers;
+        t.cd.handler_ms = 1000000;
+        t.loop = llmcb_loop_new(&t.ld);
+        for (i = 0; i < n; i++)
+            sleepers[i] = llmcb_task_start(t.loop, sleeps_long, 0, NULL);
+        timers_fail = true;
+        timers_failed = 0;
+        t.cd.transport = t.tr = trial_transport(&t);
+        if (t.tr) t.chat = llmcb_chat_new(t.loop, &t.cd);
+        trial_ask(&t);
+        trial_wait(&t);
+        trial_check(&t, NULL);
+        CHECK_INT(llmcb_op_code(t.op),
+                  timers_failed ? LLMCB_ENOMEM : LLMCB_OK);
+        struck += timers_failed > 0;
+        timers_fail = false;
+        llmcb_op_free(t.op);
+        t.op = NULL;
+        if (!t.tr) {
+            t.cd.transport = t.tr = trial_transport(&t);
+            t.chat = llmcb_chat_new(t.loop, &t.cd);
+        }
+        trial_forget(&t);
+        trial_ask(&t);
+        trial_finish(&t, "start|clean|end", LLMCB_OK);
+        for (i = 0; i < n; i++) llmcb_op_free(sleepers[i]);
+        t.no_clean = true;
+        trial_end(&t);
+    }
+    CHECK(struck > 2);
+    CHECK(struck < 16);
+}
+
 /* ---- G: signals, clocks, fork, files ------------------------------------- */
 
 static volatile sig_atomic_t n_usr1, n_pipe;

@@ -906,6 +906,43 @@ TEST(free_waits_for_what_runs_and_drops_the_queue)
     if (before >= 0) CHECK_INT(count_threads_down_to(before), before);
 }
 
+/* It is waited for as long as it takes, if so much is allowed: here it ends
+ * because a coroutine is told that the loop goes. */
+static llmcb_step lets_go(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 1000000));
+    gate_set((gate *)t->self, 1);
+    LLMCB_END(t);
+}
+
+TEST(free_waits_as_long_as_it_may)
+{
+    static const int64_t limits[] = { 100000, INT64_MAX / 2, INT64_MAX };
+    size_t i;
+
+    for (i = 0; i < 3; i++) {
+        gate begun = GATE_INIT, go = GATE_INIT;
+        llmcb_loop_desc desc;
+        llmcb_loop *loop;
+        job j;
+
+        memset(&desc, 0, sizeof desc);
+        desc.shutdown_ms = limits[i];
+        loop = llmcb_loop_new(&desc);
+        ran_reset();
+        job_set(&j, 1, 0);
+        j.begun = &begun;
+        j.go = &go;
+        llmcb_task_start(loop, lets_go, 0, &go);
+        llmcb_offload(loop, job_run, &j);
+        while (gate_get(&begun) < 1) llmcb_loop_run_once(loop, 1);
+        CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+        CHECK_INT(n_ran, 1);
+        gate_set(&go, 1);
+    }
+}
+
 /* A function that does not return in time. In a child: what the thread uses
  * is leaked, as documented. */
 enum { STUCK_JOB, STUCK_AWAIT, STUCK_HANDLER, STUCK_FREED, STUCK_N };
