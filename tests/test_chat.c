@@ -1765,6 +1765,39 @@ TEST(limits)
 }
 
 /* The body of an error answer is kept up to the limit, not refused. */
+/* limits.text counts whatever is kept of an answer. */
+TEST(limit_text_of_all_kinds)
+{
+    static const char *const members[] = {
+        "\"refusal\":\"0123456789\"", "\"reasoning\":\"0123456789\"",
+        "\"reasoning_content\":\"0123456789\"", "\"content\":\"0123456789\""
+    };
+    size_t i, n;
+
+    for (i = 0; i < 5; i++)
+        for (n = 19; n <= 20; n++) {
+            char one[256], bytes[1024];
+            llmcb_recording rec;
+            talk t;
+
+            if (i < 4)
+                snprintf(one, sizeof one, "data: {\"choices\":[{\"index\":0,"
+                         "\"delta\":{%s}}]}\n\n", members[i]);
+            else /* these are kept as they stand */
+                snprintf(one, sizeof one, "data: {\"choices\":[{\"index\":0,"
+                         "\"delta\":{},\"logprobs\":{\"a\":1234}}]}\n\n");
+            snprintf(bytes, sizeof bytes, "%s\r\n%s%s%s", SSE, one, one,
+                     FIN DONE);
+            rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+            talk_replay(&t, &rec, 1);
+            t.d.limits.text = n;
+            CHECK_INT(talk_ask(&t), n < 20 ? LLMCB_ELIMIT : LLMCB_OK);
+            if (n < 20) CHECK(strstr(t.s.error.message, "limits.text"));
+            if (test_failures_here) TEST_FAIL("kind %d, %d", (int)i, (int)n);
+            talk_end(&t);
+        }
+}
+
 TEST(limit_error_body)
 {
     static const char body[] =

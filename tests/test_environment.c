@@ -1488,6 +1488,44 @@ TEST(recorded_while_a_handler_is_slow_replay)
     CHECK_INT(rmdir(scratch), 0);
 }
 
+/* ... and one that is cancelled has recorded what came so far: played, it is
+ * an answer that was cut. */
+TEST(recorded_until_it_was_cancelled_replay)
+{
+    server_script s = script(stalling, SERVER_STALL);
+    llmcb_replay_desc d;
+    char file[64];
+    trial t;
+
+    strcpy(scratch, "build/tmp-XXXXXX");
+    mkdir("build", 0777);
+    if (!mkdtemp(scratch)) abort();
+    strcpy(file, scratch_path("x.http"));
+    trial_begin(&t, REPLAY, &s, 1);
+    trial_open(&t);
+    llmcb_chat_free(t.chat);
+    t.cd.transport = llmcb_record_new(t.loop, t.tr, file);
+    t.chat = llmcb_chat_new(t.loop, &t.cd);
+    trial_ask(&t);
+    trial_until(&t, 5);
+    llmcb_op_cancel(t.op);
+    trial_finish(&t, NULL, LLMCB_ECANCELLED);
+    llmcb_op_free(t.op);
+    llmcb_chat_free(t.chat);
+    memset(&d, 0, sizeof d);
+    d.path = file;
+    t.cd.transport = llmcb_replay_new(t.loop, &d);
+    t.chat = llmcb_chat_new(t.loop, &t.cd);
+    trial_forget(&t);
+    trial_ask(&t);
+    trial_finish(&t, "start|a|b|c|d|error:ETRUNCATED", LLMCB_ETRUNCATED);
+    t.no_clean = true;
+    trial_end(&t);
+    unlink(file);
+    unlink(scratch_path("x.segments.json"));
+    CHECK_INT(rmdir(scratch), 0);
+}
+
 #ifndef LLMCB_NO_KIT
 /* The same for the trace that a handler writes: what is no file is refused at
  * once, and a disk that fills up ends the trace, not the run. */
