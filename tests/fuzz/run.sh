@@ -1,10 +1,11 @@
 #!/bin/sh
 # The fuzz targets of this directory: replay runs each over its corpus and
-# what was found with it, campaign looks for more with libFuzzer and AFL++,
-# as far as they are installed, for that many seconds in all.
+# what was found with it, campaign looks for more with libFuzzer for that many
+# seconds in all, afl with AFL++ for that many with each target.
 #
 #     tests/fuzz/run.sh [replay]
 #     tests/fuzz/run.sh campaign SECONDS
+#     tests/fuzz/run.sh afl SECONDS
 #
 # T=name: only targets with this in their name. SEED=number. The last line is
 # "fuzz: N passed, N failed, N skipped". What a campaign finds is written to
@@ -97,39 +98,37 @@ if [ "$mode" = replay ]; then
     for t in $targets; do replay "$t"; done
     finish
 fi
-if [ "$mode" != campaign ]; then
-    sed -n '6,7s/^# *//p' "$0" >&2
+if [ "$mode" != campaign ] && [ "$mode" != afl ]; then
+    sed -n '6,8s/^# *//p' "$0" >&2
     exit 2
 fi
 
-# ---- campaign ---------------------------------------------------------------
+# ---- campaigns --------------------------------------------------------------
 
 seed=${SEED:-$(date +%s)}
 unset SEED # a find must do the same in a replay
 echo "seed $seed"
 n=0
 for t in $targets; do n=$((n + 1)); done
+[ $n = 0 ] && finish
 fuzzer="-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined"
-clang=clang afl=afl-clang-fast engines=0
+clang=${CLANG:-clang} afl=afl-clang-fast each=$seconds
 echo 'int LLVMFuzzerTestOneInput(const char *s, unsigned long n);
 int LLVMFuzzerTestOneInput(const char *s, unsigned long n)
 { return !s && n; }' >$dir/probe.c
-# shellcheck disable=SC2086
-if $clang $fuzzer -o $dir/probe $dir/probe.c >/dev/null 2>&1; then
-    engines=$((engines + 1))
-else
-    clang=
-    skip "libFuzzer: there is no clang, or it has no fuzzer runtime"
-fi
-if command -v $afl >/dev/null 2>&1 && command -v afl-fuzz >/dev/null 2>&1; then
-    engines=$((engines + 1))
-else
-    afl=
+if [ "$mode" = campaign ]; then
+    # shellcheck disable=SC2086
+    if ! $clang $fuzzer -o $dir/probe $dir/probe.c >/dev/null 2>&1; then
+        skip "libFuzzer: there is no clang, or it has no fuzzer runtime"
+        finish
+    fi
+    each=$((seconds / n))
+elif ! command -v $afl >/dev/null 2>&1 || ! command -v afl-fuzz >/dev/null ||
+    ! $afl -fsanitize=fuzzer -o $dir/probe $dir/probe.c >/dev/null 2>&1; then
     skip "AFL++: afl-clang-fast or afl-fuzz is not installed"
+    finish
 fi
-[ $engines = 0 ] || [ $n = 0 ] && finish
-each=$((seconds / n / engines))
-[ $each -gt 0 ] || each=1
+[ "$each" -gt 0 ] || each=1
 
 libfuzzer() { # target
     name="fuzz_$1, libFuzzer"
@@ -141,7 +140,7 @@ libfuzzer() { # target
         return
     fi
     mkdir -p $dir/corpus/"$1" $here/corpus/"$1"
-    "$prog" -seed="$seed" -max_total_time=$each -timeout=10 \
+    "$prog" -seed="$seed" -max_total_time="$each" -timeout=10 \
         -rss_limit_mb=3000 -artifact_prefix="$dir/finds/$1-" \
         ${dict:+-dict="$dict"} -print_final_stats=1 $dir/corpus/"$1" \
         "$here/corpus/$1" >$dir/out 2>&1 &&
@@ -151,6 +150,8 @@ libfuzzer() { # target
     grep -a 'Test unit written' $dir/out
     fail "$name" $dir/out
 }
+# It may neither change where the kernel writes cores nor the clock of the
+# processor, and need not.
 aflpp() { # target
     name="fuzz_$1, AFL++"
     prog=$dir/afl_$1
@@ -161,27 +162,38 @@ aflpp() { # target
         fail "$name: not built" $dir/out
         return
     fi
-    rm -rf $dir/afl/"$1"
-    mkdir -p $dir/afl
-    AFL_NO_UI=1 AFL_SKIP_CPUFREQ=1 AFL_NO_AFFINITY=1 \
-        AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES=1 afl-fuzz -s "$seed" \
-        -V $each -t 5000 -m none ${dict:+-x "$dict"} -i "$here/corpus/$1" \
-        -o $dir/afl/"$1" -- "$prog" >$dir/out 2>&1
+    rm -rf $dir/afl/"$1" $dir/afl_in
+    mkdir -p $dir/afl $dir/afl_in
+    find $here/corpus/"$1" $here/finds/"$1" -type f -exec cp {} $dir/afl_in \; \
+        2>/dev/null
+    env -u ASAN_OPTIONS -u UBSAN_OPTIONS AFL_NO_UI=1 AFL_SKIP_CPUFREQ=1 \
+        AFL_NO_AFFINITY=1 AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES=1 \
+        afl-fuzz -s "$seed" -V "$each" -t 5000 -m none ${dict:+-x "$dict"} \
+        -i $dir/afl_in -o $dir/afl/"$1" -- "$prog" >$dir/out 2>&1
+    stats=$dir/afl/$1/default/fuzzer_stats
+    inputs=$(sed -n 's/^execs_done *: *//p' "$stats" 2>/dev/null)
     found=$(find $dir/afl/"$1" -path '*crashes/id*' -o -path '*hangs/id*')
-    if [ ! -f $dir/afl/"$1"/default/fuzzer_stats ]; then
+    if [ "${inputs:-0}" = 0 ]; then
         fail "$name: did not run" $dir/out
+        grep -a -A4 'PROGRAM ABORT' $dir/out | sed 's/^/    /'
+    elif grep -a -q 'results in a [ct]' $dir/out; then
+        fail "$name: broken by its corpus, see a replay" $dir/out
     elif [ "$found" ]; then
-        echo "$found"
-        fail "$name" $dir/out
+        for f in $found; do
+            kind=${f%/id*}
+            copy=$dir/finds/$1-${kind##*/}-$(cksum <"$f" | tr -d ' ')
+            cp "$f" "$copy"
+            echo "    $copy"
+        done
+        fail "$name: $(echo "$found" | wc -l) crashes and hangs" $dir/out
     else
-        pass "$name: $(awk '/^execs_done/ { print $3 }' \
-            $dir/afl/"$1"/default/fuzzer_stats) inputs"
+        pass "$name: $inputs inputs, $(sed -n \
+            's/^execs_per_sec *: *//p' "$stats") a second"
     fi
 }
 for t in $targets; do
     dict=
     [ -f "$here/$t.dict" ] && dict=$here/$t.dict
-    [ "$clang" ] && libfuzzer "$t"
-    [ "$afl" ] && aflpp "$t"
+    if [ "$mode" = afl ]; then aflpp "$t"; else libfuzzer "$t"; fi
 done
 finish
