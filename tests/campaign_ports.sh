@@ -1,18 +1,20 @@
 #!/bin/sh
 # The test suite on other machines, C libraries and compilers: 32 bits,
-# big-endian under qemu, musl, tcc, clang, hardened and optimised builds, and
-# a program in every standard. No sanitizer; make check has those, and
-# check_build.sh the warnings.
+# big-endian under qemu, musl, tcc, every gcc and clang that is installed,
+# hardened and optimised builds, a program in every standard, and all warnings
+# of the oldest gcc and the newest clang. No sanitizer; make check has those.
 #
 #     tests/campaign_ports.sh [cell]
 #
-# With an argument only the cells with this in their name. A cell is one
-# kind of build; each test of each program in it is one pass, failure or
+# With an argument only the cells with this in their name: s390x, powerpc,
+# i686, musl, tcc, clang, gcc, hardened, trapv, O3, program, warnings. A cell is
+# one kind of build; each test of each program in it is one pass, failure or
 # skip. The cross compilers are not installed, since Debian's remove
 # gcc-multilib: they are unpacked into build/cross, as any user, with
 # apt-get download. SETUP=no: nothing is fetched.
 #
-# PORT_TESTS="base json": only these programs. PORT_TIMEOUT: seconds for one
+# PORT_TESTS="base json": only these programs, also where others are left out
+# because another cell with much the same has them. PORT_TIMEOUT: seconds for one
 # program, and four times that for one under qemu.
 
 cd "$(dirname "$0")/.." || exit 1
@@ -22,6 +24,7 @@ cross=$root/build/cross
 only=$1
 limit=${PORT_TIMEOUT:-300}
 tests=${PORT_TESTS:-base json sse http wire call chat run tree agent task}
+fewer=${PORT_TESTS:-base json sse http wire call chat task}
 rm -rf $dir
 mkdir -p $dir
 results=$dir/results
@@ -110,18 +113,20 @@ END
 # ---- cells -----------------------------------------------------------------
 
 # A compiler without constructors registers no test by itself.
-write_main() { # test, file
+write_main() { # test, file, compiler and flags
+    t=$1 out=$2
+    shift 2
     {
         echo '#define main test_main_of_its_own'
-        echo "#include \"tests/test_$1.c\""
+        echo "#include \"tests/test_$t.c\""
         echo '#undef main'
         echo 'int main(int argc, char **argv)'
         echo '{'
-        sed -n 's/^TEST(\([a-z0-9_]*\)).*/    test_register_\1();/p' \
-            "tests/test_$1.c"
+        "$@" -E -DLLMCB_NO_CURL= -I. "tests/test_$t.c" |
+            sed -n 's/.*void \(test_register_[a-z0-9_]*\)(void).*/    \1();/p'
         echo '    return test_main(argc, argv);'
         echo '}'
-    } >"$2"
+    } >"$out"
 }
 
 cell() { # name, emulator or "", compiler and flags
@@ -138,7 +143,7 @@ cell() { # name, emulator or "", compiler and flags
         case $1 in
         *tcc)
             src=$at/$t.c
-            write_main "$t" "$src"
+            write_main "$t" "$src" "$@"
             ;;
         esac
         extra=$(sed -n 's|^/\* build: \(.*\) \*/$|\1|p' "tests/test_$t.c")
@@ -223,20 +228,47 @@ if has tcc; then
 else
     skip tcc "tcc is not installed"
 fi
-clang=
-for v in 30 29 28 27 26 25 24 23 22 21 20 19 18 17 16 15 14 13; do
-    [ "$clang" ] || ! has clang-$v || clang=clang-$v
+# The newest of each kind runs all, the others what is quickly compiled.
+clangs='' gccs='' clang='' oldgcc=''
+for v in 30 29 28 27 26 25 24 23 22 21 20 19 18 17 16 15 14 13 12 11 10 9; do
+    has clang-$v && clangs="$clangs clang-$v"
+    if has gcc-$v; then gccs="$gccs gcc-$v" oldgcc=gcc-$v; fi
 done
-[ "$clang" ] || ! has clang || clang=clang
-if [ "$clang" ]; then
-    cell "$clang O2" "" $clang -O2 -g
-else
-    skip clang "clang is not installed"
-fi
-harden="-D_FORTIFY_SOURCE=2 -fstack-protector-strong -D_GLIBCXX_ASSERTIONS"
-harden="$harden -fPIE -pie -Wl,-z,relro,-z,now"
+[ "$clangs" ] || ! has clang || clangs=clang
+[ "$gccs" ] || ! has gcc || gccs=gcc
+all=$tests
+for clang in $clangs; do
+    cell "$clang O2" "" "$clang" -O2 -g
+    tests=$fewer
+done
+tests=$all
 # shellcheck disable=SC2086
-cell hardened "" gcc -O2 -g $harden
+set -- $clangs
+clang=$1
+[ "$clang" ] || skip clang "clang is not installed"
+for c in $gccs; do
+    cell "$c O2" "" "$c" -O2 -g
+    tests=$fewer
+done
+tests=$all
+[ "$gccs" ] || skip gcc "gcc is not installed"
+
+# What distributions build with, and what stops a program that reads what was
+# never written, or whose signed numbers run over.
+harden="-fstack-protector-strong -fstack-clash-protection -D_GLIBCXX_ASSERTIONS"
+harden="$harden -fPIE -pie -Wl,-z,relro,-z,now"
+if works gcc -O2 -ftrivial-auto-var-init=pattern; then
+    harden="$harden -ftrivial-auto-var-init=pattern"
+fi
+# shellcheck disable=SC2086
+cell "hardened 3" "" gcc -O2 -g $harden -D_FORTIFY_SOURCE=3
+tests=$fewer
+# shellcheck disable=SC2086
+cell "hardened 2" "" gcc -O2 -g $harden -D_FORTIFY_SOURCE=2
+cell "trapv gcc" "" gcc -O1 -g -ftrapv
+[ "$clang" ] && cell "trapv $clang" "" "$clang" -O1 -g -ftrapv \
+    -ftrivial-auto-var-init=pattern
+tests=$all
 cell "O3" "" gcc -O3 -g
 
 # ---- a program in every standard -------------------------------------------
@@ -338,17 +370,33 @@ program() { # file, compiler and flags
     fi
 }
 for std in c99 gnu99 c11 gnu11 c17 c2x gnu2x; do
-    program c gcc -std=$std
-    [ "$clang" ] && program c "$clang" -std=$std
+    for c in $gccs $clangs; do program c "$c" -std=$std; done
 done
 for std in c++11 c++14 c++17 c++20 gnu++20; do
-    program cpp g++ -std=$std
-    program cpp clang++ -std=$std
+    for c in $gccs; do program cpp "g++${c#gcc}" -std=$std; done
+    for c in $clangs; do program cpp "clang++${c#clang}" -std=$std; done
 done
 has tcc && program c tcc
 has musl-gcc && program c musl-gcc -std=c99
 # shellcheck disable=SC2086
-program cpp g++ -std=c++20 -O2 $harden
+program cpp g++ -std=c++20 -O2 $harden -D_FORTIFY_SOURCE=3
+
+# ---- all warnings ----------------------------------------------------------
+
+# tests/check_build.sh with other compilers behind the names that it uses.
+if wanted warnings; then
+    mkdir -p $dir/bin
+    for c in "gcc $oldgcc" "g++ g++${oldgcc#gcc}" "clang $clang" \
+        "clang++ clang++${clang#clang}"; do
+        at=$(command -v "${c#* }") && ln -sf "$at" "$dir/bin/${c%% *}"
+    done
+    name="warnings: $oldgcc, $clang"
+    PATH=$root/$dir/bin:$PATH sh tests/check_build.sh >$dir/warnings.log 2>&1
+    sed -n "s/^  FAILED: /&$name: /p;s/^  skipped: /&$name: /p" \
+        $dir/warnings.log | tee -a $results
+    sum=$(sed -n 's/^check_build: //p' $dir/warnings.log)
+    say "$name: ${sum:-0 passed, 1 failed, 0 skipped}"
+fi
 
 # ---- add up ----------------------------------------------------------------
 

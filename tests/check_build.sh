@@ -186,7 +186,13 @@ if [ "$(uname -sm)" = "Linux x86_64" ]; then
         gcc -m32 -c -x c -o $dir/m32.o - 2>/dev/null; then
         cell gcc c99 LLMCB_NO_CURL -m32
         cell gcc c99 all_no -m32
-        program gcc "-m32 -DLLMCB_NO_CURL"
+        # Another gcc than the default one may lack its part of multilib.
+        if echo 'int main(void) { return 0; }' |
+            gcc -m32 -x c -o $dir/m32 - 2>/dev/null; then
+            program gcc "-m32 -DLLMCB_NO_CURL"
+        else
+            echo "gcc -m32, linked|skip|gcc-multilib has not all" >>$cells
+        fi
     else
         echo "gcc -m32|skip|gcc-multilib is not installed" >>$cells
     fi
