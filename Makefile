@@ -5,6 +5,8 @@
 #   make test        all tests; T=name: only those with this in their name
 #   make check       the gate of a commit: tests, all warnings, analysers
 #   make fuzz        looks for more with libFuzzer for FUZZ_SECONDS
+#   make afl         the same with AFL++, AFL_SECONDS for each target
+#   make mutants     breaks the header at random and looks who notices
 #   make load        10,000 streams that fail in all ways; LOAD_SECONDS of soak
 #   make campaign    check, and what takes hours (tests/README.md)
 #   make bench       what a token and a stream cost (tests/bench/README.md);
@@ -109,6 +111,13 @@ FUZZ_SECONDS ?= 600
 fuzz:
 	@CFLAGS='-O1 -g' tests/fuzz/run.sh campaign $(FUZZ_SECONDS)
 
+AFL_SECONDS ?= 60
+afl:
+	@CFLAGS='-O1 -g' tests/fuzz/run.sh afl $(AFL_SECONDS)
+
+mutants:
+	@tests/campaign_mutants.sh
+
 LOAD_SECONDS ?= 60
 load: build/load
 	build/load && build/load soak $(LOAD_SECONDS)
@@ -135,5 +144,5 @@ bench-instructions: bench-programs
 clean:
 	rm -rf build
 
-.PHONY: all demo examples programs test check fuzz load campaign clean
-.PHONY: bench bench-full bench-instructions bench-programs
+.PHONY: all demo examples programs test check fuzz afl mutants load campaign
+.PHONY: clean bench bench-full bench-instructions bench-programs

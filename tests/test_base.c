@@ -157,6 +157,22 @@ TEST(every_event_has_its_name)
     CHECK_STR(llmcb_event_name(LLMCB_N_EVENTS), "");
 }
 
+TEST(a_word_is_listed_whole_or_not_at_all)
+{
+    static const char *const in[] = { "one", "TWO", "three", "Three" };
+    static const char *const out[] = { "",    "on",   "onex",    "one two",
+                                       "tw",  "wo",   "threes",  "e",
+                                       "two three", " ", "thre" };
+
+    for (size_t i = 0; i < sizeof in / sizeof *in; i++)
+        if (!llmcbi_str_listed(llmcb_text(in[i]), "one two three"))
+            TEST_FAIL("\"%s\" is listed", in[i]);
+    for (size_t i = 0; i < sizeof out / sizeof *out; i++)
+        if (llmcbi_str_listed(llmcb_text(out[i]), "one two three"))
+            TEST_FAIL("\"%s\" is not listed", out[i]);
+    CHECK(!llmcbi_str_listed(llmcb_text("one"), ""));
+}
+
 TEST(decimal_digits)
 {
     static const struct {
@@ -308,6 +324,7 @@ TEST(an_arena_gives_zeroed_aligned_memory_of_its_own)
     CHECK_STR(llmcbi_arena_text(&a, &arena, "a\0b", 1), "a");
     CHECK(memcmp(llmcbi_arena_text(&a, &arena, "a\0b", 3), "a\0b", 4) == 0);
     llmcbi_arena_free(&a, &arena);
+    CHECK(!arena.at && !arena.left); /* may be used again */
     check_heap(&h);
     calls = h.calls;
     for (size_t fail = 1; fail <= calls; fail++) {
@@ -461,8 +478,13 @@ TEST(ids_are_uuids_of_version_4)
     static bool seen[36][16];
     llmcbi_random r = { { 0, 0, 0, 0 } };
     char id[37], last[37] = "";
+    int fd;
 
+    fd = open("/dev/null", O_RDONLY);
+    close(fd);
     llmcbi_random_seed(&r);
+    CHECK_INT(open("/dev/null", O_RDONLY), fd); /* it keeps no descriptor */
+    close(fd);
     for (int n = 0; n < 5000; n++) {
         memset(id, 'x', sizeof id);
         llmcbi_uuid(&r, id);

@@ -646,6 +646,87 @@ TEST(time_of_the_largest_number)
     }
 }
 
+/* A transport that ends while a slow handler still holds it: how it ended
+ * counts when all that it brought has been told. */
+typedef struct pusher {
+    mute base;
+    llmcb_exchange *x;
+    const char *body;
+    llmcb_ending ending;
+    size_t n_resumed;
+} pusher;
+
+static void push_all(void *arg)
+{
+    pusher *u = (pusher *)arg;
+
+    llmcb_exchange_connected(u->x);
+    llmcb_exchange_status(u->x, 200);
+    llmcb_exchange_header(u->x, llmcb_text("content-type"),
+                          llmcb_text("text/event-stream"));
+    CHECK(!llmcb_exchange_data(u->x, u->body, strlen(u->body)));
+    llmcb_exchange_end(u->x, u->ending, LLMCB_EPROTO, 0, "a reason");
+}
+
+static llmcb_code push_start(llmcb_transport *tr, llmcb_exchange *x,
+                             const llmcb_request *request)
+{
+    pusher *u = (pusher *)(void *)tr;
+
+    (void)request;
+    u->x = x;
+    return llmcb_loop_post(tr->loop, push_all, u);
+}
+
+static void push_resume(llmcb_transport *tr, llmcb_exchange *x)
+{
+    (void)x;
+    ((pusher *)(void *)tr)->n_resumed++;
+}
+
+TEST(an_end_while_paused_is_the_end)
+{
+    static const struct {
+        llmcb_ending ending;
+        bool finished;
+        llmcb_code code;
+    } rows[] = {
+        { LLMCB_ORDERLY, false, LLMCB_ETRUNCATED },
+        { LLMCB_ORDERLY, true, LLMCB_OK },
+        { LLMCB_CUT, false, LLMCB_ETRUNCATED },
+        { LLMCB_CUT, true, LLMCB_OK },
+        { LLMCB_BROKEN, false, LLMCB_EPROTO },
+        { LLMCB_BROKEN, true, LLMCB_EPROTO },
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+        pusher u;
+        talk t;
+        talk_init(&t, true);
+        mute_init(&u.base, t.loop);
+        u.base.base.start = push_start;
+        u.base.base.resume = push_resume;
+        u.body = rows[i].finished ? EV("a") EV("b") EV("c") EV("d") FIN
+                                  : EV("a") EV("b") EV("c") EV("d");
+        u.ending = rows[i].ending;
+        u.n_resumed = 0;
+        t.d.transport = &u.base.base;
+        memset(&t.h, 0, sizeof t.h);
+        t.h.async.on_chat_model_start = t.h.async.on_llm_new_token =
+            t.h.async.on_llm_end = t.h.async.on_llm_error = note_slowly;
+        t.h.user = &t.s;
+        t.s.sleep = 1000;
+        t.d.limits.window_events = 2;
+        CHECK_INT(talk_ask(&t), rows[i].code);
+        CHECK_STR(t.s.tokens, rows[i].finished ? "a|b|c|d||" : "a|b|c|d|");
+        CHECK((u.ending == LLMCB_BROKEN) ==
+              (strstr(t.s.error.message, "a reason") != NULL));
+        CHECK_INT(u.n_resumed + u.base.n_cancelled, 0);
+        talk_end(&t);
+    }
+}
+
 /* ---- the environment ----------------------------------------------------- */
 
 static void clear_env(void)

@@ -396,6 +396,8 @@ static const struct {
       "200 Connection=CLOSE Content-Length=0 end ORDERLY close" },
     { D(OK11 "Connection: a ,close, b\r\nContent-Length: 0\r\n\r\n"),
       "200 Connection=a ,close, b Content-Length=0 end ORDERLY close" },
+    { D(OK11 "Connection: close \t,b\r\nContent-Length: 0\r\n\r\n"),
+      "200 Connection=close \t,b Content-Length=0 end ORDERLY close" },
     { D(OK11 "Connection: closed, enclose\r\nContent-Length: 0\r\n\r\n"),
       "200 Connection=closed, enclose Content-Length=0 end ORDERLY" },
     /* RFC 9112, 9.3: close decides, wherever it stands */

@@ -536,6 +536,7 @@ static const struct {
                                          "\xEF\xBF\xBF") },
     { "\\ude00", D(FFFD) },
     { "\\ude00\\ud83d", D(FFFD FFFD) },
+    { "\\udc00\\udc00", D(FFFD FFFD) },
     { "\\ude00\\ude00x", D(FFFD FFFD "x") },
     { "\\ud7ff\\ue000", D("\xED\x9F\xBF\xEE\x80\x80") },
     { "\\ud83d\xC3\xA9", D(FFFD "\xC3\xA9") },

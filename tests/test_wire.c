@@ -433,7 +433,13 @@ TEST(usage_is_taken_as_it_comes)
         { USAGE("{'prompt_tokens':9,'prompt_tokens_details':null,"
                 "'completion_tokens_details':[3]}"),
           "OK a usage=9+0=9,0,0" },
+        { USAGE("{'prompt_tokens':{'completion_tokens':5},"
+                "'completion_tokens':[{'total_tokens':4}],'total_tokens':9}"),
+          "OK a usage=0+0=9,0,0" },
         /* on every chunk, and before the text: the last one counts */
+        { USAGE("{'prompt_tokens':1,'total_tokens':5},"
+                "'usage':{'completion_tokens':2}"),
+          "OK a usage=0+2=2,0,0" },
         { "{'choices':[{'delta':{'content':'a'}}],'usage':"
           "{'prompt_tokens':1,'completion_tokens':1}}\n"
           "{'choices':[{'delta':{'content':'b'}}],'usage':"
@@ -522,6 +528,8 @@ TEST(what_a_provider_says_of_an_error_is_kept)
         { "{'error':{'error':{'error':{'message':'deep'}}}}", "x: deep", "",
           "" },
         { "{'error':null,'message':'Bad'}", "x: Bad", "", "" },
+        { "{'message':'a','message':'','type':'t','type':'','code':1,'code':''}",
+          "x", "", "" },
         { "{'detail':'x'}", "x", "", "" },
         { "<html>", "x", "", "" },
         { "", "x", "", "" },
@@ -614,6 +622,11 @@ TEST(tool_calls_are_put_together)
               TOOLS("{'index':0,'id':'a','function':{'name':'f'}}")
                   TOOLS("{'index':1,'function':{'arguments':'{}'}}"),
           "OK {b g {} valid} {a f  valid}" },
+        { TOOLS("{'index':1,'id':'a','function':{'name':'f','arguments':"
+                "'{}'}}")
+              TOOLS("{'index':0,'id':'a','function':{'name':'g','arguments':"
+                    "'{}'}}"),
+          "OK {a f {} valid} {a g {} valid}" }, /* the number decides */
         { TOOLS("{'index':1,'id':'b','function':{'name':'g','arguments':"
                 "'{}'}}") TOOLS("{'index':0,'function':{'arguments':'{}'}}"),
           "OK {b g {} valid} {  {} bad}" },
@@ -912,7 +925,8 @@ static void catch_nothing(llmcb_transport *tr, llmcb_exchange *x)
 }
 
 /* What becomes of a request; its body is in `sent`, NULL: there was none. */
-static llmcb_code request(llmcb_chat_desc cd, const llmcb_message *m, size_t n)
+static llmcb_code request_with(llmcb_chat_desc cd, const llmcb_message *m,
+                               size_t n, const llmcb_config *config)
 {
     llmcb_loop *loop = llmcb_loop_new(NULL);
     llmcb_transport tr;
@@ -931,12 +945,17 @@ static llmcb_code request(llmcb_chat_desc cd, const llmcb_message *m, size_t n)
     free(sent);
     sent = NULL;
     chat = llmcb_chat_new(loop, &cd);
-    op = llmcb_chat_generate(chat, m, n, NULL);
+    op = llmcb_chat_generate(chat, m, n, config);
     code = llmcb_op_wait(op);
     llmcb_op_free(op);
     llmcb_chat_free(chat);
     CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
     return code;
+}
+
+static llmcb_code request(llmcb_chat_desc cd, const llmcb_message *m, size_t n)
+{
+    return request_with(cd, m, n, NULL);
 }
 
 /* Each member of an object once, and none of them null. */
@@ -1035,6 +1054,35 @@ TEST(extra_wins_over_all_that_is_sent_besides)
         if (strstr(sent, "max_tokens") &&
             strstr(sent, "max_completion_tokens"))
             TEST_FAIL("two limits: %s", sent);
+    }
+}
+
+TEST(a_calls_extra_wins_over_the_chats)
+{
+    static const struct {
+        const char *chat, *call, *want;
+    } rows[] = {
+        { "{\"seed\":1,\"x\":2}", "{\"seed\":3}",
+          "'model':'m','stream':false,'x':2,'seed':3}" },
+        { "{\"x\":2,\"s\\u0065ed\":1,\"y\":3}", "{\"seed\":3}",
+          "'model':'m','stream':false,'x':2,'y':3,'seed':3}" },
+        { "{\"model\":\"x\"}", "{\"mod\\u0065l\":\"y\"}",
+          "'stream':false,'mod\\u0065l':'y'}" },
+        { "{\"seed\":1}", "{\"see\":3,\"seeds\":4}",
+          "'model':'m','stream':false,'seed':1,'see':3,'seeds':4}" },
+        { NULL, "{\"seed\":3}", "'model':'m','stream':false,'seed':3}" },
+    };
+    llmcb_message m = { .content = "?" };
+
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char *want = quoted(rows[i].want);
+        llmcb_config config = { .extra = rows[i].call };
+        request_with((llmcb_chat_desc){ .model = "m", .extra = rows[i].chat },
+                     &m, 1, &config);
+        REQUIRE(sent);
+        CHECK_STR(sent + strlen(MESSAGES), want);
+        check_members(sent);
+        free(want);
     }
 }
 
