@@ -36,7 +36,7 @@ ASAN = '-fsanitize=address,undefined -fno-sanitize-recover'.split()
 
 # The programs of a section; those before the bar also with sanitizers.
 PROGRAMS = {
-    'BASE': 'base call | fuzz/clean fuzz/print json wire cases chat task',
+    'BASE': 'base task | fuzz/clean fuzz/print json wire cases call chat',
     'JSON': 'json | fuzz/json fuzz/chunk wire chat',
     'SSE': 'sse | fuzz/sse chat',
     'TASK': 'task | call chat exec cases run tree',

@@ -684,6 +684,15 @@ static void push_resume(llmcb_transport *tr, llmcb_exchange *x)
     ((pusher *)(void *)tr)->n_resumed++;
 }
 
+TEST(no_exchange_is_no_crash)
+{
+    llmcb_exchange_connected(NULL);
+    llmcb_exchange_status(NULL, 200);
+    llmcb_exchange_header(NULL, llmcb_text("a"), llmcb_text("b"));
+    CHECK(!llmcb_exchange_data(NULL, "x", 1));
+    llmcb_exchange_end(NULL, LLMCB_ORDERLY, LLMCB_OK, 0, "");
+}
+
 TEST(an_end_while_paused_is_the_end)
 {
     static const struct {
