@@ -71,7 +71,7 @@ alpha.core.PointerSub	if ((size_t)(end - s) < mid ||	s is at the closing quote
 alpha.core.PointerSub	if ((size_t)(end - s) < tail ||	s is at the closing quote
 alpha.core.IdenticalExpr	if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;	the call in between sets it
 ctuuninitvar	const char *p = j->p, *end = j->end;	all that call it have set these two
-uninitvar	size_t n = llmcbi_poller_fill(loop, fds, loop->fds ? loop->fds_cap : 1);	this fills it
+uninitvar	struct pollfd one, *fds = loop->fds ? loop->fds : &one;	llmcbi_poller_fill does
 redundantContinue	continue;	the whole body of a loop
 knownConditionTrueFalse	if (digit < 10 || digit > 15) break;	9 for '@' and '`', whose letter would be before 'a'
 clarifyCalculation	what & CURL_POLL_	x & FLAG ? a : b has no second reading
