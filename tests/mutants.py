@@ -425,7 +425,7 @@ def main():
                     return 1
                 p.seconds = time.time() - begin
                 # the machine may have more to do than this
-                p.limit = int(20 + 5 * p.seconds)
+                p.limit = int(10 + 10 * p.seconds)
     original = code_of_header()
     harmless = known()
     counts = {}

@@ -1099,6 +1099,46 @@ TEST(await_chunk_reads_a_stream)
     CHECK(!c.wrong_size);
 }
 
+static llmcb_step first_chunk_step(llmcb_task *t)
+{
+    chunk_reader *r = (chunk_reader *)t->self;
+    const llmcb_chunk *chunk;
+
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_await_chunk(t, r->stream));
+    if (!llmcb_op_next(r->stream, &chunk)) return LLMCB_EPROTO;
+    strcat(r->text, chunk->text.ptr);
+    r->n = 1;
+    LLMCB_AWAIT(t, llmcb_sleep(t, 5));
+    LLMCB_END(t);
+}
+
+/* A later await of one that has read takes nothing from who reads now. */
+TEST(await_chunk_goes_on_with_another_reader)
+{
+    llmcb_loop *loop = virtual_loop();
+    llmcb_chat *chat = stream_chat(loop, 10);
+    chunk_reader a, b;
+    llmcb_op *first, *second;
+    int i;
+
+    memset(&a, 0, sizeof a);
+    a.stream = stream_start(chat);
+    b = a;
+    first = llmcb_task_start(loop, first_chunk_step, 0, &a);
+    while (!a.n) llmcb_loop_run_once(loop, LLMCB_FOREVER);
+    second = llmcb_task_start(loop, chunk_step, 0, &b);
+    for (i = 0; i < 50; i++) llmcb_loop_run_once(loop, 10);
+    CHECK(llmcb_op_done(first) && llmcb_op_done(second));
+    CHECK_STR(a.text, "one");
+    CHECK_STR(b.text, "twothree-");
+    llmcb_op_free(first);
+    llmcb_op_free(second);
+    llmcb_op_free(a.stream);
+    llmcb_chat_free(chat);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+}
+
 static llmcb_step arm_chunk(llmcb_task *t, void *arg)
 {
     return llmcb_await_chunk(t, (llmcb_op *)arg);
