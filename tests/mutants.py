@@ -39,9 +39,9 @@ PROGRAMS = {
     'BASE': 'base task | fuzz/clean fuzz/print json wire cases call chat',
     'JSON': 'json | fuzz/json fuzz/chunk wire chat',
     'SSE': 'sse | fuzz/sse chat',
-    'TASK': 'task | call chat exec cases run tree',
-    'RUN': 'run | call chat cases tree scenarios',
-    'CALL': 'call cases | chat faults run tree kit scenarios',
+    'TASK': 'task | call chat exec cases agent run tree',
+    'RUN': 'run | call chat cases wire faults agent tree scenarios',
+    'CALL': 'call cases | chat faults agent run tree kit scenarios',
     'HTTP': 'http | fuzz/http fuzz/date fuzz/url faults call chat run scenarios',
     'WIRE': 'wire | fuzz/wire fuzz/chunk chat faults cases kit run',
 }
