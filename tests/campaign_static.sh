@@ -68,7 +68,7 @@ bugprone-implicit-widening-of-multiplication-result	return days * 86400 + hour *
 readability-non-const-parameter	llmcbi_transfer_connected(	libcurl gives the type
 bugprone-inc-dec-in-conditions	if (++h->framing > LLMCBI_H1_FREE_FRAMING &&	what stands before && comes first
 alpha.core.PointerSub	if ((size_t)(end - s) < mid ||	s is at the closing quote
-alpha.core.PointerSub	if ((size_t)(end - s) < tail ||	s is at the closing quote
+alpha.core.PointerSub	raw.len = (size_t)(s - raw.ptr);	s is at the closing quote
 alpha.core.IdenticalExpr	if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;	the call in between sets it
 ctuuninitvar	const char *p = j->p, *end = j->end;	all that call it have set these two
 uninitvar	struct pollfd one, *fds = loop->fds ? loop->fds : &one;	llmcbi_poller_fill does
