@@ -1020,6 +1020,36 @@ TEST(case_040_041_042_a_hook_is_added_once)
     }
 }
 
+TEST(a_hook_that_goes_leaves_the_others_in_order)
+{
+    static const char *const names[] = { "h0", "h1", "h2", "h3" };
+    int gone, i;
+
+    for (gone = 0; gone < 4; gone++) {
+        world w;
+        llmcb_op *op;
+        const char *last = NULL;
+        char first[8], then[8];
+
+        world_init(&w);
+        for (i = 0; i < 4; i++) world_ear(&w, names[i], INLINE, 0);
+        world_open(&w);
+        for (i = 0; i < 4; i++) llmcb_loop_hook(w.s.loop, w.list[i]);
+        llmcb_loop_unhook(w.s.loop, w.list[gone]);
+        op = run_new(&w, LLMCB_RUN_CHAIN, "p", NULL);
+        end_and_free(op, "");
+        for (i = 0; i < 4; i++) {
+            CHECK_STR(w.ears[i]->log, i == gone ? "" : "+p -p");
+            if (i == gone) continue;
+            snprintf(first, sizeof first, "%s<+p", last ? last : "");
+            snprintf(then, sizeof then, "%s<+p", names[i]);
+            CHECK(!last || before(first, then));
+            last = names[i];
+        }
+        world_close(&w);
+    }
+}
+
 TEST(hooks_come_last_and_in_order)
 {
     world w;
