@@ -42,7 +42,8 @@ PROGRAMS = {
     'TASK': 'task | call chat exec cases agent run tree',
     'RUN': 'run | call chat cases wire faults agent tree scenarios',
     'CALL': 'call cases | chat faults agent run tree kit scenarios walk',
-    'HTTP': 'http | fuzz/http fuzz/date fuzz/url faults call chat run scenarios',
+    'HTTP': 'http | fuzz/http fuzz/date fuzz/url faults call chat run '
+            'scenarios syscalls',
     'WIRE': 'wire | fuzz/wire fuzz/chunk chat faults cases kit run',
 }
 
