@@ -415,7 +415,9 @@ def main():
             if name not in programs:
                 programs[name] = p = Program(name)
                 begin = time.time()
-                p.quick = 'tcc' if shutil.which('tcc') else 'plain'
+                # the coroutines of the walk are for gcc and clang
+                p.quick = ('tcc' if shutil.which('tcc') and name != 'walk'
+                           else 'plain')
                 bad = p.build(p.quick)
                 if bad and p.quick == 'tcc':
                     p.quick = 'plain'
