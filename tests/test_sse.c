@@ -306,6 +306,28 @@ TEST(a_long_stream_cut_once)
     check_stream(s, n);
 }
 
+/* The end of a line is looked for in stretches of 2,048 bytes. */
+TEST(lines_longer_than_a_stretch)
+{
+    static const char *const ends[] = { "\n", "\r", "\r\n" };
+    static char s[7000];
+
+    for (int e = 0; e < 3; e++)
+        for (size_t len = 2030; len < 6200; len += len % 2048 < 20 ? 1 : 509) {
+            log want = { NULL, 0, 0, 0 };
+            size_t n = (size_t)sprintf(s, "data:");
+            memset(s + n, 'x', len);
+            n += len;
+            n += (size_t)sprintf(s + n, "%s%sdata: b%s%sdata: c", ends[e],
+                                 ends[e], ends[e], ends[e]);
+            reference(&want, s, n);
+            CHECK_INT(want.events, 2);
+            check_cut(s, n, 0, 0, n, &want);
+            check_cut(s, n, 3, len, n, &want);
+            log_free(&want);
+        }
+}
+
 TEST(random_streams)
 {
     static const char *const bits[] = {
