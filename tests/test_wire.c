@@ -530,6 +530,7 @@ TEST(what_a_provider_says_of_an_error_is_kept)
         { "{'error':null,'message':'Bad'}", "x: Bad", "", "" },
         { "{'message':'a','message':'','type':'t','type':'','code':1,'code':''}",
           "x", "", "" },
+        { "{'message':'outside','error':{'type':'t'}}", "x", "t", "" },
         { "{'detail':'x'}", "x", "", "" },
         { "<html>", "x", "", "" },
         { "", "x", "", "" },
