@@ -646,6 +646,47 @@ TEST(time_of_the_largest_number)
     }
 }
 
+/* What all handlers are done with no longer counts in the window. */
+static size_t most_held;
+
+static int note_held(llmcb_handler *h, const llmcb_event *ev)
+{
+    const llmcbi_run *run = (const llmcbi_run *)(const void *)ev->run;
+
+    (void)h;
+    if (run->held > most_held) most_held = run->held;
+    return 0;
+}
+
+TEST(what_has_been_told_is_not_held)
+{
+    static char bytes[30 * 20 * 100 + 200];
+    llmcb_segment segs[31];
+    llmcb_recording rec;
+    size_t n, i;
+    talk t;
+
+    memset(segs, 0, sizeof segs);
+    n = (size_t)sprintf(bytes, "%s", SSE "Connection: close\r\n\r\n");
+    for (i = 0; i < 30 * 20; i++) {
+        if (i % 20 == 0) {
+            segs[1 + i / 20].offset = n;
+            segs[1 + i / 20].delay_ms = 10;
+        }
+        n += (size_t)sprintf(bytes + n, "%s", EV("twenty bytes of text"));
+    }
+    sprintf(bytes + n, "%s", FIN DONE);
+    rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+    rec.segments = segs;
+    rec.n_segments = 31;
+    talk_replay(&t, &rec, 1);
+    t.h.sync.on_llm_new_token = note_held;
+    most_held = 0;
+    CHECK_INT(talk_ask(&t), LLMCB_OK);
+    CHECK(most_held > 0 && most_held < 16384);
+    talk_end(&t);
+}
+
 /* A transport that ends while a slow handler still holds it: how it ended
  * counts when all that it brought has been told. */
 typedef struct pusher {
