@@ -14,8 +14,8 @@
 # apt-get download. SETUP=no: nothing is fetched.
 #
 # PORT_TESTS="base json": only these programs, also where others are left out
-# because another cell with much the same has them. PORT_TIMEOUT: seconds for one
-# program, and four times that for one under qemu.
+# because another cell with much the same has them. PORT_TIMEOUT: seconds for
+# one program, and four times that for one under qemu.
 
 cd "$(dirname "$0")/.." || exit 1
 root=$(pwd)

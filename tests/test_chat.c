@@ -732,6 +732,7 @@ TEST(no_exchange_is_no_crash)
     llmcb_exchange_header(NULL, llmcb_text("a"), llmcb_text("b"));
     CHECK(!llmcb_exchange_data(NULL, "x", 1));
     llmcb_exchange_end(NULL, LLMCB_ORDERLY, LLMCB_OK, 0, "");
+    CHECK(!llmcb_exchange_state(NULL));
 }
 
 TEST(an_end_while_paused_is_the_end)

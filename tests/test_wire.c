@@ -528,7 +528,8 @@ TEST(what_a_provider_says_of_an_error_is_kept)
         { "{'error':{'error':{'error':{'message':'deep'}}}}", "x: deep", "",
           "" },
         { "{'error':null,'message':'Bad'}", "x: Bad", "", "" },
-        { "{'message':'a','message':'','type':'t','type':'','code':1,'code':''}",
+        { "{'message':'a','message':'','type':'t','type':'','code':1,"
+          "'code':''}",
           "x", "", "" },
         { "{'message':'outside','error':{'type':'t'}}", "x", "t", "" },
         { "{'detail':'x'}", "x", "", "" },
