@@ -45,7 +45,8 @@ NO_TSAN := test_base test_json test_sse test_http test_wire test_walk test_curl
 # Those that run with it in make check alone, for time: their threads are
 # those of others.
 LATE_TSAN := test_loop_poll test_task_poll test_syscalls test_security \
-	test_tls test_load test_scenarios test_sock
+	test_tls test_load test_scenarios test_sock test_faults \
+	test_environment
 # A program that runs in make check alone: it is another with poll(2).
 LATE := test_syscalls_poll
 export NO_TSAN LATE_TSAN LATE
