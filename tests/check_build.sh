@@ -176,8 +176,10 @@ else
 fi
 # Some warnings need the optimiser.
 cell gcc c99 default -O2
-cell gcc c99 LLMCB_STATIC -O2
-cell gcc gnu17 default -Os
+if [ "$all" ]; then
+    cell gcc c99 LLMCB_STATIC -O2
+    cell gcc gnu17 default -Os
+fi
 # The header has its own code for the address sanitizer.
 cell gcc c99 default -fsanitize=address
 cell clang c99 default -O2

@@ -3,9 +3,10 @@
 # function of more than 1 KiB, no recursion but what is listed below. It
 # compiles the implementation and reads what gcc says of it.
 #
-#     tests/check_stack.sh [list]
+#     tests/check_stack.sh [all | list]
 #
-# `list` also prints the ten largest functions of each build. Calls through
+# `all` looks at more builds, `list` prints the ten largest functions of each
+# too. Calls through
 # pointers are not seen: a handler that calls back is the program's.
 
 cd "$(dirname "$0")/.." || exit 1
@@ -54,7 +55,7 @@ result() { # name, file with what is wrong
 
 # Without optimising, calls and functions are those of the text.
 n=0
-for flags in "-O0" "-O2" "-Os" "-Os -DLLMCB_NO_EPOLL"; do
+for flags in "-O0" "-Os" ${1:+"-O2" "-Os -DLLMCB_NO_EPOLL"}; do
     n=$((n + 1))
     # The warnings of old and new names for one thing.
     # shellcheck disable=SC2086

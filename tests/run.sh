@@ -99,6 +99,7 @@ grep -E 'warning:' $dir/make.log | sort -u | head -n 20
 
 # One line each: name, seconds that it may take, command. So many run at a
 # time; what takes long begins early.
+all=
 plan() {
     case $1 in *"$T"*) echo "$@" >>$dir/plan ;; esac
 }
@@ -115,16 +116,16 @@ if [ "$mode" = check ]; then
         $curl -o $dir/impl.plist $dir/impl.c
     plan gcc-analyzer 900 sh $dir/analyse.sh gcc -fanalyzer -Werror -I. \
         $curl -c -o $dir/impl.o $dir/impl.c
-    plan check_build 600 sh tests/check_build.sh all
-else
-    plan check_build 600 sh tests/check_build.sh
+    all=all
 fi
+plan check_build 600 sh tests/check_build.sh $all
 plan test_examples 600 sh tests/test_examples.sh
 # shellcheck disable=SC2086
 for n in $tsans; do plan "$n-tsan" "$limit" $wrap_tsan "build/tsan/$n"; done
 # shellcheck disable=SC2086
 for n in $tests; do plan "$n" "$limit" $wrap_asan "build/tests/$n"; done
 plan fuzz 600 sh tests/fuzz/run.sh
+plan check_stack 600 sh tests/check_stack.sh $all
 for f in tests/test_*.sh tests/check_*.sh; do
     n=$(basename "$f" .sh)
     grep -q "^$n " $dir/plan || plan "$n" 600 sh "$f"
