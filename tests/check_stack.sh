@@ -5,9 +5,9 @@
 #
 #     tests/check_stack.sh [all | list]
 #
-# `all` looks at more builds, `list` prints the ten largest functions of each
-# too. Calls through
-# pointers are not seen: a handler that calls back is the program's.
+# `all` looks at more builds, `list` prints the ten largest functions of each,
+# too. Calls through pointers are not seen: a handler that calls back is the
+# program's.
 
 cd "$(dirname "$0")/.." || exit 1
 dir=build/check_stack
