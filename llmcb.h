@@ -2613,16 +2613,17 @@ static bool llmcbi_json_int(const llmcbi_json *j, int64_t *out)
 {
     const char *p = j->str, *end = p + j->len;
     bool negative = p < end && *p == '-';
-    int64_t v = 0, least = negative ? INT64_MIN : -INT64_MAX;
+    uint64_t v = 0;
 
     for (p += negative; p < end && *p != '.'; p++) {
-        int digit = *p - '0';
-        if (digit < 0 || digit > 9 || v < (least + digit) / 10) return false;
-        v = v * 10 - digit; /* there is one more below 0 than above */
+        unsigned digit = (unsigned)*p - '0';
+        if (digit > 9 || v > INT64_MAX / 10) return false;
+        v = v * 10 + digit;
     }
+    if (v > (uint64_t)INT64_MAX + negative) return false;
     for (p += p < end; p < end; p++) /* 1.0 is whole */
         if (*p != '0') return false;
-    *out = negative ? v : -v;
+    *out = negative && v ? -(int64_t)(v - 1) - 1 : (int64_t)v;
     return true;
 }
 

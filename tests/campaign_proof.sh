@@ -38,7 +38,6 @@ fi
 # which change.
 cat >$dir/known <<'END'
 llmcbi_copy_clean	\valid_read(s + 1)	a lead byte 0xC2 that llmcbi_utf8_at accepts has a second one; Eva forgets which byte it was
-llmcbi_json_int	-((int64_t)((uint64_t)(v - 1))) ≤ 9223372036854775807	v <= (most - digit) / 10 keeps v * 10 + digit within 2^63; Eva does not hold v and digit together
 END
 # name, driver, header, switches: into $dir/name. False: Eva came to no end.
 analyse() {
