@@ -150,12 +150,18 @@ FILENAME == "llmcb.h" {
     line = substr(rest, 1, index(rest, ":") - 1) + 0
     if (count == "-" || !line) next
     lines[line] = 1
-    if (count ~ /^[0-9]/) run[line] = 1
+    ran = count ~ /^[0-9]/
+    if (ran) run[line] = 1
     next
 }
 /^branch +[0-9]+/ {
     key = line SUBSEP $2 # calls have numbers of the same row
-    is[key] = 1
+    # A test that counts what is looked for has other branches in lines that
+    # it does not run.
+    if (ran)
+        is[key] = 1
+    else
+        idle[key] = 1
     if ($2 + 1 > ways[line] + 0) ways[line] = $2 + 1
     if ($3 == "taken" && $4 + 0 > 0) taken[key] = 1
 }
@@ -165,6 +171,8 @@ END {
         s = section[i]
         if (i in lines) { n[s]++; if (i in run) hit[s]++ }
         of_all = at = 0
+        for (b = 0; b < ways[i] && !(i in run); b++)
+            if ((i, b) in idle) is[i, b] = 1
         for (b = 0; b < ways[i]; b++) of_all += (i, b) in is
         for (b = 0; b < ways[i]; b++) {
             if (!((i, b) in is)) continue
