@@ -15,7 +15,8 @@
 #
 # A branch is one way out of a condition as gcc splits it: `a && b` has four,
 # a switch one a label. T=name: only programs with this in their name.
-# A program that runs and passes is one pass.
+# A program that runs and passes is one pass. What is not taken must have a
+# reason in coverage.known; one failure if there is any without.
 
 cd "$(dirname "$0")/.." || exit 1
 root=$(pwd)
@@ -244,4 +245,50 @@ END {
 echo "lines that no program runs:"
 cat "$dir/lines.txt"
 cat "$dir/sections.txt"
+
+# ---- what is not taken, by its reason --------------------------------------
+
+known=tests/coverage.known
+if [ ! -e "$known" ]; then
+    skip "reasons: there is no $known"
+    finish
+elif [ -n "$T" ] || [ "$curl" = -DLLMCB_NO_CURL= ]; then
+    skip "reasons: they are those of all programs, with libcurl"
+    finish
+fi
+awk -F '\t' '
+NR == FNR {
+    if (/^#/ || $3 !~ /^(memory|caller|system|race|chance|open)$/ || !$4) next
+    fun[++n] = $1
+    text[n] = $2
+    class[n] = $3
+    next
+}
+{
+    match($0, /[a-z0-9_]*: [0-9]+ of [0-9]+/)
+    name = substr($0, RSTART, RLENGTH)
+    sub(/:.*/, "", name)
+    line = substr($0, RSTART + RLENGTH)
+    for (k = 1; k <= n; k++)
+        if (!used[k] && fun[k] == name && index(line, text[k])) break
+    if (k <= n) {
+        used[k] = 1
+        count[class[k]]++
+    } else {
+        print "  unnamed: " $0
+        unnamed++
+    }
+}
+END {
+    for (k = 1; k <= n; k++)
+        if (!used[k] && class[k] != "chance")
+            print "  stale: " fun[k] ": " text[k]
+    printf "not taken: %d", FNR
+    k = split("caller memory system race chance open", order, " ")
+    for (i = 1; i <= k; i++)
+        if (count[order[i]]) printf ", %s %d", order[i], count[order[i]]
+    printf ", unnamed %d\n", unnamed
+    exit unnamed > 0
+}' "$known" "$dir/branches.txt" ||
+    fail "branches that are not taken have no reason in $known"
 finish
