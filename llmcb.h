@@ -5532,8 +5532,7 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
     if (run->flusher && run->flush_at < run->mark) run->mark = run->flush_at;
 }
 
-/* The number of the event up to which others than memory cannot be in the way
- * of an append. */
+/* As far as this event there is room in the window, but for its bytes. */
 static inline uint64_t llmcbi_run_until(const llmcbi_run *run)
 {
     uint64_t from = run->slowest;
@@ -11413,8 +11412,8 @@ static inline bool llmcbi_prompt_short(llmcbi_prompt *p, llmcbi_choice *c,
     return true;
 }
 
-/* Tells the text of choice 0, which is all that an event brings. So much can
- * be read from where it begins. */
+/* Tells the text of choice 0, which is all that an event brings. `readable`:
+ * bytes that can be read from where it begins. */
 static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
                                       size_t readable)
 {
