@@ -5532,23 +5532,25 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
     if (run->flusher && run->flush_at < run->mark) run->mark = run->flush_at;
 }
 
+/* How far all have read: where the window begins. */
+static inline uint64_t llmcbi_run_window(const llmcbi_run *run)
+{
+    return run->has_pull && run->pull < run->slowest ? run->pull : run->slowest;
+}
+
 /* As far as this event there is room in the window, but for its bytes. */
 static inline uint64_t llmcbi_run_until(const llmcbi_run *run)
 {
-    uint64_t from = run->slowest;
-
-    if (run->lockstep) return run->head + 1;
-    if (run->has_pull && run->pull < from) from = run->pull;
-    return from + run->window_events;
+    return run->lockstep ? run->head + 1
+                         : llmcbi_run_window(run) + run->window_events;
 }
 
 /* Whether the window has room. It is counted from the slowest cursor; an
  * empty log takes anything. */
 static inline bool llmcbi_run_fits(const llmcbi_run *run)
 {
-    uint64_t from = run->slowest;
+    uint64_t from = llmcbi_run_window(run);
 
-    if (run->has_pull && run->pull < from) from = run->pull;
     return run->head - from < run->window_events &&
            (run->held <= run->window_bytes || from == run->head);
 }
