@@ -129,12 +129,18 @@ build/load: tests/load.c llmcb.h $(wildcard tests/*.h)
 campaign:
 	@tests/campaign.sh
 
-BENCH := server client micro ref_recv ref_scan
+BENCH := server client client_curl micro ref_recv ref_scan
 bench-programs: $(BENCH:%=build/tests/bench/%)
-build/tests/bench/%: tests/bench/%.c llmcb.h $(wildcard tests/bench/*.h)
+define bench-program
 	@mkdir -p $(@D) && rm -f $@
 	$(CC) -std=c99 -D_GNU_SOURCE $(WARN) -O2 -g -I. -o $@ $< $(LDFLAGS) \
 		-lpthread $(extra) $(CURL)
+endef
+build/tests/bench/client: CURL := -DLLMCB_NO_CURL
+build/tests/bench/client_curl: tests/bench/client.c llmcb.h tests/bench/bench.h
+	$(bench-program)
+build/tests/bench/%: tests/bench/%.c llmcb.h $(wildcard tests/bench/*.h)
+	$(bench-program)
 bench: bench-programs
 	@tests/bench/run.sh quick
 bench-full: bench-programs

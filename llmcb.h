@@ -928,7 +928,8 @@ typedef struct llmcb_limits {
     size_t window_bytes;  /* their text; 1 MiB */
 } llmcb_limits;
 
-/* What a transport is to send. Valid until the exchange is over. */
+/* What a transport is to send. Valid until the exchange is over, or until
+ * llmcb_exchange_sent. */
 typedef struct llmcb_request {
     const char *method;
     const char *url; /* http://, https:// or unix:/path:/target */
@@ -990,6 +991,10 @@ LLMCB_API void *llmcb_exchange_state(llmcb_exchange *x);
 
 /* A connection stands; the request goes out. */
 LLMCB_API void llmcb_exchange_connected(llmcb_exchange *x);
+
+/* The request is out and will not be looked at again, so that its memory can
+ * go. A transport that does not say so has it until the end. */
+LLMCB_API void llmcb_exchange_sent(llmcb_exchange *x);
 
 /* The final status, 200 to 599; not for interim responses. */
 LLMCB_API void llmcb_exchange_status(llmcb_exchange *x, int status);
@@ -2970,6 +2975,8 @@ struct llmcb_loop {
     size_t n_spare;
     llmcb_handler **hooks; /* told of all runs */
     size_t n_hooks, hooks_cap;
+    llmcb_event token; /* as inline handlers are shown one: all else is NULL */
+    llmcb_chunk token_room;
 
     /* Shared with other threads, under the mutex. */
     pthread_mutex_t mutex;
@@ -5018,12 +5025,11 @@ struct llmcbi_cursor {
     llmcb_handler *handler;
     llmcbi_strand *strand;          /* NULL: nothing runs on the pool */
     llmcbi_task *task;              /* NULL: nothing is async */
-    llmcb_event ev;                 /* what the handler is shown */
-    llmcb_chunk chunk;              /* and what it may point to */
     llmcb_sync_fn on_token;         /* of the handler; nearly all are these */
     const char *pos;                /* the next record */
     uint64_t done;                  /* events it is done with */
     uint64_t known;                 /* the loop's copy of done */
+    uint64_t skipped;               /* events that it will not be shown */
     uint64_t told_limit, told_mark; /* what was published last */
     llmcbi_cursor *next_unpublished;
     bool unpublished;
@@ -5043,8 +5049,16 @@ struct llmcbi_cursor {
     uint64_t finish_seq;
     bool busy; /* in its strand's list or being run */
     bool in_progress;
-    int failed; /* what the handler returned */
+    uint8_t failed_kind; /* of the event in which the handler failed */
+    int failed;          /* what it returned */
 };
+
+/* An event as a handler is shown it, and what that may point to. It is where
+ * the handler runs: a cursor that waits has none. */
+typedef struct llmcbi_shown {
+    llmcb_event ev;
+    llmcb_chunk chunk;
+} llmcbi_shown;
 
 typedef enum llmcbi_lane {
     LLMCBI_LANE_NONE,
@@ -5138,51 +5152,54 @@ static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
                                        : llmcbi_lane_find(c, kind);
 }
 
-static int llmcbi_cursor_call(llmcbi_cursor *c)
+static int llmcbi_cursor_call(const llmcbi_cursor *c, const llmcbi_shown *s)
 {
-    llmcb_sync_fn fn = c->ev.kind == LLMCB_LLM_NEW_TOKEN
+    llmcb_sync_fn fn = s->ev.kind == LLMCB_LLM_NEW_TOKEN
                            ? c->on_token
-                           : llmcbi_sync_fn(c->handler, c->ev.kind);
+                           : llmcbi_sync_fn(c->handler, s->ev.kind);
 
-    return fn(c->handler, &c->ev);
+    return fn(c->handler, &s->ev);
 }
 
-/* Fills c->ev with the event behind `done`, which must exist, and moves pos
- * behind it. */
-static void llmcbi_cursor_load(llmcbi_cursor *c, const char **pos,
-                               uint64_t done, uint64_t finish_seq)
+/* What the event behind `done` is, which must exist. Moves pos behind its
+ * record; start and finish have none. */
+static llmcb_event_kind llmcbi_cursor_next(const llmcbi_cursor *c,
+                                           const char **pos, uint64_t done,
+                                           uint64_t finish_seq,
+                                           const llmcbi_record **rec)
 {
     const llmcbi_run *run = c->run;
-    llmcb_event *ev = &c->ev;
-    const llmcbi_record *rec = NULL;
-    const void *payload;
-    llmcb_event_kind kind, before = ev->kind;
 
-    ev->seq = done + 1;
-    if (done == 0) {
-        kind = run->start_kind;
-        if (kind == LLMCB_CHAT_MODEL_START &&
-            !llmcbi_handles_chat_start(c->handler))
-            kind = LLMCB_LLM_START;
+    *rec = NULL;
+    if (done == 0)
+        return run->start_kind == LLMCB_CHAT_MODEL_START &&
+                       !llmcbi_handles_chat_start(c->handler)
+                   ? LLMCB_LLM_START
+                   : run->start_kind;
+    if (done + 1 == finish_seq) return run->finish_kind;
+    *rec = llmcbi_record_take(pos);
+    return llmcbi_record_is_token(*rec) ? LLMCB_LLM_NEW_TOKEN
+                                        : (llmcb_event_kind)(*rec)->kind;
+}
+
+/* Event number `seq` as the handler of c gets it. */
+static void llmcbi_shown_fill(llmcbi_shown *s, const llmcbi_cursor *c,
+                              llmcb_event_kind kind, const llmcbi_record *rec,
+                              uint64_t seq)
+{
+    const llmcbi_run *run = c->run;
+    const void *payload;
+    llmcb_event *ev = &s->ev;
+
+    memset(s, 0, sizeof *s);
+    s->chunk.parts = run->no_parts;
+    ev->kind = kind;
+    ev->run = (llmcb_run *)llmcbi_unconst(&run->pub);
+    ev->seq = seq;
+    ev->skipped = c->skipped;
+    if (seq == 1) {
         ev->start = run->start;
-        ev->kind = kind;
         return;
-    }
-    if (done + 1 == finish_seq) {
-        kind = run->finish_kind;
-    } else {
-        rec = llmcbi_record_take(pos);
-        kind = llmcbi_record_is_token(rec) ? LLMCB_LLM_NEW_TOKEN
-                                           : (llmcb_event_kind)rec->kind;
-    }
-    if (kind != before) {
-        ev->kind = kind;
-        ev->start = NULL;
-        ev->token = NULL;
-        ev->retry = NULL;
-        ev->data = NULL;
-        ev->output = NULL;
-        ev->action = NULL;
     }
     if (!rec) {
         ev->result = run->result;
@@ -5193,7 +5210,7 @@ static void llmcbi_cursor_load(llmcbi_cursor *c, const char **pos,
     payload = rec + 1;
     switch (kind) {
     case LLMCB_LLM_NEW_TOKEN:
-        ev->token = llmcbi_record_token(rec, &c->chunk);
+        ev->token = llmcbi_record_token(rec, &s->chunk);
         break;
     case LLMCB_RETRY: ev->retry = (const llmcb_retry *)payload; break;
     case LLMCB_AGENT_ACTION: ev->action = (const llmcb_action *)payload; break;
@@ -5240,6 +5257,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     uint64_t done = c->done, finish_seq = c->finish_seq;
     uint64_t stop = c->limit;
     const char *pos = c->pos;
+    llmcb_event_kind kind = LLMCB_N_EVENTS;
     bool handed_back = false;
     int failed = 0;
 
@@ -5250,21 +5268,26 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     llmcbi_unlock(loop);
     while (done < stop && !failed) {
         const char *next = pos;
+        const llmcbi_record *rec;
+        llmcbi_shown shown;
         llmcbi_lane lane;
-        llmcbi_cursor_load(c, &next, done, finish_seq);
-        lane = llmcbi_lane_of(c, c->ev.kind);
+        kind = llmcbi_cursor_next(c, &next, done, finish_seq, &rec);
+        lane = llmcbi_lane_of(c, kind);
         if (lane == LLMCBI_LANE_ASYNC) {
             handed_back = true;
             break;
         }
-        if (lane == LLMCBI_LANE_POOL) failed = llmcbi_cursor_call(c);
         pos = next;
         done++;
+        if (lane != LLMCBI_LANE_POOL) continue;
+        llmcbi_shown_fill(&shown, c, kind, rec, done);
+        failed = llmcbi_cursor_call(c, &shown);
     }
     llmcbi_lock(loop);
     c->done = done;
     c->pos = pos;
     c->failed = failed;
+    c->failed_kind = (uint8_t)kind;
     c->busy = !failed && !handed_back && done < c->limit;
     if (c->busy) llmcbi_strand_add(loop, c, false);
     s->queued = false;
@@ -5362,17 +5385,27 @@ static void llmcbi_cursor_failed(llmcbi_cursor *c, llmcb_event_kind kind,
     llmcbi_log(run->loop, line);
 }
 
-static void llmcbi_cursor_step_done(llmcbi_cursor *c, int result)
+static void llmcbi_cursor_step_done(llmcbi_cursor *c, llmcb_event_kind kind,
+                                    int result)
 {
     c->known = ++c->done;
-    if (result) llmcbi_cursor_failed(c, c->ev.kind, result);
+    if (result) llmcbi_cursor_failed(c, kind, result);
+}
+
+#define LLMCBI_TASK_HEAD LLMCBI_ALIGN(sizeof(llmcbi_task))
+
+/* What a handler's coroutine is shown lies between it and its frame. */
+static llmcbi_shown *llmcbi_task_shown(llmcbi_task *t)
+{
+    return (llmcbi_shown *)(void *)((char *)t + LLMCBI_TASK_HEAD);
 }
 
 static llmcb_step llmcbi_cursor_task_step(llmcbi_task *t)
 {
-    llmcbi_cursor *c = (llmcbi_cursor *)t->owner;
+    const llmcbi_cursor *c = (const llmcbi_cursor *)t->owner;
+    const llmcb_event *ev = &llmcbi_task_shown(t)->ev;
 
-    return llmcbi_async_fn(c->handler, c->ev.kind)(&t->pub, c->handler, &c->ev);
+    return llmcbi_async_fn(c->handler, ev->kind)(&t->pub, c->handler, ev);
 }
 
 static void llmcbi_cursor_task_finish(llmcbi_task *t, llmcb_code code)
@@ -5382,7 +5415,7 @@ static void llmcbi_cursor_task_finish(llmcbi_task *t, llmcb_code code)
     c->running = false;
     /* a coroutine that was cancelled and says so has not failed */
     if (code == LLMCB_ECANCELLED && c->run->skipping) code = LLMCB_OK;
-    llmcbi_cursor_step_done(c, code);
+    llmcbi_cursor_step_done(c, llmcbi_task_shown(t)->ev.kind, code);
     llmcbi_make_ready(c->run->loop, &c->run->ready);
 }
 
@@ -5411,19 +5444,20 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
 static inline bool llmcbi_cursor_token(llmcbi_cursor *c, uint64_t limit)
 {
     const llmcbi_run *run = c->run;
+    llmcb_loop *loop = run->loop;
     const llmcbi_record *rec;
     int result;
 
     if (c->token_lane != LLMCBI_LANE_INLINE || c->done >= limit ||
-        c->done + 1 == run->finish_seq || c->ev.kind != LLMCB_LLM_NEW_TOKEN ||
-        c->running || c->mute || c->passing || run->skipping)
+        c->done == 0 || c->done + 1 == run->finish_seq || c->running ||
+        c->mute || c->passing || run->skipping)
         return false;
     rec = llmcbi_record_at(&c->pos);
     if (!llmcbi_record_is_token(rec)) return false;
     c->pos += LLMCBI_ALIGN8(rec->size);
-    c->ev.seq = c->done + 1;
-    c->ev.token = llmcbi_record_token(rec, &c->chunk);
-    result = c->on_token(c->handler, &c->ev);
+    loop->token.seq = c->done + 1;
+    loop->token.token = llmcbi_record_token(rec, &loop->token_room);
+    result = c->on_token(c->handler, &loop->token);
     c->known = ++c->done;
     if (result) llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
     return true;
@@ -5434,7 +5468,10 @@ static inline bool llmcbi_cursor_token(llmcbi_cursor *c, uint64_t limit)
 static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
 {
     llmcbi_run *run = c->run;
+    const llmcbi_record *rec;
     const char *next;
+    llmcb_event_kind kind;
+    llmcbi_shown shown;
     llmcbi_lane lane;
 
     if (c->on_pool || c->running || c->done >= run->head) return false;
@@ -5443,23 +5480,26 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
     if (run->skipping && c->done + 1 != run->finish_seq) {
         uint64_t to = run->finish_seq ? run->finish_seq - 1 : run->head;
         if (c->done == 0) c->mute = true;
-        c->ev.skipped += to - c->done;
+        c->skipped += to - c->done;
         c->done = c->known = to;
         return true;
     }
-    llmcbi_cursor_load(c, &next, c->done, run->finish_seq);
+    kind = llmcbi_cursor_next(c, &next, c->done, run->finish_seq, &rec);
     if (c->passing && c->done == 0) c->mute = true; /* it saw no start */
     if (c->mute || (c->passing && c->done + 1 != run->finish_seq))
         lane = LLMCBI_LANE_NONE;
     else
-        lane = llmcbi_lane_of(c, c->ev.kind);
+        lane = llmcbi_lane_of(c, kind);
     switch (lane) {
     case LLMCBI_LANE_INLINE:
         c->pos = next;
-        llmcbi_cursor_step_done(c, llmcbi_cursor_call(c));
+        llmcbi_shown_fill(&shown, c, kind, rec, c->done + 1);
+        llmcbi_cursor_step_done(c, kind, llmcbi_cursor_call(c, &shown));
         return true;
     case LLMCBI_LANE_ASYNC:
         c->pos = next;
+        llmcbi_shown_fill(llmcbi_task_shown(c->task), c, kind, rec,
+                          c->done + 1);
         llmcbi_cursor_start_task(c);
         return !c->running;
     case LLMCBI_LANE_POOL:
@@ -5619,16 +5659,21 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
 }
 
 /* Tokens to the inline handlers, event by event. */
-static void llmcbi_run_tokens(const llmcbi_run *run, uint64_t limit)
+static bool llmcbi_run_tokens(llmcbi_run *run, uint64_t limit)
 {
     llmcbi_cursor *c, *end = run->cursors + run->n_cursors;
-    bool moved;
+    bool moved, any = false;
 
+    run->loop->token.kind = LLMCB_LLM_NEW_TOKEN;
+    run->loop->token.run = &run->pub;
+    run->loop->token_room.parts = run->no_parts;
     do {
         moved = false;
         for (c = run->cursors; c < end; c++)
             moved |= llmcbi_cursor_token(c, limit);
+        any |= moved;
     } while (moved);
+    return any;
 }
 
 /* Gives every handler what it can take, then tells the owner if something
@@ -5642,14 +5687,11 @@ static void llmcbi_run_pump(llmcbi_ready *r)
     if (run->withheld && !run->skipping) return;
     while (moved) {
         uint64_t limit = llmcbi_run_lockstep(run);
-        moved = false;
+        moved = llmcbi_run_tokens(run, limit) && run->lockstep;
         for (i = 0; i < run->n_cursors; i++) /* inline, event by event */
             if (run->cursors[i].handler->flags & LLMCB_INLINE)
                 moved |= llmcbi_cursor_advance(&run->cursors[i], limit);
-        if (moved) {
-            llmcbi_run_tokens(run, limit);
-            continue;
-        }
+        if (moved) continue;
         run->visible = limit;
         for (i = 0; i < run->n_cursors; i++)
             while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
@@ -5692,7 +5734,7 @@ static void llmcbi_take_progress(llmcb_loop *loop, llmcbi_cursor *list)
         if (c->failed) {
             int failed = c->failed;
             c->failed = 0;
-            llmcbi_cursor_failed(c, c->ev.kind, failed);
+            llmcbi_cursor_failed(c, (llmcb_event_kind)c->failed_kind, failed);
         }
 }
 
@@ -5808,10 +5850,9 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
     c->run = run;
     c->handler = h;
     c->pos = (const char *)&run->anchor;
-    c->ev.run = &run->pub;
-    c->chunk.parts = run->no_parts;
     if (llmcbi_any_async(h)) {
-        size_t size = LLMCBI_ALIGN(sizeof(llmcbi_task)) + h->frame_size;
+        size_t frame = LLMCBI_TASK_HEAD + LLMCBI_ALIGN(sizeof(llmcbi_shown));
+        size_t size = frame + h->frame_size;
         llmcbi_task *t;
         if (h->frame_size > SIZE_MAX / 4) return LLMCB_EINVAL;
         t = (llmcbi_task *)llmcbi_alloc(&loop->alloc, size);
@@ -5823,7 +5864,7 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
         t->home = run->home;
         t->owner = c;
         t->pub.self = h->user;
-        t->pub.frame = (char *)t + LLMCBI_ALIGN(sizeof *t);
+        t->pub.frame = (char *)t + frame;
         if (!llmcbi_task_init(loop, t)) return LLMCB_ENOMEM;
     }
     if (llmcbi_any_sync(h) && !(h->flags & LLMCB_INLINE)) {
@@ -6503,6 +6544,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
 /* Who reads the response of an exchange. */
 typedef struct llmcbi_sink {
     void (*connected)(void *owner);
+    void (*sent)(void *owner);
     void (*status)(void *owner, int status);
     void (*header)(void *owner, llmcb_str name, llmcb_str value);
     /* Shortens each piece by what it took: the rest must wait for resume. */
@@ -6513,7 +6555,7 @@ typedef struct llmcbi_sink {
 struct llmcb_exchange {
     llmcb_loop *loop;
     llmcb_transport *tr;
-    llmcbi_sink sink;
+    const llmcbi_sink *sink;
     void *owner;
     llmcbi_buf held; /* what the sink has not taken, from held_at on */
     size_t held_at;
@@ -6543,8 +6585,7 @@ LLMCBI_DEF llmcb_code llmcb_transport_init(llmcb_loop *loop,
 }
 
 static llmcb_exchange *llmcbi_exchange_new(llmcb_transport *tr,
-                                           void (*fill)(llmcbi_sink *sink),
-                                           void *owner)
+                                           const llmcbi_sink *sink, void *owner)
 {
     llmcb_exchange *x = (llmcb_exchange *)llmcbi_alloc(
         &tr->loop->alloc, LLMCBI_EXCHANGE_HEAD + tr->state_size);
@@ -6552,7 +6593,7 @@ static llmcb_exchange *llmcbi_exchange_new(llmcb_transport *tr,
     if (!x) return NULL;
     x->loop = tr->loop;
     x->tr = tr;
-    fill(&x->sink);
+    x->sink = sink;
     x->owner = owner;
     return x;
 }
@@ -6580,18 +6621,23 @@ static void llmcbi_exchange_free(llmcb_exchange *x, llmcbi_parting how)
 
 LLMCBI_DEF void llmcb_exchange_connected(llmcb_exchange *x)
 {
-    if (x && !x->ended) x->sink.connected(x->owner);
+    if (x && !x->ended) x->sink->connected(x->owner);
+}
+
+LLMCBI_DEF void llmcb_exchange_sent(llmcb_exchange *x)
+{
+    if (x && !x->ended) x->sink->sent(x->owner);
 }
 
 LLMCBI_DEF void llmcb_exchange_status(llmcb_exchange *x, int status)
 {
-    if (x && !x->ended) x->sink.status(x->owner, status);
+    if (x && !x->ended) x->sink->status(x->owner, status);
 }
 
 LLMCBI_DEF void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
                                       llmcb_str value)
 {
-    if (x && !x->ended) x->sink.header(x->owner, name, value);
+    if (x && !x->ended) x->sink->header(x->owner, name, value);
 }
 
 /* Pieces of the body; what is not taken of them is held until resume. */
@@ -6601,7 +6647,7 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
     size_t i;
 
     if (!x || x->ended) return false;
-    if (!x->paused) x->sink.data(x->owner, pieces, n);
+    if (!x->paused) x->sink->data(x->owner, pieces, n);
     for (i = 0; i < n; i++) {
         if (!pieces[i].len) continue;
         x->paused = true;
@@ -6629,7 +6675,7 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
     e.sys_errno = sys_errno;
     x->ended = true;
     if (!x->paused) {
-        x->sink.end(x->owner, ending, &e);
+        x->sink->end(x->owner, ending, &e);
         return;
     }
     x->ending = ending;
@@ -6644,13 +6690,13 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
         x->paused = false;
         if (!x->ended) x->tr->cancel(x->tr, x);
         x->ended = true;
-        x->sink.end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
+        x->sink->end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
         return;
     }
     if (x->held_at < x->held.len) {
         llmcb_str rest =
             llmcbi_slice(x->held.ptr + x->held_at, x->held.len - x->held_at);
-        x->sink.data(x->owner, &rest, 1);
+        x->sink->data(x->owner, &rest, 1);
         x->held_at = x->held.len - rest.len;
     }
     if (x->held_at < x->held.len) return;
@@ -6658,7 +6704,7 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
     x->held_at = 0;
     x->paused = false;
     if (x->ended)
-        x->sink.end(x->owner, x->ending, x->end_error);
+        x->sink->end(x->owner, x->ending, x->end_error);
     else
         x->tr->resume(x->tr, x);
 }
@@ -7344,7 +7390,7 @@ struct llmcbi_conn {
     llmcbi_conn *prev, *next; /* of the transport */
     llmcbi_sock *sock;
     llmcb_exchange *x;            /* NULL: lingering or idle */
-    const llmcb_request *request; /* of x */
+    const llmcb_request *request; /* of x, until it is sent and answered */
     llmcbi_ready ready;
     llmcbi_timer timer; /* connect share, linger or idle */
     llmcbi_watch watch;
@@ -7474,10 +7520,14 @@ static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
     llmcbi_buf_text(a, b, "\r\n");
 }
 
+static bool llmcbi_conn_unsent(const llmcbi_conn *c)
+{
+    return c->request && c->sent < c->head.len + c->request->body_len;
+}
+
 /* What this connection is to be told of. */
 static void llmcbi_conn_watch(llmcbi_conn *c)
 {
-    bool unsent = c->x && c->sent < c->head.len + c->request->body_len;
     int events = 0;
     llmcb_code code;
 
@@ -7485,7 +7535,7 @@ static void llmcbi_conn_watch(llmcbi_conn *c)
         events = LLMCB_WRITE;
     else if (c->state != LLMCBI_CONN_IDLE)
         events = (c->x && c->x->paused ? 0 : LLMCB_READ) |
-                 (unsent ? LLMCB_WRITE : 0);
+                 (llmcbi_conn_unsent(c) ? LLMCB_WRITE : 0);
     code = llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, events);
     if (code == LLMCB_OK) return;
     if (code == LLMCB_ESYS) c->sys_errno = errno;
@@ -7839,9 +7889,13 @@ static void llmcbi_conn_timer(llmcbi_timer *t)
 static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
 {
     const char *end = p + n;
-    llmcbi_h1_type type =
-        llmcbi_h1_drive(c->sock->base.loop, &c->h1, c->x, &p, end);
+    llmcbi_h1_type type;
 
+    if (c->request && !llmcbi_conn_unsent(c)) {
+        c->request = NULL;
+        llmcb_exchange_sent(c->x);
+    }
+    type = llmcbi_h1_drive(c->sock->base.loop, &c->h1, c->x, &p, end);
     if (type == LLMCBI_H1_ERROR) {
         c->sys_errno = 0;
         llmcbi_conn_fail(c, c->h1.code,
@@ -7849,8 +7903,7 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
     } else if (type == LLMCBI_H1_END) {
         llmcb_exchange *x = c->x;
         /* bytes behind a response belong to nobody */
-        bool unsent = x && c->sent < c->head.len + c->request->body_len;
-        if (p < end || unsent) c->h1.close = true;
+        if (p < end || llmcbi_conn_unsent(c)) c->h1.close = true;
         llmcbi_conn_keep(c);
         if (x) llmcb_exchange_end(x, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
     } else if (!c->x && (c->lingered += n) > LLMCBI_LINGER_BYTES) {
@@ -7985,8 +8038,7 @@ static void llmcbi_sock_release(llmcb_transport *tr, llmcb_exchange *x)
 {
     llmcbi_conn *c = *llmcbi_conn_slot(x);
 
-    if (c->state != LLMCBI_CONN_ACTIVE || c->head.len ||
-        c->sent < c->request->body_len) {
+    if (c->state != LLMCBI_CONN_ACTIVE || llmcbi_conn_unsent(c)) {
         llmcbi_sock_cancel(tr, x);
         return;
     }
@@ -9161,6 +9213,7 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
 typedef struct llmcbi_recorder {
     llmcb_transport base;
     llmcb_transport *inner;
+    llmcbi_sink sink;
     char *path;
     size_t path_size;
     size_t number; /* of the last response */
@@ -9193,6 +9246,11 @@ static void llmcbi_take_border(llmcbi_take *t)
 static void llmcbi_take_connected(void *owner)
 {
     llmcb_exchange_connected(((llmcbi_take *)owner)->outer);
+}
+
+static void llmcbi_take_sent(void *owner)
+{
+    llmcb_exchange_sent(((llmcbi_take *)owner)->outer);
 }
 
 static void llmcbi_take_status(void *owner, int status)
@@ -9342,15 +9400,6 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
     llmcb_exchange_end(t->outer, ending, e.code, e.sys_errno, e.message);
 }
 
-static void llmcbi_take_sink(llmcbi_sink *sink)
-{
-    sink->connected = llmcbi_take_connected;
-    sink->status = llmcbi_take_status;
-    sink->header = llmcbi_take_header;
-    sink->data = llmcbi_take_data;
-    sink->end = llmcbi_take_end;
-}
-
 static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
                                       const llmcb_request *request)
 {
@@ -9361,7 +9410,7 @@ static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
     t->recorder = r;
     t->outer = x;
     t->last = tr->loop->now;
-    t->inner = llmcbi_exchange_new(r->inner, llmcbi_take_sink, t);
+    t->inner = llmcbi_exchange_new(r->inner, &r->sink, t);
     if (!t->inner) return LLMCB_ENOMEM;
     code = r->inner->start(r->inner, t->inner, request);
     if (code == LLMCB_OK)
@@ -9425,6 +9474,12 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
     }
     memcpy(r->path, path, r->path_size);
     r->inner = inner;
+    r->sink.connected = llmcbi_take_connected;
+    r->sink.sent = llmcbi_take_sent;
+    r->sink.status = llmcbi_take_status;
+    r->sink.header = llmcbi_take_header;
+    r->sink.data = llmcbi_take_data;
+    r->sink.end = llmcbi_take_end;
     r->base.state_size = sizeof(llmcbi_take);
     r->base.start = llmcbi_record_start;
     r->base.resume = llmcbi_record_resume;
@@ -9708,51 +9763,78 @@ typedef struct llmcbi_tool_slot {
     llmcbi_carry carry;
 } llmcbi_tool_slot;
 
-/* One choice; its public face is the generation of the same number. */
-typedef struct llmcbi_choice {
-    llmcbi_buf text, refusal, reasoning, logprobs;
-    char finish_reason[32];
-    llmcbi_carry text_carry, refusal_carry, reasoning_carry;
+/* What most choices have none of. */
+typedef struct llmcbi_rarity {
+    llmcbi_buf refusal, reasoning, logprobs;
+    llmcbi_carry refusal_carry, reasoning_carry;
     llmcbi_tool_slot *tools;
     llmcb_tool_call *calls; /* of the generation */
     size_t n_tools, tools_cap;
+} llmcbi_rarity;
+
+/* One choice; its public face is the generation of the same number. */
+typedef struct llmcbi_choice {
+    llmcbi_buf text;
+    llmcbi_rarity *rare; /* NULL: nothing of it yet */
+    llmcbi_carry text_carry;
     bool finished;
+    char finish_reason[32];
 } llmcbi_choice;
+
+static const llmcb_result *llmcbi_no_result(void)
+{
+    static const llmcb_result none = { false,     false,
+                                       NULL,      0,
+                                       { "", 0 }, { "", 0 },
+                                       { "", 0 }, { false, 0, 0, 0, 0, 0 },
+                                       false };
+
+    return &none;
+}
 
 typedef struct llmcbi_answer {
     llmcbi_choice *choices;
     llmcb_generation *generations;
     size_t n, cap;
     size_t total; /* bytes of text in all choices */
-    llmcbi_buf model, id, fingerprint;
-    llmcb_usage usage;
-    llmcb_result result; /* what is shown of it */
+    llmcb_result result;
 } llmcbi_answer;
+
+static void llmcbi_str_free(const llmcb_allocator *a, llmcb_str s)
+{
+    if (s.len) llmcbi_free(a, llmcbi_unconst(s.ptr), s.len + 1);
+}
+
+static void llmcbi_rarity_free(const llmcb_allocator *a, llmcbi_rarity *r)
+{
+    size_t k;
+
+    llmcbi_buf_free(a, &r->refusal);
+    llmcbi_buf_free(a, &r->reasoning);
+    llmcbi_buf_free(a, &r->logprobs);
+    for (k = 0; k < r->n_tools; k++) {
+        llmcbi_buf_free(a, &r->tools[k].id);
+        llmcbi_buf_free(a, &r->tools[k].name);
+        llmcbi_buf_free(a, &r->tools[k].arguments);
+    }
+    llmcbi_free(a, r->tools, r->tools_cap * sizeof *r->tools);
+    llmcbi_free(a, r->calls, r->tools_cap * sizeof *r->calls);
+    llmcbi_free(a, r, sizeof *r);
+}
 
 static void llmcbi_answer_free(const llmcb_allocator *a, llmcbi_answer *w)
 {
-    size_t i, k;
+    size_t i;
 
     for (i = 0; i < w->n; i++) {
-        llmcbi_choice *c = &w->choices[i];
-        llmcbi_buf_free(a, &c->text);
-        llmcbi_buf_free(a, &c->refusal);
-        llmcbi_buf_free(a, &c->reasoning);
-        llmcbi_buf_free(a, &c->logprobs);
-        for (k = 0; k < c->n_tools; k++) {
-            llmcbi_buf_free(a, &c->tools[k].id);
-            llmcbi_buf_free(a, &c->tools[k].name);
-            llmcbi_buf_free(a, &c->tools[k].arguments);
-        }
-        llmcbi_free(a, c->tools, c->tools_cap * sizeof *c->tools);
-        llmcbi_free(a, c->calls, c->tools_cap * sizeof *c->calls);
+        llmcbi_buf_free(a, &w->choices[i].text);
+        if (w->choices[i].rare) llmcbi_rarity_free(a, w->choices[i].rare);
     }
     llmcbi_free(a, w->choices, w->cap * sizeof *w->choices);
     llmcbi_free(a, w->generations, w->cap * sizeof *w->generations);
-    llmcbi_buf_free(a, &w->model);
-    llmcbi_buf_free(a, &w->id);
-    llmcbi_buf_free(a, &w->fingerprint);
-    memset(w, 0, sizeof *w);
+    llmcbi_str_free(a, w->result.model_name);
+    llmcbi_str_free(a, w->result.id);
+    llmcbi_str_free(a, w->result.system_fingerprint);
 }
 
 /* Two arrays that grow side by side, so that showing the answer needs no
@@ -9807,50 +9889,57 @@ static bool llmcbi_whole_object(llmcb_str s)
 /* Makes w->result show what has come. Allocates nothing. */
 static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
 {
-    llmcb_result *r = &w->result;
+    llmcbi_rarity none;
     size_t i, k;
 
+    memset(&none, 0, sizeof none);
     for (i = 0; i < w->n; i++) {
-        llmcbi_choice *c = &w->choices[i];
+        const llmcbi_choice *c = &w->choices[i];
+        const llmcbi_rarity *r = c->rare ? c->rare : &none;
         llmcb_generation *g = &w->generations[i];
         g->text = llmcbi_buf_str(&c->text);
-        g->refusal = llmcbi_buf_str(&c->refusal);
-        g->reasoning = llmcbi_buf_str(&c->reasoning);
-        g->logprobs = llmcbi_buf_str(&c->logprobs);
+        g->refusal = llmcbi_buf_str(&r->refusal);
+        g->reasoning = llmcbi_buf_str(&r->reasoning);
+        g->logprobs = llmcbi_buf_str(&r->logprobs);
         g->finish_reason = llmcb_text(c->finish_reason);
-        g->tool_calls = c->calls;
-        g->n_tool_calls = c->n_tools;
-        for (k = 0; k < c->n_tools; k++) {
-            llmcb_tool_call *call = &c->calls[k];
-            call->id = llmcbi_buf_str(&c->tools[k].id);
-            call->name = llmcbi_buf_str(&c->tools[k].name);
-            call->arguments = llmcbi_buf_str(&c->tools[k].arguments);
+        g->tool_calls = r->calls;
+        g->n_tool_calls = r->n_tools;
+        for (k = 0; k < r->n_tools; k++) {
+            llmcb_tool_call *call = &r->calls[k];
+            call->id = llmcbi_buf_str(&r->tools[k].id);
+            call->name = llmcbi_buf_str(&r->tools[k].name);
+            call->arguments = llmcbi_buf_str(&r->tools[k].arguments);
             call->valid =
                 call->name.len &&
                 (!call->arguments.len || llmcbi_whole_object(call->arguments));
         }
     }
-    r->complete = complete;
-    r->generations = w->generations;
-    r->n_generations = w->n;
-    r->model_name = llmcbi_buf_str(&w->model);
-    r->id = llmcbi_buf_str(&w->id);
-    r->system_fingerprint = llmcbi_buf_str(&w->fingerprint);
-    r->usage = w->usage;
+    w->result.complete = complete;
+    w->result.generations = w->generations;
+    w->result.n_generations = w->n;
 }
 
 /* Keeps a scalar of the answer; the first one counts. */
-static void llmcbi_answer_note(const llmcb_allocator *a, llmcbi_buf *b,
+static bool llmcbi_answer_note(const llmcb_allocator *a, llmcb_str *to,
                                const llmcbi_raw *raw)
 {
     llmcbi_json j;
+    llmcbi_buf b;
+    char *p = NULL;
 
-    if (!raw->len || b->len) return;
+    if (!raw->len || raw->len >= 4096 || to->len) return true;
     memset(&j, 0, sizeof j);
+    memset(&b, 0, sizeof b);
     j.str = raw->ptr;
-    j.len = raw->len < 4096 ? raw->len : 0;
-    llmcbi_json_text(a, b, &j);
-    llmcbi_buf_trim(a, b);
+    j.len = raw->len;
+    llmcbi_json_text(a, &b, &j);
+    if (b.len) p = (char *)llmcbi_alloc(a, b.len + 1);
+    if (p) {
+        memcpy(p, b.ptr, b.len);
+        *to = llmcbi_slice(p, b.len);
+    }
+    llmcbi_buf_free(a, &b);
+    return p != NULL;
 }
 
 /* -- tool calls: what servers send, made into calls */
@@ -9932,18 +10021,18 @@ static bool llmcbi_buf_is_raw(const llmcbi_buf *b, const llmcbi_raw *raw)
 }
 
 /* The last call with that number, or with that id; n_tools: none. */
-static size_t llmcbi_tool_with(const llmcbi_choice *c,
+static size_t llmcbi_tool_with(const llmcbi_rarity *r,
                                const llmcbi_tool_piece *p, bool by_id)
 {
     size_t i;
 
-    if (by_id ? !p->id.len : p->index < 0) return c->n_tools;
-    for (i = c->n_tools; i-- > 0;) {
-        const llmcbi_tool_slot *s = &c->tools[i];
+    if (by_id ? !p->id.len : p->index < 0) return r->n_tools;
+    for (i = r->n_tools; i-- > 0;) {
+        const llmcbi_tool_slot *s = &r->tools[i];
         if (by_id ? llmcbi_buf_is_raw(&s->id, &p->id) : s->index == p->index)
             return i;
     }
-    return c->n_tools;
+    return r->n_tools;
 }
 
 /* The call that a piece belongs to, n_tools for a new one. A number that the
@@ -9951,26 +10040,26 @@ static size_t llmcbi_tool_with(const llmcbi_choice *c,
  * one found has another name, another id, or arguments that are whole:
  * servers give every call the same number, a new id with each piece, the
  * name with each piece, or none of it. */
-static size_t llmcbi_tool_find(const llmcbi_choice *c,
+static size_t llmcbi_tool_find(const llmcbi_rarity *r,
                                const llmcbi_tool_piece *p)
 {
-    size_t found = llmcbi_tool_with(c, p, false);
+    size_t found = llmcbi_tool_with(r, p, false);
     const llmcbi_tool_slot *s;
 
-    if (found == c->n_tools && (p->index < 0 || !p->name.len))
-        found = llmcbi_tool_with(c, p, true);
-    if (found == c->n_tools) {
-        if (p->index >= 0 || !c->n_tools || (p->id.len && p->name.len))
-            return c->n_tools;
-        found = c->n_tools - 1; /* unnumbered: the last one goes on */
+    if (found == r->n_tools && (p->index < 0 || !p->name.len))
+        found = llmcbi_tool_with(r, p, true);
+    if (found == r->n_tools) {
+        if (p->index >= 0 || !r->n_tools || (p->id.len && p->name.len))
+            return r->n_tools;
+        found = r->n_tools - 1; /* unnumbered: the last one goes on */
     }
-    s = &c->tools[found];
+    s = &r->tools[found];
     if (!p->name.len || !s->name.len) return found;
     if (p->id.len && s->id.len)
-        return llmcbi_buf_is_raw(&s->id, &p->id) ? found : c->n_tools;
+        return llmcbi_buf_is_raw(&s->id, &p->id) ? found : r->n_tools;
     return !llmcbi_buf_is_raw(&s->name, &p->name) ||
                    llmcbi_whole_object(llmcbi_buf_str(&s->arguments))
-               ? c->n_tools
+               ? r->n_tools
                : found;
 }
 
@@ -10432,6 +10521,7 @@ struct llmcb_chat {
     size_t n_headers;
     uint64_t identity;
     llmcb_parts no_parts; /* what chunks of mere text show */
+    llmcbi_sink sink;     /* of the exchanges of its prompts */
     bool openai;          /* OpenAI's or Azure's own servers */
 };
 
@@ -10741,6 +10831,8 @@ static void llmcbi_parts_clear(llmcb_parts *parts)
         llmcbi_slice("", 0);
 }
 
+static void llmcbi_chat_listen(llmcbi_sink *sink);
+
 LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
                                       const llmcb_chat_desc *desc)
 {
@@ -10751,6 +10843,7 @@ LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
     if (!chat) return NULL;
     chat->loop = loop;
     chat->refs = 1;
+    llmcbi_chat_listen(&chat->sink);
     chat->identity = ++loop->last_identity;
     if (desc) chat->d = *desc;
     llmcbi_error_set(&chat->error, LLMCB_OK, NULL);
@@ -10792,13 +10885,17 @@ typedef enum llmcbi_body_kind {
 
 typedef struct llmcbi_call llmcbi_call;
 
+/* What is sent, with its headers behind it. */
+typedef struct llmcbi_asked {
+    llmcb_request request;
+    llmcbi_buf body;
+} llmcbi_asked;
+
 /* One prompt. */
 struct llmcbi_prompt {
     llmcbi_run run; /* first, so that a run leads here */
     llmcbi_call *call;
-    llmcbi_buf body; /* of the request */
-    llmcb_request request;
-    llmcb_pair *headers;
+    llmcbi_asked *asked; /* NULL: it is not needed any more */
     llmcb_exchange *x;
     llmcbi_timer timer;
     int64_t phase_due, total_due; /* 0: none; absolute */
@@ -10823,6 +10920,7 @@ struct llmcbi_prompt {
     int8_t should_retry; /* -1, 0, 1 */
     uint8_t phase, body_kind;
     bool html, encoded; /* what the head says of the body */
+    bool sent;          /* the transport has no need of the request */
     bool got_body;      /* some byte of a success has come: no retry */
     bool got_chunk;
     bool sentinel;
@@ -11065,45 +11163,42 @@ static inline bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b,
 }
 
 /* The slot of a piece, new if need be; NULL: failed. */
-static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_choice *c,
-                                            const llmcbi_tool_piece *piece,
-                                            bool *opened)
+static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
+                                            const llmcbi_tool_piece *piece)
 {
-    size_t i = llmcbi_tool_find(c, piece);
-    void *x = c->tools, *y = c->calls;
+    size_t i = llmcbi_tool_find(r, piece);
+    void *x = r->tools, *y = r->calls;
     bool ok;
 
-    *opened = i == c->n_tools;
-    if (!*opened) return &c->tools[i];
+    if (i < r->n_tools) return &r->tools[i];
     if (i >= p->call->chat->d.limits.tool_calls) {
         llmcbi_prompt_fail(p, LLMCB_ELIMIT,
                            "more tool calls than limits.tool_calls");
         return NULL;
     }
-    ok = llmcbi_grow_pair(llmcbi_prompt_alloc(p), &x, sizeof *c->tools, &y,
-                          sizeof *c->calls, &c->tools_cap, i + 1);
-    c->tools = (llmcbi_tool_slot *)x;
-    c->calls = (llmcb_tool_call *)y;
+    ok = llmcbi_grow_pair(llmcbi_prompt_alloc(p), &x, sizeof *r->tools, &y,
+                          sizeof *r->calls, &r->tools_cap, i + 1);
+    r->tools = (llmcbi_tool_slot *)x;
+    r->calls = (llmcb_tool_call *)y;
     if (!ok) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return NULL;
     }
-    c->n_tools++;
-    c->tools[i].index = piece->index;
-    return &c->tools[i];
+    r->n_tools++;
+    r->tools[i].index = piece->index;
+    return &r->tools[i];
 }
 
 /* One piece into its call and into the delta that handlers see. */
-static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_choice *c,
+static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_rarity *r,
                                      const llmcbi_tool_piece *piece,
                                      llmcb_tool_delta *delta, char **at)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    bool opened;
-    llmcbi_tool_slot *s = llmcbi_prompt_tool(p, c, piece, &opened);
+    llmcbi_tool_slot *s = llmcbi_prompt_tool(p, r, piece);
 
     if (!s) return false;
-    delta->index = (size_t)(s - c->tools);
+    delta->index = (size_t)(s - r->tools);
     delta->id = delta->name = delta->arguments = llmcbi_slice("", 0);
     if (piece->id.len && !s->id.len) {
         delta->id = llmcbi_raw_whole(at, &piece->id);
@@ -11134,7 +11229,7 @@ static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_choice *c,
 }
 
 /* The pieces of one event; with out NULL it only counts. */
-static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_choice *c,
+static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_rarity *r,
                                   const llmcbi_wire_choice *w,
                                   llmcb_tool_delta *out, char **at)
 {
@@ -11146,7 +11241,7 @@ static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_choice *c,
         llmcbi_json_init(&j, w->tool_calls.ptr, w->tool_calls.len);
         llmcbi_json_next(&j);
         while (llmcbi_wire_next_tool(&j, &piece)) {
-            if (out && !llmcbi_prompt_tool_piece(p, c, &piece, &out[n], at))
+            if (out && !llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at))
                 return n;
             n++;
         }
@@ -11156,7 +11251,7 @@ static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_choice *c,
         llmcbi_json_init(&j, w->function_call.ptr, w->function_call.len);
         llmcbi_json_next(&j);
         llmcbi_wire_function(&j, &piece);
-        if (!out || llmcbi_prompt_tool_piece(p, c, &piece, &out[n], at)) n++;
+        if (!out || llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at)) n++;
     }
     return n;
 }
@@ -11191,22 +11286,33 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
 {
     llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)*at;
 
+    llmcbi_rarity *r = c->rare;
+
     llmcbi_parts_clear(parts);
+    if (!r &&
+        (n_tools || w->refusal.len || w->reasoning.len || w->logprobs.len)) {
+        r = (llmcbi_rarity *)llmcbi_alloc(llmcbi_prompt_alloc(p), sizeof *r);
+        if (!r) {
+            llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+            return false;
+        }
+        c->rare = r;
+    }
     *at += n_tools * sizeof *tools;
     if (n_tools) {
-        n_tools = llmcbi_prompt_tools(p, c, w, tools, at);
+        n_tools = llmcbi_prompt_tools(p, r, w, tools, at);
         if (p->outcome) return false; /* other records stand here now */
         parts->tool_calls = tools;
         parts->n_tool_calls = n_tools;
     }
     if (w->refusal.len) {
-        parts->refusal = llmcbi_raw_decode(at, &w->refusal, &c->refusal_carry);
-        if (!llmcbi_prompt_keep(p, &c->refusal, parts->refusal)) return false;
+        parts->refusal = llmcbi_raw_decode(at, &w->refusal, &r->refusal_carry);
+        if (!llmcbi_prompt_keep(p, &r->refusal, parts->refusal)) return false;
     }
     if (w->reasoning.len) {
         parts->reasoning =
-            llmcbi_raw_decode(at, &w->reasoning, &c->reasoning_carry);
-        if (!llmcbi_prompt_keep(p, &c->reasoning, parts->reasoning))
+            llmcbi_raw_decode(at, &w->reasoning, &r->reasoning_carry);
+        if (!llmcbi_prompt_keep(p, &r->reasoning, parts->reasoning))
             return false;
     }
     if (w->finish_reason.len) {
@@ -11219,7 +11325,7 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
     }
     if (w->logprobs.len) {
         parts->logprobs = llmcbi_record_utf8(at, w->logprobs);
-        if (!llmcbi_prompt_logprobs(p, &c->logprobs, parts->logprobs))
+        if (!llmcbi_prompt_logprobs(p, &r->logprobs, parts->logprobs))
             return false;
     }
     if (usage) parts->usage = *usage;
@@ -11258,7 +11364,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
                 w->finish_reason.len || w->tool_calls.len ||
                 w->function_call.len || w->logprobs.len;
     if (has_parts) {
-        n_tools = llmcbi_prompt_tools(p, c, w, NULL, NULL);
+        n_tools = llmcbi_prompt_tools(p, NULL, w, NULL, NULL);
         size += sizeof(llmcb_parts) + n_tools * sizeof(llmcb_tool_delta) +
                 llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
                 llmcbi_raw_room(&w->finish_reason) + 3 * w->logprobs.len + 7 +
@@ -11299,17 +11405,13 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
 static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    size_t i, k;
+    size_t i;
 
     for (i = 0; i < p->answer.n; i++) {
         llmcbi_choice *c = &p->answer.choices[i];
         char lost[16], *end;
         llmcb_chunk *chunk;
         char *at;
-        for (k = 0; k < c->n_tools; k++)
-            memset(&c->tools[k].carry, 0, sizeof c->tools[k].carry);
-        memset(&c->refusal_carry, 0, sizeof c->refusal_carry);
-        memset(&c->reasoning_carry, 0, sizeof c->reasoning_carry);
         end = llmcbi_carry_flush(lost, &c->text_carry);
         if (end == lost) continue;
         /* told and kept, or neither */
@@ -11369,13 +11471,12 @@ static void llmcbi_prompt_api_error(llmcbi_prompt *p, const char *ptr,
 static void llmcbi_prompt_note(llmcbi_prompt *p, const llmcbi_wire_event *ev)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    llmcbi_answer *w = &p->answer;
+    llmcb_result *r = &p->answer.result;
 
-    llmcbi_answer_note(a, &w->model, &ev->model);
-    llmcbi_answer_note(a, &w->id, &ev->id);
-    llmcbi_answer_note(a, &w->fingerprint, &ev->fingerprint);
-    if (ev->usage.known) w->usage = ev->usage;
-    if (w->model.failed || w->id.failed || w->fingerprint.failed)
+    if (ev->usage.known) r->usage = ev->usage;
+    if (!llmcbi_answer_note(a, &r->model_name, &ev->model) ||
+        !llmcbi_answer_note(a, &r->id, &ev->id) ||
+        !llmcbi_answer_note(a, &r->system_fingerprint, &ev->fingerprint))
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
 }
 
@@ -11695,6 +11796,27 @@ static void llmcbi_prompt_gather(llmcbi_prompt *p, const llmcb_str *piece,
     if (p->text.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
 }
 
+/* -- the request */
+
+static void llmcbi_prompt_forget_asked(llmcbi_prompt *p)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcbi_asked *q = p->asked;
+
+    if (!q) return;
+    llmcbi_buf_free(a, &q->body);
+    llmcbi_free(a, q, sizeof *q + q->request.n_headers * sizeof(llmcb_pair));
+    p->asked = NULL;
+}
+
+/* It may be long, and the answer slow: it goes when neither the transport,
+ * another attempt nor a cache can want it. */
+static void llmcbi_prompt_is_asked(llmcbi_prompt *p)
+{
+    if (p->sent && p->got_body && !p->call->chat->d.cache)
+        llmcbi_prompt_forget_asked(p);
+}
+
 /* -- what the exchange tells */
 
 static void llmcbi_prompt_connected(void *owner)
@@ -11704,6 +11826,14 @@ static void llmcbi_prompt_connected(void *owner)
     if (p->phase == LLMCBI_PHASE_CONNECT)
         llmcbi_prompt_set_phase(p, LLMCBI_PHASE_FIRST_BYTE,
                                 p->call->chat->d.first_byte_ms);
+}
+
+static void llmcbi_prompt_sent(void *owner)
+{
+    llmcbi_prompt *p = (llmcbi_prompt *)owner;
+
+    p->sent = true;
+    llmcbi_prompt_is_asked(p);
 }
 
 static void llmcbi_prompt_status(void *owner, int status)
@@ -11791,7 +11921,10 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
             continue;
         }
         p->got_body = true;
-        if (p->body_kind == LLMCBI_BODY_UNKNOWN) llmcbi_prompt_sniff(p, piece);
+        if (p->body_kind == LLMCBI_BODY_UNKNOWN) {
+            llmcbi_prompt_is_asked(p);
+            llmcbi_prompt_sniff(p, piece);
+        }
         if (p->outcome) continue;
         if (p->body_kind == LLMCBI_BODY_JSON) {
             p->last_data = p->call->op.loop->now;
@@ -11866,9 +11999,10 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         llmcbi_prompt_fail(p, code, NULL);
 }
 
-static void llmcbi_prompt_sink(llmcbi_sink *sink)
+static void llmcbi_chat_listen(llmcbi_sink *sink)
 {
     sink->connected = llmcbi_prompt_connected;
+    sink->sent = llmcbi_prompt_sent;
     sink->status = llmcbi_prompt_status;
     sink->header = llmcbi_prompt_header;
     sink->data = llmcbi_prompt_data;
@@ -11910,7 +12044,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     llmcb_code code;
 
     p->attempt++;
-    p->over = p->orderly = p->html = p->encoded = false;
+    p->over = p->orderly = p->html = p->encoded = p->sent = false;
     p->status = 0;
     p->retry_after = LLMCBI_NO_WISH;
     p->should_retry = -1;
@@ -11918,13 +12052,13 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     *p->request_id = '\0';
     p->sse.limit = chat->d.limits.event;
     if (!tr) tr = llmcbi_default_transport(loop);
-    p->x = tr ? llmcbi_exchange_new(tr, llmcbi_prompt_sink, p) : NULL;
+    p->x = tr ? llmcbi_exchange_new(tr, &chat->sink, p) : NULL;
     if (!p->x) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return;
     }
     llmcbi_prompt_set_phase(p, LLMCBI_PHASE_CONNECT, chat->d.connect_ms);
-    code = tr->start(tr, p->x, &p->request);
+    code = tr->start(tr, p->x, &p->asked->request);
     if (code == LLMCB_OK) return;
     llmcbi_exchange_free(p->x, LLMCBI_PART_UNSTARTED);
     p->x = NULL;
@@ -11980,9 +12114,9 @@ static void llmcbi_prompt_key(const llmcbi_prompt *p, llmcbi_buf *key)
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
 
     memset(key, 0, sizeof *key);
-    llmcbi_buf_text(a, key, p->request.url);
+    llmcbi_buf_text(a, key, p->asked->request.url);
     llmcbi_buf_text(a, key, "\n");
-    llmcbi_buf_add(a, key, p->request.body, p->request.body_len);
+    llmcbi_buf_add(a, key, p->asked->body.ptr, p->asked->body.len);
 }
 
 /* Whether the cache has the answer; then the outcome is known. */
@@ -12244,6 +12378,7 @@ static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
     p->answer.result.sentinel = p->sentinel;
     llmcbi_answer_show(&p->answer, ok);
     if (ok) llmcbi_prompt_keep_answer(p);
+    if (!p->x) llmcbi_prompt_forget_asked(p);
     llmcbi_run_finish(&p->run, &p->answer.result, NULL, p->outcome);
 }
 
@@ -12380,7 +12515,7 @@ static void llmcbi_call_free(llmcbi_call *c)
         llmcbi_prompt_let_go(p);
         llmcbi_timer_free(loop, &p->timer);
         llmcbi_run_free(&p->run);
-        llmcbi_buf_free(a, &p->body);
+        llmcbi_prompt_forget_asked(p);
         llmcbi_answer_free(a, &p->answer);
         llmcbi_error_drop(a, p->outcome);
     }
@@ -12496,6 +12631,46 @@ static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
     p->run.start = start;
 }
 
+static bool llmcbi_prompt_ask(llmcbi_prompt *p, const llmcb_prompt *prompt,
+                              const llmcb_config *config)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    const llmcb_chat *chat = p->call->chat;
+    size_t i, n = chat->n_headers + 1;
+    llmcbi_asked *asked =
+        (llmcbi_asked *)llmcbi_alloc(a, sizeof *asked + n * sizeof(llmcb_pair));
+    llmcb_pair *headers;
+    llmcb_request *q;
+
+    if (!asked) return false;
+    p->asked = asked;
+    q = &asked->request;
+    headers = (llmcb_pair *)(void *)(asked + 1);
+    q->n_headers = n;
+    for (i = 0; i + 1 < n; i++)
+        headers[i] = chat->headers[i];
+    headers[i].key = "Idempotency-Key"; /* equal for all attempts */
+    headers[i].value = p->run.pub.id;
+    llmcbi_wire_body(a, &asked->body, prompt->messages, prompt->n,
+                     llmcbi_buf_str(&p->call->params),
+                     llmcbi_has_member(config->extra, "messages")
+                         ? config->extra
+                         : chat->d.extra);
+    llmcbi_buf_trim(a, &asked->body);
+    q->method = "POST";
+    q->url = chat->url;
+    q->headers = headers;
+    q->body = asked->body.ptr;
+    q->body_len = asked->body.len;
+    q->connect_ms = chat->d.connect_ms;
+    q->identity = chat->identity;
+    q->ca_file = chat->d.ca_file;
+    q->limits = &chat->d.limits;
+    q->http2 = chat->d.http2;
+    q->insecure_tls = chat->d.insecure_tls;
+    return !asked->body.failed;
+}
+
 static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
                                      const llmcb_prompt *prompt,
                                      const llmcb_config *config,
@@ -12503,11 +12678,10 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
 {
     llmcb_loop *loop = c->op.loop;
     llmcb_chat *chat = c->chat;
-    llmcb_request *q = &p->request;
     llmcb_code code;
-    size_t i;
 
     p->call = c;
+    p->answer.result = *llmcbi_no_result();
     p->retry_after = LLMCBI_NO_WISH;
     p->run.told = llmcbi_prompt_told;
     p->run.no_parts = &chat->no_parts;
@@ -12520,31 +12694,7 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
                            &c->op);
     if (code != LLMCB_OK) return code;
     llmcbi_run_name(&p->run, &c->arena, config, setup, "ChatOpenAI");
-    llmcbi_wire_body(&loop->alloc, &p->body, prompt->messages, prompt->n,
-                     llmcbi_buf_str(&c->params),
-                     llmcbi_has_member(config->extra, "messages")
-                         ? config->extra
-                         : chat->d.extra);
-    llmcbi_buf_trim(&loop->alloc, &p->body);
-    p->headers = (llmcb_pair *)llmcbi_arena_get(
-        &loop->alloc, &c->arena, (chat->n_headers + 1) * sizeof *p->headers);
-    if (p->body.failed || !p->headers) return LLMCB_ENOMEM;
-    for (i = 0; i < chat->n_headers; i++)
-        p->headers[i] = chat->headers[i];
-    p->headers[i].key = "Idempotency-Key"; /* equal for all attempts */
-    p->headers[i].value = p->run.pub.id;
-    q->method = "POST";
-    q->url = chat->url;
-    q->headers = p->headers;
-    q->n_headers = chat->n_headers + 1;
-    q->body = p->body.ptr;
-    q->body_len = p->body.len;
-    q->connect_ms = chat->d.connect_ms;
-    q->identity = chat->identity;
-    q->ca_file = chat->d.ca_file;
-    q->limits = &chat->d.limits;
-    q->http2 = chat->d.http2;
-    q->insecure_tls = chat->d.insecure_tls;
+    if (!llmcbi_prompt_ask(p, prompt, config)) return LLMCB_ENOMEM;
     if (setup->n_handlers) llmcbi_prompt_copy_talk(p, prompt, batch);
     return c->talk.failed ? LLMCB_ENOMEM : LLMCB_OK;
 }
@@ -12591,8 +12741,7 @@ static void llmcbi_call_room(llmcbi_call *c, size_t n,
                       d->n_callbacks + c->op.loop->n_hooks + config->n_tags +
                       config->n_local_tags + d->n_tags + 1;
     size_t pairs = config->n_metadata + config->n_local_metadata +
-                   d->n_metadata + LLMCBI_MORE_PAIRS +
-                   n * (c->chat->n_headers + 1);
+                   d->n_metadata + LLMCBI_MORE_PAIRS;
 
     llmcbi_arena_room(&c->op.loop->alloc, &c->arena,
                       n * (sizeof *c->prompts + 16) +
@@ -12787,17 +12936,6 @@ LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *t, llmcb_op *op)
     c->op.reader = task;
     task->slot = &c->op.reader;
     return LLMCB_WAIT;
-}
-
-static const llmcb_result *llmcbi_no_result(void)
-{
-    static const llmcb_result none = { false,     false,
-                                       NULL,      0,
-                                       { "", 0 }, { "", 0 },
-                                       { "", 0 }, { false, 0, 0, 0, 0, 0 },
-                                       false };
-
-    return &none;
 }
 
 LLMCBI_DEF size_t llmcb_op_n_prompts(const llmcb_op *op)

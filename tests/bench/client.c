@@ -16,7 +16,10 @@
  * -f  parses the bytes of a recorded response, handed over in pieces of a
  *     read's size, ROUNDS times; no network
  *
- * All streams are calls of one chat, each with its seed as an extra member. */
+ * All streams are calls of one chat, each with its seed as an extra member.
+ *
+ * It is built twice: libcurl and what that loads weigh 6 MB, so the program
+ * for plain sockets has none, and hands -x curl to client_curl beside it. */
 #include "bench.h"
 
 #include <arpa/inet.h>
@@ -397,6 +400,18 @@ static bool options(int argc, char **argv)
            strstr("socket curl", opts.transport);
 }
 
+#ifdef LLMCB_NO_CURL
+static int with_curl(char **argv)
+{
+    char path[4096];
+
+    snprintf(path, sizeof path, "%s_curl", argv[0]);
+    execv(path, argv);
+    perror(path);
+    return 2;
+}
+#endif
+
 int main(int argc, char **argv)
 {
     llmcb_loop_desc desc = { .allocator = { counting_resize, NULL } };
@@ -409,6 +424,9 @@ int main(int argc, char **argv)
                 "[-S MS]\n       or -f FILE -r ROUNDS\n", argv[0]);
         return 2;
     }
+#ifdef LLMCB_NO_CURL
+    if (strcmp(opts.transport, "curl") == 0) return with_curl(argv);
+#endif
     bench_begin(opts.streams, opts.tokens);
 #ifndef LLMCB_NO_CURL
     if (strcmp(opts.transport, "curl") == 0)
