@@ -5163,10 +5163,9 @@ static int llmcbi_cursor_call(const llmcbi_cursor *c, const llmcbi_shown *s)
 
 /* What the event behind `done` is, which must exist. Moves pos behind its
  * record; start and finish have none. */
-static llmcb_event_kind llmcbi_cursor_next(const llmcbi_cursor *c,
-                                           const char **pos, uint64_t done,
-                                           uint64_t finish_seq,
-                                           const llmcbi_record **rec)
+static inline llmcb_event_kind
+llmcbi_cursor_next(const llmcbi_cursor *c, const char **pos, uint64_t done,
+                   uint64_t finish_seq, const llmcbi_record **rec)
 {
     const llmcbi_run *run = c->run;
 
@@ -5182,7 +5181,8 @@ static llmcb_event_kind llmcbi_cursor_next(const llmcbi_cursor *c,
                                         : (llmcb_event_kind)(*rec)->kind;
 }
 
-/* Event number `seq` as the handler of c gets it. */
+/* Event number `seq` as the handler of c gets it. Where *s shows a token of
+ * this run already, the next one changes little. */
 static void llmcbi_shown_fill(llmcbi_shown *s, const llmcbi_cursor *c,
                               llmcb_event_kind kind, const llmcbi_record *rec,
                               uint64_t seq)
@@ -5191,10 +5191,12 @@ static void llmcbi_shown_fill(llmcbi_shown *s, const llmcbi_cursor *c,
     const void *payload;
     llmcb_event *ev = &s->ev;
 
-    memset(s, 0, sizeof *s);
-    s->chunk.parts = run->no_parts;
-    ev->kind = kind;
-    ev->run = (llmcb_run *)llmcbi_unconst(&run->pub);
+    if (kind != LLMCB_LLM_NEW_TOKEN || ev->kind != kind) {
+        memset(s, 0, sizeof *s);
+        s->chunk.parts = run->no_parts;
+        ev->kind = kind;
+        ev->run = (llmcb_run *)llmcbi_unconst(&run->pub);
+    }
     ev->seq = seq;
     ev->skipped = c->skipped;
     if (seq == 1) {
@@ -5258,6 +5260,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     uint64_t stop = c->limit;
     const char *pos = c->pos;
     llmcb_event_kind kind = LLMCB_N_EVENTS;
+    llmcbi_shown shown;
     bool handed_back = false;
     int failed = 0;
 
@@ -5266,10 +5269,10 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     if (stop > done + LLMCBI_STRAND_BATCH) stop = done + LLMCBI_STRAND_BATCH;
     if (stop > done && c->run->handler_ms > 0) stop = done + 1;
     llmcbi_unlock(loop);
+    shown.ev.kind = LLMCB_N_EVENTS;
     while (done < stop && !failed) {
         const char *next = pos;
         const llmcbi_record *rec;
-        llmcbi_shown shown;
         llmcbi_lane lane;
         kind = llmcbi_cursor_next(c, &next, done, finish_seq, &rec);
         lane = llmcbi_lane_of(c, kind);
@@ -5493,6 +5496,7 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
     switch (lane) {
     case LLMCBI_LANE_INLINE:
         c->pos = next;
+        shown.ev.kind = LLMCB_N_EVENTS;
         llmcbi_shown_fill(&shown, c, kind, rec, c->done + 1);
         llmcbi_cursor_step_done(c, kind, llmcbi_cursor_call(c, &shown));
         return true;
