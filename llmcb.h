@@ -5452,8 +5452,7 @@ static inline bool llmcbi_cursor_token(llmcbi_cursor *c, uint64_t limit)
     int result;
 
     if (c->token_lane != LLMCBI_LANE_INLINE || c->done >= limit ||
-        c->done == 0 || c->done + 1 == run->finish_seq || c->running ||
-        c->mute || c->passing || run->skipping)
+        c->done == 0 || c->running || c->mute || c->passing || run->skipping)
         return false;
     rec = llmcbi_record_at(&c->pos);
     if (!llmcbi_record_is_token(rec)) return false;
@@ -5662,12 +5661,14 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
                            first + run->handler_ms - now);
 }
 
-/* Tokens to the inline handlers, event by event. */
+/* Tokens to the inline handlers, event by event; whether there was one. */
 static bool llmcbi_run_tokens(llmcbi_run *run, uint64_t limit)
 {
     llmcbi_cursor *c, *end = run->cursors + run->n_cursors;
     bool moved, any = false;
 
+    if (run->finish_seq && limit >= run->finish_seq)
+        limit = run->finish_seq - 1;
     run->loop->token.kind = LLMCB_LLM_NEW_TOKEN;
     run->loop->token.run = &run->pub;
     run->loop->token_room.parts = run->no_parts;
@@ -7143,10 +7144,10 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
     return line.len ? llmcbi_h1_header(h, line) : llmcbi_h1_head_end(h);
 }
 
-/* A whole chunk as LLMCBI_H1_DATA in one go, from its size to the line end
- * behind its data, if all of it is there and nothing about it is unusual. */
+/* The data of a whole chunk in one go, from its size to the line end behind
+ * it, if all of it is there and nothing about it is unusual. */
 static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
-                                        const char *end)
+                                        const char *end, llmcb_str *data)
 {
     const char *from = *p, *q = from;
     const char *stop = end - from < 8 ? end : from + 8;
@@ -7169,7 +7170,8 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
         return false;
     h->framing += (uint64_t)(q + 4 - from);
     h->body += size;
-    h->value = llmcbi_slice(q + 2, (size_t)size);
+    data->ptr = q + 2;
+    data->len = (size_t)size;
     *p = q + size + 4;
     return true;
 }
@@ -7185,7 +7187,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
-        if (llmcbi_h1_next_chunk(h, p, end)) return LLMCBI_H1_DATA;
+        if (llmcbi_h1_next_chunk(h, p, end, &h->value)) return LLMCBI_H1_DATA;
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
@@ -7332,8 +7334,9 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
             break;
         case LLMCBI_H1_DATA:
             pieces[0] = h->value;
-            for (n = 1; n < most && llmcbi_h1_next_chunk(h, p, end); n++)
-                pieces[n] = h->value;
+            for (n = 1;
+                 n < most && llmcbi_h1_next_chunk(h, p, end, &pieces[n]);)
+                n++;
             llmcbi_exchange_pieces(x, pieces, n);
             break;
         case LLMCBI_H1_MORE:

@@ -139,7 +139,7 @@ static void chunk(void)
     h = any_h1(LLMCBI_H1_AT_SIZE, -1);
     p = any_bytes(n);
     end = p + n;
-    llmcbi_h1_next_chunk(&h, &p, end);
+    llmcbi_h1_next_chunk(&h, &p, end, &h.value);
     /*@ assert place: p <= end; */
 }
 
