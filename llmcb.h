@@ -5442,29 +5442,6 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
     c->run->loop->unpublished = c;
 }
 
-/* The next event if it is a token, which most are: what advance does for an
- * inline handler, without what cannot be. */
-static inline bool llmcbi_cursor_token(llmcbi_cursor *c, uint64_t limit)
-{
-    const llmcbi_run *run = c->run;
-    llmcb_loop *loop = run->loop;
-    const llmcbi_record *rec;
-    int result;
-
-    if (c->token_lane != LLMCBI_LANE_INLINE || c->done >= limit ||
-        c->done == 0 || c->running || c->mute || c->passing || run->skipping)
-        return false;
-    rec = llmcbi_record_at(&c->pos);
-    if (!llmcbi_record_is_token(rec)) return false;
-    c->pos += LLMCBI_ALIGN8(rec->size);
-    loop->token.seq = c->done + 1;
-    loop->token.token = llmcbi_record_token(rec, &loop->token_room);
-    result = c->on_token(c->handler, &loop->token);
-    c->known = ++c->done;
-    if (result) llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
-    return true;
-}
-
 /* One event of those up to `limit`, if the handler is free. false: it has to
  * wait, for news or for itself. */
 static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
@@ -5661,24 +5638,62 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
                            first + run->handler_ms - now);
 }
 
-/* Tokens to the inline handlers, event by event; whether there was one. */
-static bool llmcbi_run_tokens(llmcbi_run *run, uint64_t limit)
+/* Whether tokens may pass the log by: all handlers that take any do so
+ * inline, and none is behind. */
+static bool llmcbi_run_direct(llmcbi_run *run)
 {
-    llmcbi_cursor *c, *end = run->cursors + run->n_cursors;
-    bool moved, any = false;
+    llmcb_loop *loop = run->loop;
+    size_t i;
 
-    if (run->finish_seq && limit >= run->finish_seq)
-        limit = run->finish_seq - 1;
-    run->loop->token.kind = LLMCB_LLM_NEW_TOKEN;
-    run->loop->token.run = &run->pub;
-    run->loop->token_room.parts = run->no_parts;
-    do {
-        moved = false;
-        for (c = run->cursors; c < end; c++)
-            moved |= llmcbi_cursor_token(c, limit);
-        any |= moved;
-    } while (moved);
-    return any;
+    if (run->has_pull || run->skipping) return false;
+    for (i = 0; i < run->n_cursors; i++) {
+        const llmcbi_cursor *c = &run->cursors[i];
+        if (c->token_lane > LLMCBI_LANE_INLINE || c->done != run->head ||
+            c->on_pool || c->running || c->mute || c->passing)
+            return false;
+    }
+    loop->token.kind = LLMCB_LLM_NEW_TOKEN;
+    loop->token.run = &run->pub;
+    loop->token.token = &loop->token_room;
+    loop->token_room.parts = run->no_parts;
+    return true;
+}
+
+/* Tells such a token. false: the next one may not be told so. */
+static inline bool llmcbi_run_tell(llmcbi_run *run, llmcb_str text)
+{
+    llmcb_loop *loop = run->loop;
+    llmcbi_cursor *c = run->cursors, *end = c + run->n_cursors;
+    uint64_t seq = ++run->head;
+    bool failed = false;
+
+    loop->token.seq = seq;
+    loop->token_room.text = text;
+    for (; c < end; c++) {
+        int result = c->token_lane == LLMCBI_LANE_INLINE
+                         ? c->on_token(c->handler, &loop->token)
+                         : 0;
+        c->known = c->done = seq;
+        if (!result) continue;
+        llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
+        llmcbi_make_ready(loop, &run->ready);
+        failed = true;
+    }
+    run->slowest = seq;
+    return !failed && run->head == seq;
+}
+
+/* One event to each inline handler that is free; whether there was one. */
+static bool llmcbi_run_serve_inline(llmcbi_run *run)
+{
+    uint64_t limit = llmcbi_run_lockstep(run);
+    bool moved = false;
+    size_t i;
+
+    for (i = 0; i < run->n_cursors; i++)
+        if (run->cursors[i].handler->flags & LLMCB_INLINE)
+            moved |= llmcbi_cursor_advance(&run->cursors[i], limit);
+    return moved;
 }
 
 /* Gives every handler what it can take, then tells the owner if something
@@ -5691,13 +5706,9 @@ static void llmcbi_run_pump(llmcbi_ready *r)
 
     if (run->withheld && !run->skipping) return;
     while (moved) {
-        uint64_t limit = llmcbi_run_lockstep(run);
-        moved = llmcbi_run_tokens(run, limit) && run->lockstep;
-        for (i = 0; i < run->n_cursors; i++) /* inline, event by event */
-            if (run->cursors[i].handler->flags & LLMCB_INLINE)
-                moved |= llmcbi_cursor_advance(&run->cursors[i], limit);
+        moved = llmcbi_run_serve_inline(run);
         if (moved) continue;
-        run->visible = limit;
+        run->visible = llmcbi_run_lockstep(run);
         for (i = 0; i < run->n_cursors; i++)
             while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
                 moved = true;
@@ -11499,48 +11510,71 @@ static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
  * guessed, so a branch on it costs more than the bytes. */
 #define LLMCBI_SHORT 16
 
-/* Puts plain, short text where `at` points and into the answer. false: it is
- * neither, or there is something to be careful about. */
-static inline bool llmcbi_prompt_short(llmcbi_prompt *p, llmcbi_choice *c,
-                                       const llmcbi_raw *raw, size_t readable,
-                                       char *at)
+/* Decodes text into the answer and shows it there, with LLMCBI_SHORT bytes
+ * that can be read; `readable`: how many can where it comes from. false: a
+ * limit, or no memory. */
+static inline bool llmcbi_prompt_add_text(llmcbi_prompt *p,
+                                          const llmcbi_raw *raw,
+                                          size_t readable, llmcb_str *text)
 {
+    llmcbi_choice *c = &p->answer.choices[0];
     llmcbi_buf *b = &c->text;
-    size_t n = raw->len;
+    bool easy = raw->plain && !c->text_carry.n && !c->text_carry.high;
+    size_t n = raw->len, most = p->call->chat->d.limits.text;
+    char *at;
 
-    if (!raw->plain || n > LLMCBI_SHORT || readable < LLMCBI_SHORT ||
-        c->text_carry.n || c->text_carry.high ||
-        b->cap - b->len <= LLMCBI_SHORT || b->failed ||
-        p->answer.total + n > p->call->chat->d.limits.text)
-        return false;
-    memcpy(at, raw->ptr, LLMCBI_SHORT);
-    memcpy(b->ptr + b->len, raw->ptr, LLMCBI_SHORT);
+    if (easy && n <= LLMCBI_SHORT && readable >= LLMCBI_SHORT &&
+        b->cap - b->len > LLMCBI_SHORT && p->answer.total + n <= most) {
+        at = b->ptr + b->len;
+        memcpy(at, raw->ptr, LLMCBI_SHORT);
+    } else {
+        if (!llmcbi_buf_reserve(llmcbi_prompt_alloc(p), b,
+                                llmcbi_raw_room(raw) + LLMCBI_SHORT)) {
+            llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+            return false;
+        }
+        at = b->ptr + b->len;
+        n = llmcbi_raw_decode(&at, raw, &c->text_carry).len;
+        at = b->ptr + b->len;
+        if (p->answer.total + n > most) {
+            *at = '\0';
+            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                               "the answer exceeds limits.text");
+            return false;
+        }
+    }
     at[n] = '\0';
     b->len += n;
-    b->ptr[b->len] = '\0';
     p->answer.total += n;
+    *text = llmcbi_slice(at, n);
     return true;
 }
 
-/* Tells the text of choice 0, which is all that an event brings. `readable`:
- * bytes that can be read from where it begins. */
+/* Tells the text of choice 0, which is all that an event brings. */
 static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
-                                      size_t readable)
+                                      size_t readable, bool *direct)
 {
-    llmcbi_choice *c = &p->answer.choices[0];
-    char *at = llmcbi_run_reserve(&p->run, llmcbi_raw_room(raw) + LLMCBI_SHORT);
-    llmcb_str text = llmcbi_slice(at, raw->len);
+    char *at = NULL;
+    llmcb_str text;
 
-    if (!at) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    if (!*direct) {
+        at = llmcbi_run_reserve(&p->run, llmcbi_raw_room(raw) + LLMCBI_SHORT);
+        if (!at) {
+            llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+            return;
+        }
+    }
+    if (!llmcbi_prompt_add_text(p, raw, readable, &text) || !p->call->stream)
         return;
-    }
-    if (!llmcbi_prompt_short(p, c, raw, readable, at)) {
-        text = llmcbi_raw_decode(&at, raw, &c->text_carry);
-        if (!llmcbi_prompt_keep(p, &c->text, text)) return;
-    }
-    if (p->call->stream && !p->cached)
+    if (*direct) {
+        *direct = llmcbi_run_tell(&p->run, text);
+    } else {
+        if (text.len < LLMCBI_SHORT)
+            memcpy(at, text.ptr, LLMCBI_SHORT);
+        else
+            memcpy(at, text.ptr, text.len + 1);
         llmcbi_run_commit(&p->run, LLMCBI_TEXT, text.len + 1);
+    }
 }
 
 /* Most events of a stream differ from the one before in nothing but their
@@ -11555,8 +11589,11 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
     size_t all = p->pattern.len, head = p->pattern_head, mid = p->pattern_mid;
     size_t tail = all - head - mid;
     uint64_t until = llmcbi_run_until(&p->run);
-    bool any = false;
+    bool direct, any = false;
 
+    while (llmcbi_run_serve_inline(&p->run)) {
+    } /* then tokens may pass the log by */
+    direct = llmcbi_run_direct(&p->run);
     do {
         const char *s = piece->ptr, *end = s + piece->len;
         llmcbi_raw raw;
@@ -11583,7 +11620,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
         }
         if ((size_t)(s - piece->ptr) - 2 > p->sse.limit) break;
         *piece = llmcbi_slice(s, (size_t)(end - s));
-        llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr));
+        llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
         any = true;
         if (!piece->len) piece++;
     } while (piece < stop && !p->outcome && p->run.head < until &&

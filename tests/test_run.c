@@ -3443,7 +3443,7 @@ TEST(null_labels_are_refused)
 /* ======== a handler by itself ============================================= */
 
 /* A lone inline handler that raises in the first of three tokens that came
- * at once gets no other; what it says in there comes behind them. */
+ * at once gets no other; what it says in there comes behind that token. */
 static int act_lone(rec *r, const llmcb_event *ev)
 {
     if (ev->kind != LLMCB_LLM_NEW_TOKEN || ev->token->text.ptr[0] != 'a')
@@ -3478,7 +3478,7 @@ TEST(a_lone_inline_handler_among_tokens)
         CHECK_INT(llmcb_op_wait(op),
                   raises ? LLMCB_EHANDLER : LLMCB_ECANCELLED);
         CHECK_STR(r->log, raises ? "start|a|error:EHANDLER"
-                                 : "start|a|b|c|text:t|error:ECANCELLED");
+                                 : "start|a|text:t|b|c|error:ECANCELLED");
         CHECK_REC(r);
         llmcb_op_free(op);
         scene_close(&s);
