@@ -121,7 +121,7 @@ static char *curl_strdup(const char *s)
 
 /* -- handlers */
 
-static void see_more(seen *s, llmcb_str text)
+__attribute__((noinline)) static void see_more(seen *s, llmcb_str text)
 {
     if (opts.own) {
         if (s->len + text.len > s->cap) {
