@@ -4434,6 +4434,7 @@ struct llmcbi_pool {
     pthread_cond_t cond;
     unsigned n_threads, n_idle, n_exited;
     unsigned n_strands, n_jobs; /* threads that run one of them */
+    bool napping;               /* one thread will look for work by itself */
     bool stop;
     llmcbi_job *jobs, **last_job;
     llmcbi_strand *strands, **last_strand;
@@ -4482,21 +4483,43 @@ static void llmcbi_pool_job(llmcb_loop *loop, llmcbi_pool *p)
     llmcbi_wake_sleeper(loop);
 }
 
+/* A thread that has just had work sleeps a millisecond before it waits to be
+ * woken: where tokens come all the time, a wake-up for each turn of the loop
+ * costs more than all the rest. What the loop itself waits for does not wait
+ * for that, another thread is woken. */
+static bool llmcbi_worker_nap(llmcb_loop *loop, llmcbi_pool *p)
+{
+    struct timespec nap = { 0, 1000000 };
+
+    if (p->napping || p->n_threads < 2 || loop->virtual_clock) return false;
+    p->napping = true;
+    llmcbi_unlock(loop);
+    nanosleep(&nap, NULL);
+    llmcbi_lock(loop);
+    p->napping = false;
+    return true;
+}
+
 static void *llmcbi_worker(void *arg)
 {
     llmcb_loop *loop = (llmcb_loop *)arg;
     llmcbi_pool *p = loop->pool;
-    bool strand;
+    bool strand, worked = false;
 
     llmcbi_lock(loop);
     for (;;) {
         if (!llmcbi_pool_has_work(p, &strand)) {
             if (p->stop) break;
+            if (worked) {
+                worked = false;
+                if (llmcbi_worker_nap(loop, p)) continue;
+            }
             p->n_idle++;
             pthread_cond_wait(&p->cond, &loop->mutex);
             p->n_idle--;
             continue;
         }
+        worked = true;
         if (strand) {
             llmcbi_strand *s = p->strands;
             p->strands = s->next;
@@ -5317,7 +5340,7 @@ static void llmcbi_publish(llmcb_loop *loop)
 {
     llmcbi_cursor *c = loop->unpublished;
     llmcbi_pool *p = loop->pool;
-    bool strand;
+    bool strand, urgent = false;
 
     if (!c) return;
     loop->unpublished = NULL;
@@ -5329,6 +5352,7 @@ static void llmcbi_publish(llmcb_loop *loop)
         c->told_limit = run->visible;
         c->told_mark = run->mark;
         c->mark = run->mark;
+        if (run->mark != UINT64_MAX) urgent = true; /* somebody waits */
         c->finish_seq = run->finish_seq;
         c->limit =
             c->mute || (run->skipping && !run->finish_seq) ? 0 : run->visible;
@@ -5345,7 +5369,8 @@ static void llmcbi_publish(llmcb_loop *loop)
             loop->progress = c;
         }
     }
-    if (p && p->n_idle && llmcbi_pool_has_work(p, &strand))
+    if (p && p->n_idle && (urgent || !p->napping) &&
+        llmcbi_pool_has_work(p, &strand))
         pthread_cond_signal(&p->cond);
     llmcbi_unlock(loop);
 }
@@ -5550,6 +5575,7 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
     else
         run->mark = UINT64_MAX;
     if (run->flusher && run->flush_at < run->mark) run->mark = run->flush_at;
+    if (run->has_pull && run->pull < run->mark) run->mark = run->pull + 1;
 }
 
 /* How far all have read: where the window begins. */

@@ -3659,6 +3659,40 @@ TEST(a_coroutine_that_awaits_a_run_is_woken_by_its_worker)
     free(r);
 }
 
+/* So is who reads chunks: they follow the handlers, and nothing else may come
+ * for a long time. */
+TEST(a_reader_of_chunks_is_woken_by_the_worker)
+{
+    gate g = GATE;
+    scene s;
+    rec *r = rec_new("S", SYNC);
+    const llmcb_chunk *chunk;
+    llmcb_op *op;
+
+    scene_init(&s);
+    s.fed = true;
+    s.ld.virtual_clock = false;
+    scene_add(&s, r);
+    r->gate = &g;
+    r->gate_kind = LLMCB_LLM_NEW_TOKEN;
+    scene_open(&s);
+    op = scene_stream(&s);
+    while (s.spy.requests < 1) llmcb_loop_run_once(s.loop, 10);
+    feed_head(&s);
+    feed_events(&s, "a");
+    turn_to_gate(&s, &g, 1);
+    gate_let(&g, ALL);
+    pool_rests(&s); /* from here on nobody calls */
+    REQUIRE(llmcb_op_next(op, &chunk));
+    CHECK_STR(chunk->text.ptr, "a");
+    llmcb_op_cancel(op);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_ECANCELLED);
+    CHECK_REC(r);
+    llmcb_op_free(op);
+    scene_close(&s);
+    free(r);
+}
+
 /* ... and one that awaits it as the call, the task or the loop goes is told,
  * once. */
 TEST(a_coroutine_that_awaits_a_run_is_told_of_its_end)

@@ -61,6 +61,7 @@ static int walk_unlock(pthread_mutex_t *m);
 static int walk_cond_wait(pthread_cond_t *c, pthread_mutex_t *m);
 static int walk_signal(pthread_cond_t *c);
 static int walk_broadcast(pthread_cond_t *c);
+static int walk_nap(const struct timespec *time, struct timespec *left);
 static pthread_t walk_self(void);
 static int walk_join(pthread_t t);
 static int walk_pthread_create(pthread_t *t, const pthread_attr_t *a,
@@ -85,6 +86,7 @@ static unsigned char walk_load(const volatile unsigned char *p);
 #define pthread_cond_wait walk_cond_wait
 #define pthread_cond_signal walk_signal
 #define pthread_cond_broadcast walk_broadcast
+#define nanosleep walk_nap
 #define pthread_self walk_self
 #define pthread_equal(a, b) ((a) == (b))
 #define pthread_join(t, r) walk_join(t)
@@ -406,6 +408,15 @@ static int walk_cond_wait(pthread_cond_t *c, pthread_mutex_t *m)
     gives_mutex();
     stop_at(AT_COND, "waits, and locks again");
     took_mutex();
+    return 0;
+}
+
+/* As long as the walker likes. */
+static int walk_nap(const struct timespec *time, struct timespec *left)
+{
+    (void)time;
+    (void)left;
+    point("naps");
     return 0;
 }
 
