@@ -2894,10 +2894,15 @@ typedef struct llmcbi_ready {
 /* Room in the heap is reserved when the timer is made: arming cannot fail. */
 typedef struct llmcbi_timer {
     void (*fn)(struct llmcbi_timer *t);
-    int64_t due;
-    uint64_t seq; /* equal times expire in the order of arming */
     size_t place; /* in the heap, from 1; 0: not armed */
 } llmcbi_timer;
+
+/* A timer that is armed. */
+typedef struct llmcbi_sleep {
+    int64_t due;
+    uint64_t seq; /* equal times expire in the order of arming */
+    llmcbi_timer *timer;
+} llmcbi_sleep;
 
 typedef struct llmcbi_watch {
     void (*fn)(struct llmcbi_watch *w, int events);
@@ -2952,7 +2957,7 @@ struct llmcb_loop {
     bool freeing; /* awaits end at once, nothing new starts */
 
     llmcbi_ready ready, round; /* list heads */
-    llmcbi_timer **heap;       /* from 1 */
+    llmcbi_sleep *heap;        /* from 1 */
     size_t n_timers, heap_cap, timers_made;
     uint64_t timer_seq;
     llmcbi_watch **watches;
@@ -3085,39 +3090,42 @@ static void llmcbi_run_ready(llmcb_loop *loop)
     }
 }
 
-/* -- timers: a binary heap */
+/* -- timers: a heap in which each has four below it, so that it is flat, and
+ * that holds what is compared, so that timers elsewhere are not looked at */
 
-static bool llmcbi_timer_before(const llmcbi_timer *a, const llmcbi_timer *b)
+static bool llmcbi_sleep_before(const llmcbi_sleep *a, const llmcbi_sleep *b)
 {
     return a->due != b->due ? a->due < b->due : a->seq < b->seq;
 }
 
-static void llmcbi_heap_put(llmcb_loop *loop, size_t place, llmcbi_timer *t)
+static void llmcbi_heap_put(llmcb_loop *loop, size_t place, llmcbi_sleep s)
 {
-    loop->heap[place] = t;
-    t->place = place;
+    loop->heap[place] = s;
+    s.timer->place = place;
 }
 
-static void llmcbi_heap_up(llmcb_loop *loop, size_t i, llmcbi_timer *t)
+static void llmcbi_heap_up(llmcb_loop *loop, size_t i, llmcbi_sleep s)
 {
-    for (; i > 1 && llmcbi_timer_before(t, loop->heap[i / 2]); i /= 2)
-        llmcbi_heap_put(loop, i, loop->heap[i / 2]);
-    llmcbi_heap_put(loop, i, t);
+    for (; i > 1 && llmcbi_sleep_before(&s, &loop->heap[(i + 2) / 4]);
+         i = (i + 2) / 4)
+        llmcbi_heap_put(loop, i, loop->heap[(i + 2) / 4]);
+    llmcbi_heap_put(loop, i, s);
 }
 
-static void llmcbi_heap_down(llmcb_loop *loop, size_t i, llmcbi_timer *t)
+static void llmcbi_heap_down(llmcb_loop *loop, size_t i, llmcbi_sleep s)
 {
-    size_t child;
+    const llmcbi_sleep *heap = loop->heap;
+    size_t n = loop->n_timers, first;
 
-    while ((child = 2 * i) <= loop->n_timers) {
-        if (child < loop->n_timers &&
-            llmcbi_timer_before(loop->heap[child + 1], loop->heap[child]))
-            child++;
-        if (!llmcbi_timer_before(loop->heap[child], t)) break;
-        llmcbi_heap_put(loop, i, loop->heap[child]);
-        i = child;
+    for (first = 4 * i - 2; first <= n; first = 4 * i - 2) {
+        size_t k, least = first;
+        for (k = first + 1; k <= n && k < first + 4; k++)
+            if (llmcbi_sleep_before(&heap[k], &heap[least])) least = k;
+        if (!llmcbi_sleep_before(&heap[least], &s)) break;
+        llmcbi_heap_put(loop, i, heap[least]);
+        i = least;
     }
-    llmcbi_heap_put(loop, i, t);
+    llmcbi_heap_put(loop, i, s);
 }
 
 static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
@@ -3125,7 +3133,7 @@ static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
 {
     if (loop->timers_made + 1 >= loop->heap_cap) {
         size_t cap = loop->heap_cap ? 2 * loop->heap_cap : 16;
-        llmcbi_timer **heap = (llmcbi_timer **)llmcbi_resize(
+        llmcbi_sleep *heap = (llmcbi_sleep *)llmcbi_resize(
             &loop->alloc, loop->heap, loop->heap_cap * sizeof *heap,
             cap * sizeof *heap);
         if (!heap) return false;
@@ -3141,13 +3149,13 @@ static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
 static void llmcbi_timer_stop(llmcb_loop *loop, llmcbi_timer *t)
 {
     size_t i = t->place;
-    llmcbi_timer *last;
+    llmcbi_sleep last;
 
     if (!i) return;
     t->place = 0;
     last = loop->heap[loop->n_timers--];
-    if (last == t) return;
-    if (i > 1 && llmcbi_timer_before(last, loop->heap[i / 2]))
+    if (last.timer == t) return;
+    if (i > 1 && llmcbi_sleep_before(&last, &loop->heap[(i + 2) / 4]))
         llmcbi_heap_up(loop, i, last);
     else
         llmcbi_heap_down(loop, i, last);
@@ -3156,15 +3164,18 @@ static void llmcbi_timer_stop(llmcb_loop *loop, llmcbi_timer *t)
 /* fn once, ms from now; at the earliest in the next turn. */
 static void llmcbi_timer_start(llmcb_loop *loop, llmcbi_timer *t, int64_t ms)
 {
+    llmcbi_sleep s;
+
     if (ms < 0) ms = 0;
     if (ms > INT64_MAX / 2) ms = INT64_MAX / 2;
     llmcbi_timer_stop(loop, t);
     /* never too early: counted from this moment and not from the turn's
      * beginning, and the clock is cut to whole milliseconds */
-    t->due = loop->virtual_clock ? loop->now + ms
-                                 : llmcbi_clock_ms() + ms + (ms > 0);
-    t->seq = ++loop->timer_seq;
-    llmcbi_heap_up(loop, ++loop->n_timers, t);
+    s.due = loop->virtual_clock ? loop->now + ms
+                                : llmcbi_clock_ms() + ms + (ms > 0);
+    s.seq = ++loop->timer_seq;
+    s.timer = t;
+    llmcbi_heap_up(loop, ++loop->n_timers, s);
     if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
 }
 
@@ -3181,9 +3192,9 @@ static void llmcbi_run_timers(llmcb_loop *loop)
 {
     uint64_t last = loop->timer_seq; /* what is armed here waits a turn */
 
-    while (loop->n_timers && loop->heap[1]->due <= loop->now &&
-           loop->heap[1]->seq <= last) {
-        llmcbi_timer *t = loop->heap[1];
+    while (loop->n_timers && loop->heap[1].due <= loop->now &&
+           loop->heap[1].seq <= last) {
+        llmcbi_timer *t = loop->heap[1].timer;
         llmcbi_timer_stop(loop, t);
         t->fn(t);
     }
@@ -3525,7 +3536,7 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
     if (!llmcbi_list_empty(&loop->ready) || LLMCBI_FLAG_GET(&loop->cancels))
         return 0;
     if (loop->n_timers) {
-        ms = loop->heap[1]->due - loop->now;
+        ms = loop->heap[1].due - loop->now;
         if (ms <= 0) return 0;
         if (ms > INT_MAX) ms = INT_MAX; /* poll takes no more */
     }
@@ -3538,7 +3549,7 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
     idle = llmcbi_pool_idle(loop);
     if (loop->virtual_clock && ms > 0) {
         if (idle && !loop->n_watches) {
-            loop->now = loop->heap[1]->due;
+            loop->now = loop->heap[1].due;
             llmcbi_unlock(loop);
             return 0;
         }
