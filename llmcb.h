@@ -2718,15 +2718,15 @@ static void llmcbi_json_quote(const llmcb_allocator *a, llmcbi_buf *b,
  * event. An event of one data line that lies whole in the input is handed
  * out in place; else its bytes are gathered in the two buffers. */
 typedef struct llmcbi_sse {
+    size_t limit;
+    uint8_t bom;     /* bytes of a byte order mark seen; 3: no longer */
+    bool skip_lf;    /* the last line ended in CR */
+    bool in_data;    /* `data` holds the lines so far */
+    bool is_error;   /* "event: error" */
+    bool told;       /* an event was handed out; is_error was its */
+    llmcb_str here;  /* the only data line so far, in the present input */
     llmcbi_buf line; /* a line that began in earlier input */
     llmcbi_buf data; /* data lines so far, joined by LF */
-    size_t limit;
-    llmcb_str here; /* the only data line so far, in the present input */
-    uint8_t bom;    /* bytes of a byte order mark seen; 3: no longer */
-    bool skip_lf;   /* the last line ended in CR */
-    bool in_data;   /* `data` holds the lines so far */
-    bool is_error;  /* "event: error" */
-    bool told;      /* an event was handed out; is_error was its */
 } llmcbi_sse;
 
 typedef enum llmcbi_sse_status {
@@ -4781,21 +4781,14 @@ typedef struct llmcbi_run llmcbi_run;
 
 struct llmcbi_run {
     llmcb_run pub;
-    llmcb_loop *loop;
     llmcb_op *home; /* the op that it belongs to */
     /* A barrier was reached, there is room again, or a handler failed. */
     void (*told)(llmcbi_run *run);
     llmcbi_ready ready;    /* the pump */
     llmcbi_timer patience; /* handler_ms; used if that is set */
     llmcbi_block *first, *last;
-    char *tail, *tail_end; /* the free part of the last block */
-    llmcbi_jump anchor;    /* where cursors begin */
-    uint64_t head;         /* events so far, with start and finish */
-    uint64_t finish_seq;   /* 0: none yet */
-    size_t held;           /* bytes in blocks */
-    size_t window_events, window_bytes;
+    llmcbi_jump anchor; /* where cursors begin */
     int64_t handler_ms;
-    const llmcb_parts *no_parts; /* of a token that is only text */
     const llmcb_start *start;
     const llmcb_result *result;
     const llmcb_output *output;
@@ -4803,24 +4796,34 @@ struct llmcbi_run {
     llmcb_event_kind start_kind, finish_kind;
     llmcbi_task *flusher; /* waits until handlers have come to flush_at */
     uint64_t flush_at;
-    /* upward: llmcbi_cursor */
-    llmcbi_cursor *cursors;
-    size_t n_cursors, n_abandoned;
-    uint64_t pull; /* events that the pull interface has passed */
+    size_t n_abandoned;
     const char *pull_pos;
-    uint64_t slowest;  /* as of the last pump: no cursor is behind it */
     uint64_t visible;  /* events that others than inline handlers may have */
     uint64_t pull_end; /* of a cancelled run */
     uint64_t mark;     /* cursors are to tell when they reach it */
     const llmcb_handler *raised_by; /* the first LLMCB_RAISE failure */
     int raised_result;
-    uint8_t state;
-    bool has_pull;
-    bool withheld;  /* its parent's start is still being told */
+
+    /* What each token needs, in one place. */
     bool lockstep;  /* some handler has LLMCB_AWAIT_EACH */
     bool starved;   /* the owner waits for room */
-    bool skipping;  /* cancelled: cursors jump to the finish */
     bool abandoned; /* a handler was too slow; its cursors are given up */
+    bool withheld;  /* its parent's start is still being told */
+    uint8_t state;
+    bool has_pull;
+    bool skipping; /* cancelled: cursors jump to the finish */
+    llmcb_loop *loop;
+    /* upward: llmcbi_cursor */
+    llmcbi_cursor *cursors;
+    size_t n_cursors;
+    uint64_t head;       /* events so far, with start and finish */
+    uint64_t finish_seq; /* 0: none yet */
+    uint64_t slowest;    /* as of the last pump: no cursor is behind it */
+    uint64_t pull;       /* events that the pull interface has passed */
+    size_t held;         /* bytes in blocks */
+    size_t window_events, window_bytes;
+    char *tail, *tail_end;       /* the free part of the last block */
+    const llmcb_parts *no_parts; /* of a token that is only text */
 };
 
 /* The legal moves: each state goes to the next or, on a cancel, a failure
@@ -5057,22 +5060,22 @@ static llmcb_code llmcbi_run_data(llmcbi_run *run, llmcb_event_kind kind,
 struct llmcbi_cursor {
     llmcbi_run *run;
     llmcb_handler *handler;
-    llmcbi_strand *strand;          /* NULL: nothing runs on the pool */
-    llmcbi_task *task;              /* NULL: nothing is async */
-    llmcb_sync_fn on_token;         /* of the handler; nearly all are these */
-    const char *pos;                /* the next record */
-    uint64_t done;                  /* events it is done with */
-    uint64_t known;                 /* the loop's copy of done */
-    uint64_t skipped;               /* events that it will not be shown */
-    uint64_t told_limit, told_mark; /* what was published last */
-    llmcbi_cursor *next_unpublished;
+    llmcb_sync_fn on_token; /* of the handler; nearly all are these */
+    const char *pos;        /* the next record */
+    uint64_t done;          /* events it is done with */
+    uint64_t known;         /* the loop's copy of done */
     bool unpublished;
     uint8_t token_lane; /* llmcbi_lane of a token event */
     bool on_pool;
-    bool running; /* its coroutine has begun and not ended */
-    bool mute;    /* has not seen the start, or is given up */
-    bool passing; /* passes over all but the finish */
-    bool timed;   /* the run waits for it, with known at timed_at, since */
+    bool running;          /* its coroutine has begun and not ended */
+    bool mute;             /* has not seen the start, or is given up */
+    bool passing;          /* passes over all but the finish */
+    bool timed;            /* the run waits for it, known at timed_at, since */
+    llmcbi_strand *strand; /* NULL: nothing runs on the pool */
+    llmcbi_task *task;     /* NULL: nothing is async */
+    uint64_t skipped;      /* events that it will not be shown */
+    uint64_t told_limit, told_mark; /* what was published last */
+    llmcbi_cursor *next_unpublished;
     uint64_t timed_at;
     int64_t since;
 
@@ -6610,12 +6613,12 @@ struct llmcb_exchange {
     llmcb_transport *tr;
     const llmcbi_sink *sink;
     void *owner;
+    bool ended;  /* by the transport */
+    bool paused; /* the transport waits for resume */
+    llmcb_ending ending;
     llmcbi_buf held; /* what the sink has not taken, from held_at on */
     size_t held_at;
     const llmcb_error *end_error; /* an end behind the held bytes */
-    llmcb_ending ending;
-    bool ended;  /* by the transport */
-    bool paused; /* the transport waits for resume */
 };
 
 #define LLMCBI_EXCHANGE_HEAD LLMCBI_ALIGN(sizeof(llmcb_exchange))
@@ -6887,22 +6890,21 @@ enum {
 
 /* Strict RFC 9112. Zeroed but for the limits: at the start of a response. */
 typedef struct llmcbi_h1 {
-    size_t max_line, max_block, max_fields;
-    uint64_t max_body;
-    llmcbi_buf line; /* a line that began in earlier input */
-    size_t block, fields, interims, extension;
-    uint64_t left, body, framing;
-    int status;
-    int digits;
     uint8_t state;
     bool begun; /* some byte has come, but for interim responses */
     bool interim, chunked, has_length;
     bool close; /* the connection cannot be used again */
     bool close_said;
+    int digits;
+    int status;
+    uint64_t left, body, framing, max_body;
     /* What llmcbi_h1_next found. */
-    llmcb_str name, value;
+    llmcb_str value, name;
     llmcb_code code;
     const char *message;
+    llmcbi_buf line; /* a line that began in earlier input */
+    size_t block, fields, interims, extension;
+    size_t max_line, max_block, max_fields;
 } llmcbi_h1;
 
 #define LLMCBI_H1_MAX_INTERIM 8
@@ -7442,27 +7444,29 @@ typedef struct llmcbi_conn llmcbi_conn;
 
 /* A connection, with the exchange that it serves at the moment. */
 struct llmcbi_conn {
-    llmcbi_conn *prev, *next; /* of the transport */
+    /* First what each read looks at, so that it is in one place. */
     llmcbi_sock *sock;
     llmcb_exchange *x;            /* NULL: lingering or idle */
     const llmcb_request *request; /* of x, until it is sent and answered */
-    llmcbi_ready ready;
-    llmcbi_timer timer; /* connect share, linger or idle */
+    size_t sent;                  /* of head and body together */
     llmcbi_watch watch;
-    llmcbi_job *dns;
-    struct addrinfo *addresses, *address; /* all, and the one tried */
-    llmcbi_buf head;                      /* request head, until it is sent */
-    size_t sent;                          /* of head and body together */
-    size_t lingered;
-    llmcbi_h1 h1;
-    int64_t born;
-    char *key; /* the address without its path: who may share it */
-    uint64_t identity;
     int fd;
-    int sys_errno; /* why the last address failed */
     uint8_t state;
     bool reused;   /* its descriptor has served another exchange */
     bool replayed; /* a reused one has failed already */
+    llmcbi_h1 h1;
+
+    llmcbi_conn *prev, *next; /* of the transport */
+    llmcbi_ready ready;
+    llmcbi_timer timer; /* connect share, linger or idle */
+    llmcbi_job *dns;
+    struct addrinfo *addresses, *address; /* all, and the one tried */
+    llmcbi_buf head;                      /* request head, until it is sent */
+    size_t lingered;
+    int64_t born;
+    char *key; /* the address without its path: who may share it */
+    uint64_t identity;
+    int sys_errno; /* why the last address failed */
 };
 
 struct llmcbi_sock {
@@ -9849,9 +9853,9 @@ static const llmcb_result *llmcbi_no_result(void)
 
 typedef struct llmcbi_answer {
     llmcbi_choice *choices;
+    size_t total; /* bytes of text in all choices */
     llmcb_generation *generations;
     size_t n, cap;
-    size_t total; /* bytes of text in all choices */
     llmcb_result result;
 } llmcbi_answer;
 
@@ -10949,47 +10953,54 @@ typedef struct llmcbi_asked {
 /* One prompt. */
 struct llmcbi_prompt {
     llmcbi_run run; /* first, so that a run leads here */
+    /* With the last part of the run, what each token needs. */
     llmcbi_call *call;
-    llmcbi_asked *asked; /* NULL: it is not needed any more */
     llmcb_exchange *x;
-    llmcbi_timer timer;
-    int64_t phase_due, total_due; /* 0: none; absolute */
-    int64_t paused_at;
+    const llmcb_error *outcome; /* NULL: not known yet */
     int64_t last_data;
-    llmcbi_sse sse;
-    llmcbi_buf text; /* a body that is no stream; a redirect's target */
     /* The last event, if it brought nothing but text and the next one begins
      * where the input stands: what is before its text, what is behind it, and
      * what is behind its padding if it has such. */
     llmcbi_buf pattern;
     size_t pattern_head, pattern_mid;
+    uint8_t phase, body_kind;
+    int8_t should_retry; /* -1, 0, 1 */
+    bool html, encoded;  /* what the head says of the body */
+    bool sent;           /* the transport has no need of the request */
+    bool got_body;       /* some byte of a success has come: no retry */
+    bool got_chunk;
+    bool sentinel;
+    bool launched;   /* its first request has been made */
+    bool over;       /* the exchange is to be let go of */
+    bool orderly;    /* and its response was complete */
+    bool limited;    /* it waits for the limiter */
+    bool cached;     /* the answer comes from the cache */
+    bool usage_told; /* with pending_done choices */
+    llmcbi_answer answer;
     llmcbi_buf pending;  /* an event of which some choices must wait */
     size_t pending_done; /* choices of it that have been told */
-    bool usage_told;     /* and the usage with them */
-    llmcbi_answer answer;
-    const llmcb_error *outcome; /* NULL: not known yet */
+    llmcbi_sse sse;
+
+    llmcbi_asked *asked; /* NULL: it is not needed any more */
+    llmcbi_timer timer;
+    int64_t phase_due, total_due; /* 0: none; absolute */
+    int64_t paused_at;
+    llmcbi_buf text; /* a body that is no stream; a redirect's target */
     int64_t retry_after;
     int attempt;
     int status;
     char request_id[64];
-    int8_t should_retry; /* -1, 0, 1 */
-    uint8_t phase, body_kind;
-    bool html, encoded; /* what the head says of the body */
-    bool sent;          /* the transport has no need of the request */
-    bool got_body;      /* some byte of a success has come: no retry */
-    bool got_chunk;
-    bool sentinel;
-    bool launched; /* its first request has been made */
-    bool over;     /* the exchange is to be let go of */
-    bool orderly;  /* and its response was complete */
-    bool limited;  /* it waits for the limiter */
-    bool cached;   /* the answer comes from the cache */
     llmcbi_prompt *next_limited;
 };
 
 struct llmcbi_call {
     llmcb_op op;
     llmcb_chat *chat;
+    bool stream; /* the request asks for one */
+    bool shown;  /* the record at pull_pos is in the program's hands */
+    bool pull;
+    bool cancelled;
+    bool orphaned;      /* destroyed but for a worker inside a handler */
     llmcbi_ready ready; /* looks what can go on */
     llmcbi_arena arena;
     llmcbi_arena talk; /* the messages, until the start has been told */
@@ -10999,12 +11010,7 @@ struct llmcbi_call {
     size_t max_open;
     const llmcb_error *late; /* a failure that changed no event */
     size_t told;             /* prompts whose error has been told, in order */
-    bool stream;             /* the request asks for one */
     llmcb_chunk chunk;       /* what the pull interface shows */
-    bool shown; /* the record at pull_pos is in the program's hands */
-    bool pull;
-    bool cancelled;
-    bool orphaned; /* destroyed but for a worker inside a handler */
 };
 
 static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e);
@@ -11662,7 +11668,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
         if (!piece->len) piece++;
     } while (piece < stop && !p->outcome && p->run.head < until &&
              p->run.held <= p->run.window_bytes);
-    if (any) p->last_data = p->call->op.loop->now;
+    if (any) p->last_data = p->run.loop->now;
     return any;
 }
 

@@ -938,10 +938,16 @@ TEST_ON_ALL(fault_105_no_memory)
 static bool timers_fail;
 static int timers_failed;
 
+typedef struct armed { /* as the block holds one */
+    int64_t due;
+    uint64_t seq;
+    void *timer;
+} armed;
+
 static void *resize_but_timers(void *user, void *ptr, size_t old, size_t size)
 {
-    if (timers_fail && old == 16 * sizeof(void *) &&
-        size == 32 * sizeof(void *)) {
+    if (timers_fail && old == 16 * sizeof(armed) &&
+        size == 32 * sizeof(armed)) {
         timers_failed++;
         return NULL;
     }
