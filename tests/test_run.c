@@ -3440,6 +3440,102 @@ TEST(null_labels_are_refused)
     }
 }
 
+/* ======== what is asked ==================================================== */
+
+#define LONG_QUESTION 100000
+
+/* It goes with the first byte of an answer once the transport has sent it, in
+ * either order; a transport that does not say so has it to the end, and so
+ * has a cache, whose key it is. */
+TEST(a_request_goes_when_nobody_needs_it)
+{
+    enum { NEVER, BEFORE, BEHIND, CACHED };
+    char *text = (char *)malloc(LONG_QUESTION + 1);
+    int how;
+
+    REQUIRE(text);
+    memset(text, 'x', LONG_QUESTION);
+    text[LONG_QUESTION] = '\0';
+    for (how = NEVER; how <= CACHED; how++) {
+        llmcb_message question;
+        llmcb_chat_desc cd;
+        llmcb_chat *chat;
+        llmcb_op *op;
+        scene s;
+
+        memset(&question, 0, sizeof question);
+        question.role = LLMCB_USER;
+        question.content = text;
+        scene_init(&s);
+        s.fed = true;
+        scene_open(&s);
+        cd = s.cd;
+        cd.streaming = true;
+        if (how == CACHED) cd.cache = llmcb_cache_new(s.loop, 0);
+        chat = llmcb_chat_new(s.loop, &cd);
+        op = llmcb_chat_generate(chat, &question, 1, NULL);
+        while (s.spy.requests < 1) turns(&s, 1);
+        llmcb_exchange_sent(how == BEHIND ? NULL : s.spy.fed);
+        if (how == NEVER) { /* another call, which is not told of */
+            llmcb_op_cancel(op);
+            llmcb_op_wait(op);
+            llmcb_op_free(op);
+            op = llmcb_chat_generate(chat, &question, 1, NULL);
+            while (s.spy.requests < 2) turns(&s, 1);
+        }
+        CHECK(s.heap.bytes > LONG_QUESTION); /* there may be another attempt */
+        feed_head(&s);
+        feed_events(&s, "a");
+        if (how == BEHIND) {
+            CHECK(s.heap.bytes > LONG_QUESTION);
+            llmcb_exchange_sent(s.spy.fed);
+        }
+        CHECK_INT(s.heap.bytes > LONG_QUESTION, how == NEVER || how == CACHED);
+        feed_events(&s, "b" DONE);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        CHECK_STR(llmcb_op_text(op).ptr, "ab");
+        if (how != CACHED) CHECK(s.heap.bytes < LONG_QUESTION);
+        llmcb_op_free(op);
+        if (how == CACHED) {
+            op = llmcb_chat_generate(chat, &question, 1, NULL);
+            CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+            CHECK_INT(s.spy.requests, 1);
+            llmcb_op_free(op);
+        }
+        llmcb_chat_free(chat);
+        llmcb_cache_free(cd.cache);
+        scene_close(&s);
+    }
+    free(text);
+}
+
+/* A request that is sent and refused is asked again, whole. */
+TEST(a_request_that_was_sent_can_be_asked_again)
+{
+    char first[sizeof((spy *)0)->body];
+    llmcb_op *op;
+    scene s;
+
+    scene_init(&s);
+    s.fed = true;
+    scene_open(&s);
+    op = scene_call(&s);
+    while (s.spy.requests < 1) turns(&s, 1);
+    strcpy(first, s.spy.body);
+    llmcb_exchange_connected(s.spy.fed);
+    llmcb_exchange_sent(s.spy.fed);
+    llmcb_exchange_status(s.spy.fed, 500);
+    llmcb_exchange_data(s.spy.fed, "busy", 4);
+    llmcb_exchange_end(s.spy.fed, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
+    while (s.spy.requests < 2) llmcb_loop_run_once(s.loop, -1);
+    CHECK_STR(s.spy.body, first);
+    feed_head(&s);
+    feed_events(&s, "a" DONE);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    llmcb_op_free(op);
+    scene_close(&s);
+}
+
 /* ======== a handler by itself ============================================= */
 
 /* A lone inline handler that raises in the first of three tokens that came
