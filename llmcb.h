@@ -157,15 +157,18 @@
  *
  * WHAT IT COSTS
  *
- *   A token costs one copy and one call a handler; a burst of 64 costs one
- *   wake-up of one worker, and nothing is allocated. Tokens that come one by
- *   one cost what the system takes for reading each from a socket. An inline
- *   handler is the cheapest, an async one that does not await costs about
- *   the same, a sync one the hand-over of each batch; LLMCB_AWAIT_EACH costs
- *   a wake-up both ways for each token. An open stream on plain sockets
- *   takes a few KiB, with libcurl several times that. Use plain sockets for
- *   http:// and unix: addresses, libcurl for TLS. Figures, and how they were
- *   taken: tests/bench/README.md.
+ *   A token costs one copy and one call a handler, and nothing is allocated.
+ *   Tokens that come one by one cost what the system takes for reading each
+ *   from a socket. An inline handler is the cheapest: where all of a run's
+ *   are, a token is shown in the answer's own memory while it is read. An
+ *   async one that does not await costs a copy more, a sync one the
+ *   hand-over of what came in one turn: that wakes a worker, or one that has
+ *   just had work finds it within a millisecond. LLMCB_AWAIT_EACH costs a
+ *   wake-up both ways for each token, which never waits for that. An open
+ *   stream on plain sockets takes 3 KiB and its text, with libcurl several
+ *   times that; what was asked is given back when the answer begins. Use
+ *   plain sockets for http:// and unix: addresses, libcurl for TLS. Figures,
+ *   and how they were taken: tests/bench/README.md.
  *
  * DIFFERENCES FROM LANGCHAIN, each on purpose
  *
@@ -7464,9 +7467,9 @@ struct llmcbi_conn {
     llmcbi_buf head;                      /* request head, until it is sent */
     size_t lingered;
     int64_t born;
-    char *key; /* the address without its path: who may share it */
     uint64_t identity;
     int sys_errno; /* why the last address failed */
+    char key[1];   /* the address without its path: who may share it */
 };
 
 struct llmcbi_sock {
@@ -7507,13 +7510,12 @@ static void llmcbi_conn_free(llmcbi_conn *c)
     llmcbi_timer_free(loop, &c->timer);
     llmcbi_conn_wipe_head(c);
     llmcbi_h1_free(&loop->alloc, &c->h1);
-    if (c->key) llmcbi_free(&loop->alloc, c->key, strlen(c->key) + 1);
     if (c->next) c->next->prev = c->prev;
     if (c->prev)
         c->prev->next = c->next;
     else
         c->sock->conns = c->next;
-    llmcbi_free(&loop->alloc, c, sizeof *c);
+    llmcbi_free(&loop->alloc, c, sizeof *c + strlen(c->key));
 }
 
 static llmcbi_conn **llmcbi_conn_slot(llmcb_exchange *x)
@@ -8043,11 +8045,14 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
 {
     llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
     llmcb_loop *loop = tr->loop;
-    llmcbi_conn *c = (llmcbi_conn *)llmcbi_alloc(&loop->alloc, sizeof *c);
-    const char *slash;
-    size_t n;
+    llmcbi_conn *c;
+    const char *slash = strstr(request->url, "://");
+    size_t n = slash ? 3 + (size_t)(slash - request->url) : 0;
 
+    n = slash ? n + strcspn(request->url + n, "/") : strlen(request->url);
+    c = (llmcbi_conn *)llmcbi_alloc(&loop->alloc, sizeof *c + n);
     if (!c) return LLMCB_ENOMEM;
+    memcpy(c->key, request->url, n); /* it is freed by its length */
     c->sock = sock;
     c->fd = -1;
     c->x = x;
@@ -8055,15 +8060,10 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
     c->identity = request->identity;
     c->ready.fn = llmcbi_conn_begin;
     c->watch.fn = llmcbi_conn_event;
-    slash = strstr(request->url, "://");
-    n = slash ? 3 + (size_t)(slash - request->url) : 0;
-    n = slash ? n + strcspn(request->url + n, "/") : strlen(request->url);
     c->next = sock->conns;
     if (c->next) c->next->prev = c;
     sock->conns = c;
-    c->key = (char *)llmcbi_alloc(&loop->alloc, n + 1);
-    if (c->key) memcpy(c->key, request->url, n); /* freed by its length */
-    if (!c->key || !llmcbi_timer_init(loop, &c->timer, llmcbi_conn_timer)) {
+    if (!llmcbi_timer_init(loop, &c->timer, llmcbi_conn_timer)) {
         llmcbi_conn_free(c);
         return LLMCB_ENOMEM;
     }

@@ -3582,6 +3582,44 @@ TEST(a_lone_inline_handler_among_tokens)
     }
 }
 
+/* One that takes no tokens is not passed by with what it does take. */
+TEST(who_takes_no_tokens_gets_the_rest)
+{
+    static const mode kinds[] = { SYNC, ASYNC, INLINE };
+    size_t k;
+
+    for (k = 0; k < 3; k++) {
+        scene s;
+        rec *first = rec_new("I", INLINE), *r = rec_new("R", kinds[k]);
+        llmcb_op *op;
+
+        scene_init(&s);
+        s.fed = true;
+        scene_add(&s, first);
+        scene_add(&s, r);
+        first->act = act_lone;
+        r->h.sync.on_llm_new_token = NULL;
+        r->h.async.on_llm_new_token = NULL;
+        scene_open(&s);
+        op = scene_call(&s);
+        while (s.spy.requests < 1) turns(&s, 1);
+        feed_head(&s);
+        /* two reads in one turn */
+        llmcb_loop_post(s.loop, feed_arrive, feed_new(&s, "x|a|b"));
+        feed_events(&s, "c|d" DONE);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        CHECK_STR(first->log, k == 2 ? "start|x|a|text:t|b|c|d||end"
+                                     : "start|x|a|b|text:t|c|d||end");
+        CHECK_STR(r->log, "start|text:t|end");
+        CHECK_REC(first);
+        CHECK_REC(r);
+        llmcb_op_free(op);
+        scene_close(&s);
+        free(first);
+        free(r);
+    }
+}
+
 /* Tokens and an event of the program between them, all in the log before the
  * handler is given any. */
 typedef struct mixture {
