@@ -5688,11 +5688,11 @@ static bool llmcbi_run_direct(llmcbi_run *run)
     llmcb_loop *loop = run->loop;
     size_t i;
 
-    if (run->has_pull || run->skipping) return false;
+    if (run->has_pull) return false;
     for (i = 0; i < run->n_cursors; i++) {
         const llmcbi_cursor *c = &run->cursors[i];
         if (c->token_lane > LLMCBI_LANE_INLINE || c->done != run->head ||
-            c->on_pool || c->running || c->mute || c->passing)
+            c->on_pool || c->mute || c->passing)
             return false;
     }
     loop->token.kind = LLMCB_LLM_NEW_TOKEN;
