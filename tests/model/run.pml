@@ -27,6 +27,7 @@ bool in_progress; /* the cursor is in the loop's list */
 byte done, limit, mark, finish; /* of the cursor, as workers see it */
 byte running;     /* n_strands */
 byte waiting, woken; /* workers in pthread_cond_wait, and signalled there */
+bool napping;     /* a worker will look again by itself */
 bool stop;
 byte exited;
 
@@ -67,6 +68,7 @@ inline signal() {
 
 proctype worker() {
     byte at, to, fin;
+    bool worked;
 
 again:
     atomic {
@@ -74,11 +76,16 @@ again:
         :: queued && running < 1 -> /* one thread is left for blocking work */
             queued = false;
             running++;
+            worked = true;
             at = done; to = limit; fin = finish
         :: else ->
             if
             :: stop -> goto leave
-            :: else -> waiting++
+            :: else
+            fi;
+            if
+            :: worked && !napping -> worked = false; napping = true; goto nap
+            :: else -> worked = false; waiting++
             fi;
             goto wait
         fi
@@ -127,6 +134,9 @@ again:
         at = 0; to = 0; fin = 0
     }
     goto again;
+nap: /* what nobody waits for is only late if it never ends: no BREAK_ here */
+    napping = false;
+    goto again;
 wait:
     atomic { woken > 0 -> woken-- }
     goto again;
@@ -158,7 +168,8 @@ inline publish() {
             fi;
 #ifndef BREAK_SIGNAL
             if
-            :: queued && running < 1 -> signal()
+            :: queued && running < 1 && (my_mark != NEVER || !napping) ->
+                signal()
             :: else
             fi
 #endif
