@@ -64,11 +64,18 @@ static void check_number(const llmcbi_json *j)
     int64_t v = 0;
     char text[24], *end;
     bool whole = llmcbi_json_int(j, &v);
-    size_t i, digits = 0;
+    size_t i, digits = 0, begin;
 
     for (i = 0; i < j->len; i++)
         digits += j->str[i] >= '0' && j->str[i] <= '9';
-    if (digits + (j->str[0] == '-') < j->len) FUZZ_CHECK(!whole);
+    begin = j->str[0] == '-';
+    if (digits + begin < j->len && whole) { /* 7.00 is, 7.01 and 7e2 are not */
+        while (begin < j->len && j->str[begin] != '.') begin++;
+        FUZZ_CHECK(begin < j->len);
+        for (begin++; begin < j->len; begin++)
+            FUZZ_CHECK(j->str[begin] == '0');
+        return;
+    }
     if (digits > 18) return; /* may be too large, or not */
     memcpy(text, j->str, j->len < 23 ? j->len : 23);
     text[j->len < 23 ? j->len : 23] = '\0';
