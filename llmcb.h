@@ -5691,8 +5691,8 @@ static bool llmcbi_run_direct(llmcbi_run *run)
     if (run->has_pull) return false;
     for (i = 0; i < run->n_cursors; i++) {
         const llmcbi_cursor *c = &run->cursors[i];
-        if (c->token_lane > LLMCBI_LANE_INLINE || c->done != run->head ||
-            c->on_pool || c->mute || c->passing)
+        if (c->token_lane > LLMCBI_LANE_INLINE || c->on_pool ||
+            c->done != run->head || c->mute || c->passing)
             return false;
     }
     loop->token.kind = LLMCB_LLM_NEW_TOKEN;
@@ -12465,7 +12465,7 @@ static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
     p->answer.result.sentinel = p->sentinel;
     llmcbi_answer_show(&p->answer, ok);
     if (ok) llmcbi_prompt_keep_answer(p);
-    if (!p->x) llmcbi_prompt_forget_asked(p);
+    llmcbi_prompt_forget_asked(p); /* the exchange is gone */
     llmcbi_run_finish(&p->run, &p->answer.result, NULL, p->outcome);
 }
 
