@@ -1007,7 +1007,7 @@ LLMCB_API void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
                                      llmcb_str value);
 
 /* Bytes of the body, transfer coding removed. All are taken; false: give no
- * more until resume is called. */
+ * more until resume is called. Inline handlers may be called inside. */
 LLMCB_API bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
                                    size_t len);
 
