@@ -1947,6 +1947,13 @@ static const char *llmcbi_arena_text(const llmcb_allocator *a,
     return p;
 }
 
+static llmcb_str llmcbi_arena_str(const llmcb_allocator *a, llmcbi_arena *arena,
+                                  llmcb_str s)
+{
+    s.ptr = llmcbi_arena_text(a, arena, s.ptr, s.len);
+    return s;
+}
+
 static void llmcbi_arena_free(const llmcb_allocator *a, llmcbi_arena *arena)
 {
     while (arena->blocks) {
@@ -4780,6 +4787,15 @@ typedef enum llmcbi_run_state {
     LLMCBI_RUN_DONE
 } llmcbi_run_state;
 
+/* Who reads the tokens as chunks, behind the handlers. */
+typedef struct llmcbi_reader {
+    const char *pos;
+    uint64_t seq;      /* events that it has passed */
+    uint64_t end;      /* of a cancelled run */
+    llmcb_chunk chunk; /* what it shows */
+    bool shown;        /* the record at pos is in the program's hands */
+} llmcbi_reader;
+
 typedef struct llmcbi_run llmcbi_run;
 
 struct llmcbi_run {
@@ -4799,11 +4815,8 @@ struct llmcbi_run {
     llmcb_event_kind start_kind, finish_kind;
     llmcbi_task *flusher; /* waits until handlers have come to flush_at */
     uint64_t flush_at;
-    size_t n_abandoned;
-    const char *pull_pos;
-    uint64_t visible;  /* events that others than inline handlers may have */
-    uint64_t pull_end; /* of a cancelled run */
-    uint64_t mark;     /* cursors are to tell when they reach it */
+    uint64_t visible; /* events that others than inline handlers may have */
+    uint64_t mark;    /* cursors are to tell when they reach it */
     const llmcb_handler *raised_by; /* the first LLMCB_RAISE failure */
     int raised_result;
 
@@ -4813,17 +4826,17 @@ struct llmcbi_run {
     bool abandoned; /* a handler was too slow; its cursors are given up */
     bool withheld;  /* its parent's start is still being told */
     uint8_t state;
-    bool has_pull;
+    bool gave_up;  /* on a handler: it may still be reading */
     bool skipping; /* cancelled: cursors jump to the finish */
     llmcb_loop *loop;
     /* upward: llmcbi_cursor */
     llmcbi_cursor *cursors;
     size_t n_cursors;
-    uint64_t head;       /* events so far, with start and finish */
-    uint64_t finish_seq; /* 0: none yet */
-    uint64_t slowest;    /* as of the last pump: no cursor is behind it */
-    uint64_t pull;       /* events that the pull interface has passed */
-    size_t held;         /* bytes in blocks */
+    llmcbi_reader *reader; /* NULL: none, or no more */
+    uint64_t head;         /* events so far, with start and finish */
+    uint64_t finish_seq;   /* 0: none yet */
+    uint64_t slowest;      /* as of the last pump: no cursor is behind it */
+    size_t held;           /* bytes in blocks */
     size_t window_events, window_bytes;
     char *tail, *tail_end;       /* the free part of the last block */
     const llmcb_parts *no_parts; /* of a token that is only text */
@@ -5563,7 +5576,7 @@ static void llmcbi_run_recycle(llmcbi_run *run)
     uint64_t past = run->slowest;
     size_t i;
 
-    if (run->has_pull && run->pull < past) past = run->pull;
+    if (run->reader && run->reader->seq < past) past = run->reader->seq;
     for (i = 0; i < run->n_cursors; i++) /* mute ones still hold a place */
         if (run->cursors[i].known < past) past = run->cursors[i].known;
     while (run->first && run->first->next &&
@@ -5574,7 +5587,7 @@ static void llmcbi_run_recycle(llmcbi_run *run)
             llmcbi_run_drop_first(run);
         for (i = 0; i < run->n_cursors; i++)
             run->cursors[i].pos = (const char *)&run->anchor;
-        run->pull_pos = (const char *)&run->anchor;
+        if (run->reader) run->reader->pos = (const char *)&run->anchor;
     }
 }
 
@@ -5592,13 +5605,16 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
     else
         run->mark = UINT64_MAX;
     if (run->flusher && run->flush_at < run->mark) run->mark = run->flush_at;
-    if (run->has_pull && run->pull < run->mark) run->mark = run->pull + 1;
+    if (run->reader && run->reader->seq < run->mark)
+        run->mark = run->reader->seq + 1;
 }
 
 /* How far all have read: where the window begins. */
 static inline uint64_t llmcbi_run_window(const llmcbi_run *run)
 {
-    return run->has_pull && run->pull < run->slowest ? run->pull : run->slowest;
+    const llmcbi_reader *r = run->reader;
+
+    return r && r->seq < run->slowest ? r->seq : run->slowest;
 }
 
 /* As far as this event there is room in the window, but for its bytes. */
@@ -5688,7 +5704,7 @@ static bool llmcbi_run_direct(llmcbi_run *run)
     llmcb_loop *loop = run->loop;
     size_t i;
 
-    if (run->has_pull) return false;
+    if (run->reader) return false;
     for (i = 0; i < run->n_cursors; i++) {
         const llmcbi_cursor *c = &run->cursors[i];
         if (c->token_lane > LLMCBI_LANE_INLINE || c->on_pool ||
@@ -5952,7 +5968,6 @@ static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
     run->home = home;
     run->ready.fn = llmcbi_run_pump;
     run->mark = UINT64_MAX;
-    run->pull_pos = (const char *)&run->anchor;
     if (run->handler_ms > 0 &&
         !llmcbi_timer_init(loop, &run->patience, llmcbi_run_impatient))
         return LLMCB_ENOMEM;
@@ -5979,7 +5994,6 @@ static void llmcbi_run_begin(llmcbi_run *run, llmcb_event_kind kind,
     run->start_kind = kind;
     run->start = start;
     run->head = 1;
-    run->pull = 1;
     llmcbi_make_ready(run->loop, &run->ready);
 }
 
@@ -6025,7 +6039,7 @@ static void llmcbi_run_skip(llmcbi_run *run)
     llmcbi_run_interrupt(run);
     for (i = 0; i < run->n_cursors; i++)
         if (run->cursors[i].on_pool) llmcbi_cursor_unpublish(&run->cursors[i]);
-    run->pull_end = run->slowest;
+    if (run->reader) run->reader->end = run->slowest;
     llmcbi_make_ready(run->loop, &run->ready);
 }
 
@@ -6083,7 +6097,7 @@ static void llmcbi_run_abandon(llmcbi_run *run)
             c->since + run->handler_ms > run->loop->now)
             continue;
         c->mute = true;
-        run->n_abandoned++;
+        run->gave_up = true;
         if (c->running) llmcbi_task_cancel(c->task);
         if (c->on_pool) llmcbi_cursor_unpublish(c);
         run->abandoned = true;
@@ -6351,13 +6365,11 @@ static size_t llmcbi_add_pairs(llmcb_pair *out, size_t n,
 typedef struct llmcbi_setup {
     llmcb_handler **handlers;
     size_t n_handlers;
-    const char **tags;
+    const char *const *tags;
     size_t n_tags;
-    llmcb_pair *metadata; /* with room for LLMCBI_MORE_PAIRS */
+    const llmcb_pair *metadata;
     size_t n_metadata;
 } llmcbi_setup;
-
-#define LLMCBI_MORE_PAIRS 4
 
 static void llmcbi_setup_add(llmcbi_setup *s, llmcb_handler *const *list,
                              size_t n)
@@ -6377,6 +6389,45 @@ static const char *llmcbi_arena_copy(const llmcb_allocator *a,
     return s ? llmcbi_arena_text(a, arena, s, strlen(s)) : NULL;
 }
 
+static void llmcbi_setup_tags(const llmcb_allocator *a, llmcbi_arena *arena,
+                              llmcbi_setup *s, const llmcb_config *c)
+{
+    const char **tags;
+    size_t i, n = c->n_tags + c->n_local_tags + (c->step ? 1 : 0);
+
+    if (!n) return;
+    tags = (const char **)llmcbi_arena_get(a, arena,
+                                           (n + s->n_tags) * sizeof *tags);
+    if (!tags) return;
+    n = llmcbi_add_tags(tags, 0, c->tags, c->n_tags);
+    n = llmcbi_add_tags(tags, n, c->local_tags, c->n_local_tags);
+    if (c->step) n = llmcbi_add_tags(tags, n, &c->step, 1);
+    for (i = 0; i < n; i++)
+        tags[i] = llmcbi_arena_copy(a, arena, tags[i]);
+    s->n_tags = llmcbi_add_tags(tags, n, s->tags, s->n_tags);
+    s->tags = tags;
+}
+
+static void llmcbi_setup_metadata(const llmcb_allocator *a, llmcbi_arena *arena,
+                                  llmcbi_setup *s, const llmcb_config *c)
+{
+    llmcb_pair *pairs;
+    size_t i, n = c->n_metadata + c->n_local_metadata;
+
+    if (!n) return;
+    pairs = (llmcb_pair *)llmcbi_arena_get(a, arena,
+                                           (n + s->n_metadata) * sizeof *pairs);
+    if (!pairs) return;
+    n = llmcbi_add_pairs(pairs, 0, c->metadata, c->n_metadata);
+    n = llmcbi_add_pairs(pairs, n, c->local_metadata, c->n_local_metadata);
+    for (i = 0; i < n; i++) {
+        pairs[i].key = llmcbi_arena_copy(a, arena, pairs[i].key);
+        pairs[i].value = llmcbi_arena_copy(a, arena, pairs[i].value);
+    }
+    s->n_metadata = llmcbi_add_pairs(pairs, n, s->metadata, s->n_metadata);
+    s->metadata = pairs;
+}
+
 /* First the configuration's lists, then its local ones, then those of the
  * object that makes the runs (which are not copied), then the loop's hooks.
  * No memory: the arena has failed. */
@@ -6385,43 +6436,24 @@ static void llmcbi_setup_make(llmcb_loop *loop, llmcbi_arena *arena,
                               const llmcb_config *own)
 {
     const llmcb_allocator *a = &loop->alloc;
-    size_t i, n;
 
-    memset(s, 0, sizeof *s);
     s->handlers = (llmcb_handler **)llmcbi_arena_get(
         a, arena,
         (c->n_callbacks + c->n_local_callbacks + own->n_callbacks +
          loop->n_hooks) *
             sizeof *s->handlers);
-    s->tags = (const char **)llmcbi_arena_get(
-        a, arena,
-        (c->n_tags + c->n_local_tags + own->n_tags + 1) * sizeof *s->tags);
-    s->metadata =
-        (llmcb_pair *)llmcbi_arena_get(a, arena,
-                                       (c->n_metadata + c->n_local_metadata +
-                                        own->n_metadata + LLMCBI_MORE_PAIRS) *
-                                           sizeof *s->metadata);
+    s->n_handlers = 0;
+    s->tags = own->tags;
+    s->n_tags = own->n_tags;
+    s->metadata = own->metadata;
+    s->n_metadata = own->n_metadata;
+    llmcbi_setup_tags(a, arena, s, c);
+    llmcbi_setup_metadata(a, arena, s, c);
     if (arena->failed) return;
     llmcbi_setup_add(s, c->callbacks, c->n_callbacks);
     llmcbi_setup_add(s, c->local_callbacks, c->n_local_callbacks);
     llmcbi_setup_add(s, own->callbacks, own->n_callbacks);
     llmcbi_setup_add(s, loop->hooks, loop->n_hooks);
-    n = llmcbi_add_tags(s->tags, 0, c->tags, c->n_tags);
-    n = llmcbi_add_tags(s->tags, n, c->local_tags, c->n_local_tags);
-    if (c->step) n = llmcbi_add_tags(s->tags, n, &c->step, 1);
-    for (i = 0; i < n; i++)
-        s->tags[i] = llmcbi_arena_copy(a, arena, s->tags[i]);
-    s->n_tags = llmcbi_add_tags(s->tags, n, own->tags, own->n_tags);
-    n = llmcbi_add_pairs(s->metadata, 0, c->metadata, c->n_metadata);
-    n = llmcbi_add_pairs(s->metadata, n, c->local_metadata,
-                         c->n_local_metadata);
-    for (i = 0; i < n; i++) {
-        s->metadata[i].key = llmcbi_arena_copy(a, arena, s->metadata[i].key);
-        s->metadata[i].value =
-            llmcbi_arena_copy(a, arena, s->metadata[i].value);
-    }
-    s->n_metadata =
-        llmcbi_add_pairs(s->metadata, n, own->metadata, own->n_metadata);
 }
 
 /* What the first run of a call is known by. */
@@ -10758,8 +10790,9 @@ static void llmcbi_chat_copy_lists(llmcb_chat *chat)
     const char **tags = (const char **)llmcbi_arena_get(
         a, &chat->arena, (d->n_tags + 1) * sizeof *tags);
     llmcb_pair *metadata = (llmcb_pair *)llmcbi_arena_get(
-        a, &chat->arena, (d->n_metadata + 1) * sizeof *metadata);
-    size_t i;
+        a, &chat->arena, (d->n_metadata + 4) * sizeof *metadata);
+    char digits[24];
+    size_t i, n;
 
     if (!callbacks || !tags || !metadata) return;
     for (i = 0; i < d->n_callbacks; i++) {
@@ -10769,15 +10802,25 @@ static void llmcbi_chat_copy_lists(llmcb_chat *chat)
                                "a handler is NULL, or has one event in both "
                                "tables");
     }
+    d->n_tags = llmcbi_add_tags(tags, 0, d->tags, d->n_tags);
     for (i = 0; i < d->n_tags; i++)
-        tags[i] = llmcbi_chat_copy(chat, d->tags[i]);
-    for (i = 0; i < d->n_metadata; i++) {
-        metadata[i].key = llmcbi_chat_copy(chat, d->metadata[i].key);
-        metadata[i].value = llmcbi_chat_copy(chat, d->metadata[i].value);
+        tags[i] = llmcbi_chat_copy(chat, tags[i]);
+    n = llmcbi_add_pairs(metadata, 0, d->metadata, d->n_metadata);
+    for (i = 0; i < n; i++) {
+        metadata[i].key = llmcbi_chat_copy(chat, metadata[i].key);
+        metadata[i].value = llmcbi_chat_copy(chat, metadata[i].value);
     }
+    n = llmcbi_add_pair(metadata, n, "ls_provider", "openai");
+    n = llmcbi_add_pair(metadata, n, "ls_model_name", d->model);
+    n = llmcbi_add_pair(metadata, n, "ls_model_type", "chat");
+    if (d->max_tokens > 0)
+        n = llmcbi_add_pair(
+            metadata, n, "ls_max_tokens",
+            llmcbi_chat_copy(chat, llmcbi_decimal(digits, d->max_tokens)));
     d->callbacks = callbacks;
     d->tags = tags;
     d->metadata = metadata;
+    d->n_metadata = n;
 }
 
 static const char *llmcbi_env(const char *given, const char *name,
@@ -10950,6 +10993,12 @@ typedef struct llmcbi_asked {
     llmcbi_buf body;
 } llmcbi_asked;
 
+/* What the start event shows, until it has been told. */
+typedef struct llmcbi_talk {
+    llmcb_start start; /* first, so that run->start leads here */
+    llmcbi_arena arena;
+} llmcbi_talk;
+
 /* One prompt. */
 struct llmcbi_prompt {
     llmcbi_run run; /* first, so that a run leads here */
@@ -10997,20 +11046,16 @@ struct llmcbi_call {
     llmcb_op op;
     llmcb_chat *chat;
     bool stream; /* the request asks for one */
-    bool shown;  /* the record at pull_pos is in the program's hands */
     bool pull;
     bool cancelled;
     bool orphaned;      /* destroyed but for a worker inside a handler */
     llmcbi_ready ready; /* looks what can go on */
     llmcbi_arena arena;
-    llmcbi_arena talk; /* the messages, until the start has been told */
-    llmcbi_buf params; /* as long */
     llmcbi_prompt *prompts;
     size_t n;
     size_t max_open;
     const llmcb_error *late; /* a failure that changed no event */
     size_t told;             /* prompts whose error has been told, in order */
-    llmcb_chunk chunk;       /* what the pull interface shows */
 };
 
 static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e);
@@ -12373,10 +12418,13 @@ static void llmcbi_prompt_handler_trouble(llmcbi_prompt *p)
 static bool llmcbi_call_chunk_ready(const llmcbi_call *c)
 {
     const llmcbi_run *run = &c->prompts[0].run;
-    uint64_t end = run->skipping ? run->pull_end : run->slowest;
+    const llmcbi_reader *r = run->reader;
+    uint64_t end;
 
+    if (!r) return false;
+    end = run->skipping ? r->end : run->slowest;
     if (run->finish_seq && end >= run->finish_seq) end = run->finish_seq - 1;
-    return run->has_pull && run->pull + (c->shown ? 1 : 0) < end;
+    return r->seq + (r->shown ? 1 : 0) < end;
 }
 
 /* From the pump: what it has brought about. */
@@ -12389,11 +12437,9 @@ static void llmcbi_prompt_told(llmcbi_run *run)
         llmcbi_task_wake(c->op.reader, LLMCB_OK);
     llmcbi_prompt_handler_trouble(p);
     if (run->starved && !p->over) {
-        uint64_t from = run->slowest;
-        if (run->has_pull && run->pull < from) from = run->pull;
-        if (run->lockstep ? llmcbi_run_has_room(run)
-                          : run->head - from <= run->window_events / 2 &&
-                                llmcbi_run_has_room(run)) {
+        uint64_t held = run->head - llmcbi_run_window(run);
+        if ((run->lockstep || held <= run->window_events / 2) &&
+            llmcbi_run_has_room(run)) {
             llmcbi_prompt_unpause(p);
             llmcbi_exchange_resume(p->x);
         }
@@ -12411,6 +12457,17 @@ static bool llmcbi_call_all(const llmcbi_call *c, llmcbi_run_state least)
     return true;
 }
 
+static void llmcbi_prompt_forget_talk(llmcbi_prompt *p)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcbi_talk *talk = (llmcbi_talk *)llmcbi_unconst(p->run.start);
+
+    if (!talk) return;
+    llmcbi_arena_free(a, &talk->arena);
+    llmcbi_free(a, talk, sizeof *talk);
+    p->run.start = NULL;
+}
+
 /* A barrier: all start events are done, then the requests go out. */
 static void llmcbi_call_open(llmcbi_call *c)
 {
@@ -12425,21 +12482,17 @@ static void llmcbi_call_open(llmcbi_call *c)
             raised = p->outcome;
     }
     for (i = 0; i < c->n; i++) {
-        llmcbi_run *run = &c->prompts[i].run;
-        if (run->state != LLMCBI_RUN_STARTING) continue;
-        if (raised) { /* in a start: nothing is sent */
-            llmcb_error e = *raised;
-            llmcbi_prompt_decide(&c->prompts[i], &e);
-            continue;
+        llmcbi_prompt *p = &c->prompts[i];
+        if (p->run.state == LLMCBI_RUN_STARTING) {
+            if (raised) { /* in a start: nothing is sent */
+                llmcb_error e = *raised;
+                llmcbi_prompt_decide(p, &e);
+            } else {
+                llmcbi_run_set_state(&p->run, LLMCBI_RUN_OPEN);
+            }
         }
-        llmcbi_run_set_state(run, LLMCBI_RUN_OPEN);
-        run->start = NULL;
+        if (p->run.slowest && !p->run.gave_up) llmcbi_prompt_forget_talk(p);
     }
-    for (i = 0; i < c->n; i++) /* somebody may be reading it */
-        if (c->prompts[i].run.slowest < 1 || c->prompts[i].run.n_abandoned)
-            return;
-    llmcbi_arena_free(&c->op.loop->alloc, &c->talk);
-    llmcbi_buf_free(&c->op.loop->alloc, &c->params);
 }
 
 /* Requests, as many at a time as may be open. */
@@ -12579,9 +12632,8 @@ static void llmcbi_call_waited(llmcb_op *op)
 {
     llmcbi_call *c = (llmcbi_call *)(void *)op;
 
-    if (!c->n || !c->prompts[0].run.has_pull) return;
-    c->prompts[0].run.has_pull = false; /* unread chunks go */
-    c->shown = false;
+    if (!c->n || !c->prompts[0].run.reader) return;
+    c->prompts[0].run.reader = NULL; /* unread chunks go */
     llmcbi_make_ready(op->loop, &c->prompts[0].run.ready);
 }
 
@@ -12603,13 +12655,12 @@ static void llmcbi_call_free(llmcbi_call *c)
         llmcbi_timer_free(loop, &p->timer);
         llmcbi_run_free(&p->run);
         llmcbi_prompt_forget_asked(p);
+        llmcbi_prompt_forget_talk(p);
         llmcbi_answer_free(a, &p->answer);
         llmcbi_error_drop(a, p->outcome);
     }
     llmcbi_unready(&c->ready);
     llmcbi_error_drop(a, c->late);
-    llmcbi_buf_free(a, &c->params);
-    llmcbi_arena_free(a, &c->talk);
     llmcbi_arena_free(a, &c->arena);
     if (c->chat) llmcbi_chat_unref(c->chat);
     llmcbi_free(a, c, sizeof *c);
@@ -12627,9 +12678,7 @@ static void llmcbi_call_setup(llmcbi_call *c, const llmcb_config *config,
                               llmcbi_setup *s)
 {
     const llmcb_chat_desc *d = &c->chat->d;
-    const llmcb_allocator *a = &c->op.loop->alloc;
     llmcb_config own;
-    char digits[24];
 
     memset(&own, 0, sizeof own);
     own.callbacks = d->callbacks;
@@ -12639,18 +12688,6 @@ static void llmcbi_call_setup(llmcbi_call *c, const llmcb_config *config,
     own.metadata = d->metadata;
     own.n_metadata = d->n_metadata;
     llmcbi_setup_make(c->op.loop, &c->arena, s, config, &own);
-    if (c->arena.failed) return;
-    s->n_metadata =
-        llmcbi_add_pair(s->metadata, s->n_metadata, "ls_provider", "openai");
-    s->n_metadata =
-        llmcbi_add_pair(s->metadata, s->n_metadata, "ls_model_name", d->model);
-    s->n_metadata =
-        llmcbi_add_pair(s->metadata, s->n_metadata, "ls_model_type", "chat");
-    if (d->max_tokens > 0)
-        s->n_metadata = llmcbi_add_pair(
-            s->metadata, s->n_metadata, "ls_max_tokens",
-            llmcbi_arena_copy(a, &c->arena,
-                              llmcbi_decimal(digits, d->max_tokens)));
 }
 
 /* A copy of a message, with content_len set. */
@@ -12675,51 +12712,61 @@ static void llmcbi_message_copy(const llmcb_allocator *a, llmcbi_arena *arena,
         a, arena, to->n_tool_calls * sizeof *calls);
     to->tool_calls = calls;
     for (i = 0; calls && i < to->n_tool_calls; i++) {
-        calls[i] = from->tool_calls[i];
-        calls[i].id.ptr =
-            llmcbi_arena_text(a, arena, calls[i].id.ptr, calls[i].id.len);
-        calls[i].name.ptr =
-            llmcbi_arena_text(a, arena, calls[i].name.ptr, calls[i].name.len);
-        calls[i].arguments.ptr = llmcbi_arena_text(
-            a, arena, calls[i].arguments.ptr, calls[i].arguments.len);
+        const llmcb_tool_call *call = &from->tool_calls[i];
+        calls[i].id = llmcbi_arena_str(a, arena, call->id);
+        calls[i].name = llmcbi_arena_str(a, arena, call->name);
+        calls[i].arguments = llmcbi_arena_str(a, arena, call->arguments);
+        calls[i].valid = call->valid;
     }
 }
 
+/* What the runs of a call are made from. */
+typedef struct llmcbi_plan {
+    const llmcb_config *config;
+    llmcbi_setup setup;
+    llmcbi_buf params; /* the request but for its messages */
+    size_t batch;
+} llmcbi_plan;
+
 /* What the start event shows, with a copy of the conversation. */
-static void llmcbi_prompt_copy_talk(llmcbi_prompt *p,
-                                    const llmcb_prompt *prompt, size_t batch)
+static bool llmcbi_prompt_copy_talk(llmcbi_prompt *p,
+                                    const llmcb_prompt *prompt,
+                                    const llmcbi_plan *plan)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    llmcbi_arena *talk = &p->call->talk;
-    llmcb_start *start =
-        (llmcb_start *)llmcbi_arena_get(a, talk, sizeof *start);
-    llmcb_message *m =
-        (llmcb_message *)llmcbi_arena_get(a, talk, (prompt->n + 1) * sizeof *m);
+    llmcbi_talk *talk = (llmcbi_talk *)llmcbi_alloc(a, sizeof *talk);
+    llmcb_start *start;
+    llmcbi_arena *arena;
+    llmcb_message *m;
     llmcbi_buf text;
     size_t i;
 
-    if (talk->failed) return;
-    for (i = 0; i < prompt->n; i++)
-        llmcbi_message_copy(a, talk, &m[i], &prompt->messages[i]);
+    if (!talk) return false;
+    start = &talk->start;
+    p->run.start = start;
+    arena = &talk->arena;
+    m = (llmcb_message *)llmcbi_arena_get(a, arena,
+                                          (prompt->n + 1) * sizeof *m);
+    for (i = 0; m && i < prompt->n; i++)
+        llmcbi_message_copy(a, arena, &m[i], &prompt->messages[i]);
+    if (arena->failed) return false;
     memset(&text, 0, sizeof text);
-    if (!talk->failed) llmcbi_wire_prompt(a, &text, m, prompt->n);
-    start->prompt = llmcbi_slice(
-        llmcbi_arena_text(a, talk, text.len ? text.ptr : "", text.len),
-        text.len);
-    if (text.failed) talk->failed = true;
+    llmcbi_wire_prompt(a, &text, m, prompt->n);
+    start->prompt = llmcbi_arena_str(a, arena, llmcbi_buf_str(&text));
+    if (text.failed) arena->failed = true;
     llmcbi_buf_free(a, &text);
     start->messages = m;
     start->n_messages = prompt->n;
     start->model = p->call->chat->d.model;
-    start->batch_size = batch;
-    start->params = llmcbi_buf_str(&p->call->params);
+    start->batch_size = plan->batch;
+    start->params = llmcbi_arena_str(a, arena, llmcbi_buf_str(&plan->params));
     start->description = "";
     start->input = start->tool_call_id = llmcbi_slice("", 0);
-    p->run.start = start;
+    return !arena->failed;
 }
 
 static bool llmcbi_prompt_ask(llmcbi_prompt *p, const llmcb_prompt *prompt,
-                              const llmcb_config *config)
+                              const llmcbi_plan *plan)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     const llmcb_chat *chat = p->call->chat;
@@ -12739,9 +12786,9 @@ static bool llmcbi_prompt_ask(llmcbi_prompt *p, const llmcb_prompt *prompt,
     headers[i].key = "Idempotency-Key"; /* equal for all attempts */
     headers[i].value = p->run.pub.id;
     llmcbi_wire_body(a, &asked->body, prompt->messages, prompt->n,
-                     llmcbi_buf_str(&p->call->params),
-                     llmcbi_has_member(config->extra, "messages")
-                         ? config->extra
+                     llmcbi_buf_str(&plan->params),
+                     llmcbi_has_member(plan->config->extra, "messages")
+                         ? plan->config->extra
                          : chat->d.extra);
     llmcbi_buf_trim(a, &asked->body);
     q->method = "POST";
@@ -12760,11 +12807,11 @@ static bool llmcbi_prompt_ask(llmcbi_prompt *p, const llmcb_prompt *prompt,
 
 static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
                                      const llmcb_prompt *prompt,
-                                     const llmcb_config *config,
-                                     const llmcbi_setup *setup, size_t batch)
+                                     const llmcbi_plan *plan)
 {
     llmcb_loop *loop = c->op.loop;
     llmcb_chat *chat = c->chat;
+    const llmcbi_setup *setup = &plan->setup;
     llmcb_code code;
 
     p->call = c;
@@ -12780,10 +12827,11 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     code = llmcbi_run_init(loop, &p->run, setup->handlers, setup->n_handlers,
                            &c->op);
     if (code != LLMCB_OK) return code;
-    llmcbi_run_name(&p->run, &c->arena, config, setup, "ChatOpenAI");
-    if (!llmcbi_prompt_ask(p, prompt, config)) return LLMCB_ENOMEM;
-    if (setup->n_handlers) llmcbi_prompt_copy_talk(p, prompt, batch);
-    return c->talk.failed ? LLMCB_ENOMEM : LLMCB_OK;
+    llmcbi_run_name(&p->run, &c->arena, plan->config, setup, "ChatOpenAI");
+    if (!llmcbi_prompt_ask(p, prompt, plan)) return LLMCB_ENOMEM;
+    if (setup->n_handlers && !llmcbi_prompt_copy_talk(p, prompt, plan))
+        return LLMCB_ENOMEM;
+    return LLMCB_OK;
 }
 
 /* What is wrong with the arguments of a call. */
@@ -12825,43 +12873,63 @@ static void llmcbi_call_room(llmcbi_call *c, size_t n,
 {
     const llmcb_chat_desc *d = &c->chat->d;
     size_t pointers = config->n_callbacks + config->n_local_callbacks +
-                      d->n_callbacks + c->op.loop->n_hooks + config->n_tags +
-                      config->n_local_tags + d->n_tags + 1;
-    size_t pairs = config->n_metadata + config->n_local_metadata +
-                   d->n_metadata + LLMCBI_MORE_PAIRS;
+                      d->n_callbacks + c->op.loop->n_hooks;
 
     llmcbi_arena_room(&c->op.loop->alloc, &c->arena,
-                      n * (sizeof *c->prompts + 16) +
-                          pointers * sizeof(void *) + 48 +
-                          pairs * sizeof(llmcb_pair));
+                      n * sizeof *c->prompts + 16 +
+                          LLMCBI_ALIGN(pointers * sizeof(void *)) +
+                          (c->pull ? LLMCBI_ALIGN(sizeof(llmcbi_reader)) : 0));
 }
 
 /* The runs of a call, ready to begin. */
 static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
-                                    size_t n, const llmcb_config *config)
+                                    llmcbi_plan *plan)
 {
     const llmcb_allocator *a = &c->op.loop->alloc;
-    llmcbi_setup setup;
-    llmcb_code code;
-    size_t i;
+    const llmcb_config *config = plan->config;
+    size_t i, n = plan->batch;
 
     c->max_open = config->max_concurrency ? config->max_concurrency : n;
     if (n > SIZE_MAX / 8 / sizeof *c->prompts) return LLMCB_ENOMEM;
     llmcbi_call_room(c, n, config);
-    llmcbi_wire_params(a, &c->params, &c->chat->d, c->chat->openai, c->stream,
-                       config->extra);
     c->prompts = /* before labels can have used up the room */
         (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
-    llmcbi_call_setup(c, config, &setup);
-    if (c->arena.failed || c->params.failed) return LLMCB_ENOMEM;
+    llmcbi_call_setup(c, config, &plan->setup);
+    if (c->arena.failed || plan->params.failed) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
+        llmcb_code code;
         c->n = i + 1; /* what has been begun must be freed */
-        code = llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], config,
-                                  &setup, n);
+        code = llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], plan);
         if (code != LLMCB_OK) return code;
     }
     if (config->run_id) memcpy(c->prompts[0].run.pub.id, config->run_id, 37);
+    if (c->pull) {
+        llmcbi_reader *r =
+            (llmcbi_reader *)llmcbi_arena_get(a, &c->arena, sizeof *r);
+        if (!r) return LLMCB_ENOMEM;
+        r->pos = (const char *)&c->prompts[0].run.anchor;
+        r->seq = 1;
+        r->chunk.parts = &c->chat->no_parts;
+        c->prompts[0].run.reader = r;
+    }
     return c->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
+}
+
+static llmcb_code llmcbi_call_make(llmcbi_call *c, const llmcb_prompt *prompts,
+                                   size_t n, const llmcb_config *config)
+{
+    const llmcb_allocator *a = &c->op.loop->alloc;
+    llmcbi_plan plan;
+    llmcb_code code;
+
+    memset(&plan, 0, sizeof plan);
+    plan.config = config;
+    plan.batch = n;
+    llmcbi_wire_params(a, &plan.params, &c->chat->d, c->chat->openai, c->stream,
+                       config->extra);
+    code = llmcbi_call_build(c, prompts, &plan);
+    llmcbi_buf_free(a, &plan.params);
+    return code;
 }
 
 static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
@@ -12884,7 +12952,6 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     memset(&none, 0, sizeof none);
     if (!config) config = &none;
     c->chat = chat;
-    c->chunk.parts = &chat->no_parts;
     chat->refs++;
     c->stream = stream;
     c->pull = pull;
@@ -12894,7 +12961,7 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK)
         code = llmcbi_call_check(chat, prompts, n, config, &why);
-    if (code == LLMCB_OK) code = llmcbi_call_build(c, prompts, n, config);
+    if (code == LLMCB_OK) code = llmcbi_call_make(c, prompts, n, config);
     if (code != LLMCB_OK) {
         llmcb_error e;
         llmcbi_error_set(&e, code, why);
@@ -12902,7 +12969,6 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
         llmcbi_op_finish(&c->op, llmcbi_error_keep(&loop->alloc, &e));
         return &c->op;
     }
-    c->prompts[0].run.has_pull = pull;
     c->op.run = &c->prompts[0].run.pub;
     c->op.begin = llmcbi_call_begin;
     llmcbi_run_adopt(config, &c->op);
@@ -12964,23 +13030,23 @@ static void llmcbi_call_pass(llmcbi_call *c)
 {
     llmcbi_run *run = &c->prompts[0].run;
 
-    llmcbi_record_take(&run->pull_pos);
-    run->pull++;
-    c->shown = false;
+    llmcbi_record_take(&run->reader->pos);
+    run->reader->seq++;
+    run->reader->shown = false;
     if (run->starved) llmcbi_make_ready(run->loop, &run->ready);
 }
 
 /* The next token record, in the program's hands until the next call. */
 static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
 {
-    llmcbi_run *run = &c->prompts[0].run;
+    llmcbi_reader *r = c->prompts[0].run.reader;
 
-    if (!run->has_pull) return NULL;
-    if (c->shown) llmcbi_call_pass(c);
+    if (!r) return NULL;
+    if (r->shown) llmcbi_call_pass(c);
     while (llmcbi_call_chunk_ready(c)) {
-        const llmcbi_record *rec = llmcbi_record_at(&run->pull_pos);
-        c->shown = llmcbi_record_is_token(rec);
-        if (c->shown) return llmcbi_record_token(rec, &c->chunk);
+        const llmcbi_record *rec = llmcbi_record_at(&r->pos);
+        r->shown = llmcbi_record_is_token(rec);
+        if (r->shown) return llmcbi_record_token(rec, &r->chunk);
         llmcbi_call_pass(c);
     }
     return NULL;
@@ -12996,7 +13062,7 @@ LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
     for (;;) {
         got = llmcbi_call_next(c);
         if (got || op->done || op->loop->turning) break;
-        if (!c->prompts[0].run.has_pull) { /* nothing to read: just wait */
+        if (!c->prompts[0].run.reader) { /* nothing to read: just wait */
             llmcb_op_wait(op);
             return false;
         }
@@ -13490,7 +13556,7 @@ static llmcb_str llmcbi_work_copy(llmcbi_work *w, llmcb_str s)
     const llmcb_allocator *a = &w->op.loop->alloc;
 
     if (!s.ptr) s = llmcbi_slice("", 0);
-    s.ptr = llmcbi_arena_text(a, &w->arena, s.ptr, s.len);
+    s = llmcbi_arena_str(a, &w->arena, s);
     if (w->arena.failed) s.len = 0;
     return s;
 }
@@ -14459,11 +14525,8 @@ static llmcb_str llmcbi_agent_id(llmcbi_agent *g, size_t i)
     const llmcb_allocator *a = llmcbi_agent_alloc(g);
     char text[40] = "call_", digits[24];
 
-    if (g->calls[i].id.len) {
-        llmcb_str id = g->calls[i].id;
-        id.ptr = llmcbi_arena_text(a, &g->arena, id.ptr, id.len);
-        return id;
-    }
+    if (g->calls[i].id.len)
+        return llmcbi_arena_str(a, &g->arena, g->calls[i].id);
     strcat(text, llmcbi_decimal(digits, (int64_t)(g->n + i)));
     return llmcb_text(llmcbi_arena_copy(a, &g->arena, text));
 }
@@ -14480,12 +14543,10 @@ static llmcb_code llmcbi_agent_hear(llmcbi_agent *g)
     if (!calls || !llmcbi_agent_grow(g, n + 1)) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
         const llmcb_tool_call *from = &g->calls[i];
-        calls[i] = *from;
         calls[i].id = llmcbi_agent_id(g, i);
-        calls[i].name.ptr =
-            llmcbi_arena_text(a, &g->arena, from->name.ptr, from->name.len);
-        calls[i].arguments.ptr = llmcbi_arena_text(
-            a, &g->arena, from->arguments.ptr, from->arguments.len);
+        calls[i].name = llmcbi_arena_str(a, &g->arena, from->name);
+        calls[i].arguments = llmcbi_arena_str(a, &g->arena, from->arguments);
+        calls[i].valid = from->valid;
     }
     m = llmcbi_agent_say(g, LLMCB_ASSISTANT, llmcb_op_text(g->ask));
     m->tool_calls = calls;
