@@ -9869,7 +9869,6 @@ typedef struct llmcbi_choice {
     llmcbi_rarity *rare; /* NULL: nothing of it yet */
     llmcbi_carry text_carry;
     bool finished;
-    char finish_reason[32];
 } llmcbi_choice;
 
 static const llmcb_result *llmcbi_no_result(void)
@@ -9896,6 +9895,20 @@ static void llmcbi_str_free(const llmcb_allocator *a, llmcb_str s)
     if (s.len) llmcbi_free(a, llmcbi_unconst(s.ptr), s.len + 1);
 }
 
+/* What llmcbi_str_free frees. false: no memory. */
+static bool llmcbi_str_keep(const llmcb_allocator *a, llmcb_str *to,
+                            llmcb_str s)
+{
+    char *p;
+
+    if (!s.len) return true;
+    p = (char *)llmcbi_alloc(a, s.len + 1);
+    if (!p) return false;
+    memcpy(p, s.ptr, s.len);
+    *to = llmcbi_slice(p, s.len);
+    return true;
+}
+
 static void llmcbi_rarity_free(const llmcb_allocator *a, llmcbi_rarity *r)
 {
     size_t k;
@@ -9919,6 +9932,7 @@ static void llmcbi_answer_free(const llmcb_allocator *a, llmcbi_answer *w)
 
     for (i = 0; i < w->n; i++) {
         llmcbi_buf_free(a, &w->choices[i].text);
+        llmcbi_str_free(a, w->generations[i].finish_reason);
         if (w->choices[i].rare) llmcbi_rarity_free(a, w->choices[i].rare);
     }
     llmcbi_free(a, w->choices, w->cap * sizeof *w->choices);
@@ -9992,7 +10006,7 @@ static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
         g->refusal = llmcbi_buf_str(&r->refusal);
         g->reasoning = llmcbi_buf_str(&r->reasoning);
         g->logprobs = llmcbi_buf_str(&r->logprobs);
-        g->finish_reason = llmcb_text(c->finish_reason);
+        if (!g->finish_reason.len) g->finish_reason = llmcbi_slice("", 0);
         g->tool_calls = r->calls;
         g->n_tool_calls = r->n_tools;
         for (k = 0; k < r->n_tools; k++) {
@@ -10016,7 +10030,7 @@ static bool llmcbi_answer_note(const llmcb_allocator *a, llmcb_str *to,
 {
     llmcbi_json j;
     llmcbi_buf b;
-    char *p = NULL;
+    bool ok;
 
     if (!raw->len || raw->len >= 4096 || to->len) return true;
     memset(&j, 0, sizeof j);
@@ -10024,13 +10038,9 @@ static bool llmcbi_answer_note(const llmcb_allocator *a, llmcb_str *to,
     j.str = raw->ptr;
     j.len = raw->len;
     llmcbi_json_text(a, &b, &j);
-    if (b.len) p = (char *)llmcbi_alloc(a, b.len + 1);
-    if (p) {
-        memcpy(p, b.ptr, b.len);
-        *to = llmcbi_slice(p, b.len);
-    }
+    ok = !b.failed && llmcbi_str_keep(a, to, llmcbi_buf_str(&b));
     llmcbi_buf_free(a, &b);
-    return p != NULL;
+    return ok;
 }
 
 /* -- tool calls: what servers send, made into calls */
@@ -10599,6 +10609,15 @@ static int64_t llmcbi_limiter_take(llmcb_limiter *l)
 
 /* -- chats */
 
+/* An event that brings nothing but text, without that: `head` bytes up to it,
+ * `mid` bytes up to the end or to the padding, and what is behind the padding.
+ * They stand behind this. The streams of a chat share it, but for a beginning
+ * of their own, since each has its id. */
+typedef struct llmcbi_pattern {
+    size_t refs; /* the chat's, each prompt's */
+    size_t len, head, mid;
+} llmcbi_pattern;
+
 struct llmcb_chat {
     llmcb_loop *loop;
     size_t refs; /* the program's and each call's */
@@ -10611,9 +10630,10 @@ struct llmcb_chat {
     llmcb_pair *headers; /* one is free for the call's own */
     size_t n_headers;
     uint64_t identity;
-    llmcb_parts no_parts; /* what chunks of mere text show */
-    llmcbi_sink sink;     /* of the exchanges of its prompts */
-    bool openai;          /* OpenAI's or Azure's own servers */
+    llmcb_parts no_parts;    /* what chunks of mere text show */
+    llmcbi_sink sink;        /* of the exchanges of its prompts */
+    llmcbi_pattern *pattern; /* the newest of its streams */
+    bool openai;             /* OpenAI's or Azure's own servers */
 };
 
 /* -- the descriptor */
@@ -10908,12 +10928,18 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     if (d->cache) d->cache->refs++;
 }
 
+static void llmcbi_pattern_unref(const llmcb_allocator *a, llmcbi_pattern *q)
+{
+    if (q && !--q->refs) llmcbi_free(a, q, sizeof *q + q->len);
+}
+
 static void llmcbi_chat_unref(llmcb_chat *chat)
 {
     const llmcb_allocator *a = &chat->loop->alloc;
     llmcbi_arena_block *b;
 
     if (--chat->refs) return;
+    llmcbi_pattern_unref(a, chat->pattern);
     if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
     llmcbi_free(a, chat->auth, chat->auth_size);
     llmcb_limiter_free(chat->d.limiter);
@@ -11007,11 +11033,10 @@ struct llmcbi_prompt {
     llmcb_exchange *x;
     const llmcb_error *outcome; /* NULL: not known yet */
     int64_t last_data;
-    /* The last event, if it brought nothing but text and the next one begins
-     * where the input stands: what is before its text, what is behind it, and
-     * what is behind its padding if it has such. */
-    llmcbi_buf pattern;
-    size_t pattern_head, pattern_mid;
+    llmcbi_pattern *pattern; /* of the last event that was text alone */
+    char *own;               /* the beginning of its own */
+    uint16_t n_own;
+    bool alike; /* that was the last event; the input stands behind it */
     uint8_t phase, body_kind;
     int8_t should_retry; /* -1, 0, 1 */
     bool html, encoded;  /* what the head says of the body */
@@ -11024,21 +11049,22 @@ struct llmcbi_prompt {
     bool orderly;    /* and its response was complete */
     bool limited;    /* it waits for the limiter */
     bool cached;     /* the answer comes from the cache */
-    bool usage_told; /* with pending_done choices */
+    bool usage_told; /* with choices_told */
     llmcbi_answer answer;
-    llmcbi_buf pending;  /* an event of which some choices must wait */
-    size_t pending_done; /* choices of it that have been told */
+    size_t choices_told; /* of the event that is kept in body */
     llmcbi_sse sse;
 
     llmcbi_asked *asked; /* NULL: it is not needed any more */
     llmcbi_timer timer;
     int64_t phase_due, total_due; /* 0: none; absolute */
     int64_t paused_at;
-    llmcbi_buf text; /* a body that is no stream; a redirect's target */
+    /* A body that is no stream, a redirect's target, or an event of which
+     * some choices must wait. */
+    llmcbi_buf body;
     int64_t retry_after;
     int attempt;
     int status;
-    char request_id[64];
+    llmcb_str request_id;
     llmcbi_prompt *next_limited;
 };
 
@@ -11112,7 +11138,8 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
     e->attempt = p->attempt;
     if (!e->http_status) e->http_status = p->status;
     if (e->retry_after_ms < 0) e->retry_after_ms = p->retry_after;
-    memcpy(e->request_id, p->request_id, sizeof e->request_id);
+    llmcbi_copy_clean(e->request_id, sizeof e->request_id, p->request_id.ptr,
+                      p->request_id.len);
     if (chat->auth) llmcbi_hide_in(e, chat->auth + chat->key_at);
     /* behind three of our own: others may be keys too; a short one is none */
     for (i = 3; i < chat->n_headers; i++)
@@ -11384,6 +11411,21 @@ static bool llmcbi_prompt_logprobs(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
     return true;
 }
 
+/* The reason that counts is the first one. */
+static bool llmcbi_prompt_finished(llmcbi_prompt *p, const llmcbi_choice *c,
+                                   llmcb_str reason)
+{
+    llmcb_generation *g = &p->answer.generations[c - p->answer.choices];
+    char clean[32];
+
+    llmcbi_copy_clean(clean, sizeof clean, reason.ptr, reason.len);
+    if (llmcbi_str_keep(llmcbi_prompt_alloc(p), &g->finish_reason,
+                        llmcb_text(clean)))
+        return true;
+    llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    return false;
+}
+
 /* What a choice brings beside text, into the record behind `parts`. */
 static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
                                 const llmcbi_wire_choice *w,
@@ -11423,10 +11465,8 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
     }
     if (w->finish_reason.len) {
         parts->finish_reason = llmcbi_raw_whole(at, &w->finish_reason);
-        if (!c->finished)
-            llmcbi_copy_clean(c->finish_reason, sizeof c->finish_reason,
-                              parts->finish_reason.ptr,
-                              parts->finish_reason.len);
+        if (!c->finished && !llmcbi_prompt_finished(p, c, parts->finish_reason))
+            return false;
         c->finished = true;
     }
     if (w->logprobs.len) {
@@ -11537,7 +11577,7 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
 }
 
 /* The choices of an event from number `skip` on. true: all have been told;
- * false: it failed, or there is no room (p->pending_done says how far). */
+ * false: it failed, or there is no room (p->choices_told says how far). */
 static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
                                size_t skip)
 {
@@ -11550,7 +11590,7 @@ static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
     for (; any; i++) {
         if (i >= skip && (w->has_delta || w->finish_reason.len)) {
             if (i > skip && !llmcbi_run_has_room(&p->run)) {
-                p->pending_done = i;
+                p->choices_told = i;
                 p->usage_told = !usage;
                 return false;
             }
@@ -11673,9 +11713,11 @@ static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
 static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
                                      const llmcb_str *stop)
 {
-    const char *like = p->pattern.ptr;
-    size_t all = p->pattern.len, head = p->pattern_head, mid = p->pattern_mid;
-    size_t tail = all - head - mid;
+    const llmcbi_pattern *q = p->pattern;
+    const char *like = (const char *)(q + 1);
+    const char *own = p->own ? p->own : like;
+    size_t n_own = p->n_own, head = q->head, mid = q->mid;
+    size_t tail = q->len - head - mid;
     uint64_t until = llmcbi_run_until(&p->run);
     bool direct, any = false;
 
@@ -11685,7 +11727,9 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
     do {
         const char *s = piece->ptr, *end = s + piece->len;
         llmcbi_raw raw;
-        if (piece->len < all || memcmp(s, like, head) != 0) break;
+        if (piece->len < q->len || memcmp(s, own, n_own) != 0 ||
+            memcmp(s + n_own, like + n_own, head - n_own) != 0)
+            break;
         raw.ptr = s + head;
         s = llmcbi_json_plain(raw.ptr, end);
         raw.plain = s < end && *s == '"';
@@ -11733,14 +11777,67 @@ static const char *llmcbi_prompt_padding(llmcb_str data, const char *text_end)
                : NULL;
 }
 
+static void llmcbi_prompt_unlearn(llmcbi_prompt *p)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+
+    llmcbi_free(a, p->own, p->n_own);
+    llmcbi_pattern_unref(a, p->pattern);
+    p->own = NULL;
+    p->n_own = 0;
+    p->pattern = NULL;
+    p->alike = false;
+}
+
+/* Whether q differs from `like` at most before the text. */
+static bool llmcbi_pattern_fits(const llmcbi_pattern *q,
+                                const llmcbi_pattern *like)
+{
+    return like && q->len == like->len && q->head == like->head &&
+           q->mid == like->mid &&
+           memcmp((const char *)(q + 1) + q->head,
+                  (const char *)(like + 1) + q->head, q->len - q->head) == 0;
+}
+
+/* Makes q the pattern of p, or one that it fits. That there is no memory for
+ * it does no harm: it only saves time. */
+static void llmcbi_prompt_adopt(llmcbi_prompt *p, llmcbi_pattern *q)
+{
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+    llmcb_chat *chat = p->call->chat;
+    llmcbi_pattern *like = p->pattern;
+    const char *bytes = (const char *)(q + 1);
+    size_t n = q->head;
+    char *own;
+
+    if (!llmcbi_pattern_fits(q, like)) like = chat->pattern;
+    if (!llmcbi_pattern_fits(q, like)) {
+        llmcbi_pattern_unref(a, chat->pattern);
+        chat->pattern = like = q;
+        q->refs++;
+    }
+    while (n && bytes[n - 1] == ((const char *)(like + 1))[n - 1])
+        n--;
+    own = n ? (char *)llmcbi_resize(a, NULL, 0, n) : NULL;
+    if (own) memcpy(own, bytes, n);
+    like->refs++;
+    llmcbi_pattern_unref(a, q);
+    llmcbi_prompt_unlearn(p);
+    p->pattern = like;
+    p->own = own;
+    p->n_own = own ? (uint16_t)n : 0;
+    p->alike = own || !n;
+}
+
 /* Remembers an event that brought nothing but text. */
 static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
                                 const llmcbi_wire_event *ev)
 {
     const llmcbi_wire_choice *c = &ev->choice;
-    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    llmcbi_buf *b = &p->pattern;
     const char *end = data.ptr + data.len, *text_end, *padding;
+    size_t before, behind;
+    llmcbi_pattern *q;
+    char *at;
 
     if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
         !c->text.ptr || c->refusal.len || c->reasoning.len ||
@@ -11750,17 +11847,23 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
         return;
     text_end = c->text.ptr + c->text.len;
     padding = llmcbi_prompt_padding(data, text_end);
-    llmcbi_buf_reserve(a, b, data.len + 8);
-    llmcbi_buf_add(a, b, "data: ", 6);
-    llmcbi_buf_add(a, b, data.ptr, (size_t)(c->text.ptr - data.ptr));
-    p->pattern_head = b->len;
-    llmcbi_buf_add(a, b, text_end,
-                   (size_t)((padding ? padding : end) - text_end));
-    if (!padding) llmcbi_buf_add(a, b, "\n\n", 2);
-    p->pattern_mid = b->len - p->pattern_head;
-    if (padding) llmcbi_buf_add(a, b, "\"}\n\n", 4);
-    if (b->failed) b->len = 0;
-    b->failed = false; /* it would only have saved time */
+    before = (size_t)(c->text.ptr - data.ptr);
+    behind = (size_t)((padding ? padding : end) - text_end);
+    q = (llmcbi_pattern *)llmcbi_resize(llmcbi_prompt_alloc(p), NULL, 0,
+                                        sizeof *q + 6 + before + behind +
+                                            (padding ? 4 : 2));
+    if (!q) return;
+    q->refs = 1;
+    q->head = 6 + before;
+    q->mid = behind + (padding ? 0 : 2);
+    q->len = q->head + q->mid + (padding ? 4 : 0);
+    at = (char *)(q + 1);
+    memcpy(at, "data: ", 6);
+    memcpy(at + 6, data.ptr, before);
+    memcpy(at + q->head, text_end, behind);
+    memcpy(at + q->head + behind, padding ? "\"}\n\n" : "\n\n",
+           padding ? 4 : 2);
+    llmcbi_prompt_adopt(p, q);
 }
 
 static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
@@ -11793,8 +11896,8 @@ static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
     llmcbi_prompt_note(p, &ev);
     llmcbi_prompt_learn(p, data, &ev);
     if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->pending, data.ptr, data.len);
-    if (p->pending.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, data.ptr, data.len);
+    if (p->body.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
 }
 
 /* The choices that had to wait. */
@@ -11803,10 +11906,10 @@ static void llmcbi_prompt_event_again(llmcbi_prompt *p)
     llmcbi_wire_event ev;
     bool too_deep;
 
-    llmcbi_wire_read(p->pending.ptr, p->pending.len, &ev, &too_deep);
+    llmcbi_wire_read(p->body.ptr, p->body.len, &ev, &too_deep);
     if (p->usage_told) ev.usage.known = false;
-    if (llmcbi_prompt_tell(p, &ev, p->pending_done) || p->outcome)
-        llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pending);
+    if (llmcbi_prompt_tell(p, &ev, p->choices_told) || p->outcome)
+        llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->body);
 }
 
 static void llmcbi_prompt_stream(llmcbi_prompt *p, llmcb_str *piece,
@@ -11825,17 +11928,16 @@ static void llmcbi_prompt_stream(llmcbi_prompt *p, llmcb_str *piece,
             llmcbi_prompt_pause(p);
             /* choices wait: the end of a line that is not taken yet holds
              * the exchange, and does nothing when it comes again */
-            if (p->pending.len && at == end) *piece = llmcbi_slice(at - 1, 1);
+            if (p->body.len && at == end) *piece = llmcbi_slice(at - 1, 1);
             return;
         }
-        if (p->pending.len) {
+        if (p->body.len) {
             llmcbi_prompt_event_again(p);
             continue;
         }
         if (at == end) return;
-        if (p->pattern.len && llmcbi_prompt_same_again(p, piece, stop))
-            continue;
-        p->pattern.len = 0;
+        if (p->alike && llmcbi_prompt_same_again(p, piece, stop)) continue;
+        p->alike = false;
         status =
             llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end, &data);
         *piece = llmcbi_slice(at, (size_t)(end - at));
@@ -11860,9 +11962,9 @@ static void llmcbi_prompt_whole(llmcbi_prompt *p, bool cut)
     llmcbi_wire_event ev;
     bool too_deep = false;
 
-    if (!llmcbi_wire_read(p->text.ptr ? p->text.ptr : "", p->text.len, &ev,
+    if (!llmcbi_wire_read(p->body.ptr ? p->body.ptr : "", p->body.len, &ev,
                           &too_deep)) {
-        if (cut || !p->text.len)
+        if (cut || !p->body.len)
             llmcbi_prompt_fail(p, LLMCB_ETRUNCATED, NULL);
         else
             llmcbi_prompt_bad_json(p, too_deep);
@@ -11875,9 +11977,9 @@ static void llmcbi_prompt_whole(llmcbi_prompt *p, bool cut)
     llmcbi_prompt_note(p, &ev);
     if (p->outcome) return;
     /* a completion of legal size goes into an empty log in one go */
-    while (!llmcbi_prompt_tell(p, &ev, p->pending_done)) {
+    while (!llmcbi_prompt_tell(p, &ev, p->choices_told)) {
         if (p->outcome) return;
-        llmcbi_wire_read(p->text.ptr, p->text.len, &ev, &too_deep);
+        llmcbi_wire_read(p->body.ptr, p->body.len, &ev, &too_deep);
         ev.usage.known = false;
     }
     if (p->got_chunk)
@@ -11897,7 +11999,7 @@ static void llmcbi_prompt_http_error(llmcbi_prompt *p)
     text = llmcbi_decimal(digits, p->status);
     llmcbi_error_add(&e, text, strlen(text));
     e.http_status = p->status;
-    if (p->text.len) llmcbi_wire_error(&e, p->text.ptr, p->text.len);
+    if (p->body.len) llmcbi_wire_error(&e, p->body.ptr, p->body.len);
     llmcbi_prompt_decide(p, &e);
 }
 
@@ -11909,10 +12011,10 @@ static void llmcbi_prompt_redirect(llmcbi_prompt *p)
 
     llmcbi_error_set(&e, LLMCB_EREDIRECT, NULL);
     e.http_status = p->status;
-    if (p->text.len && !llmcbi_url_parse(&u, p->text.ptr) && !u.unix_path.len) {
+    if (p->body.len && !llmcbi_url_parse(&u, p->body.ptr) && !u.unix_path.len) {
         llmcbi_error_add(&e, ": ", 2);
-        llmcbi_error_add(&e, p->text.ptr,
-                         (size_t)(u.authority.ptr - p->text.ptr) +
+        llmcbi_error_add(&e, p->body.ptr,
+                         (size_t)(u.authority.ptr - p->body.ptr) +
                              u.authority.len);
     }
     llmcbi_prompt_decide(p, &e);
@@ -11921,11 +12023,11 @@ static void llmcbi_prompt_redirect(llmcbi_prompt *p)
 static void llmcbi_prompt_gather(llmcbi_prompt *p, const llmcb_str *piece,
                                  size_t most)
 {
-    size_t room = most - p->text.len;
+    size_t room = most - p->body.len;
 
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, piece->ptr,
+    llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, piece->ptr,
                    piece->len < room ? piece->len : room);
-    if (p->text.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    if (p->body.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
 }
 
 /* -- the request */
@@ -11986,6 +12088,12 @@ static int64_t llmcbi_wall_ms(void)
     return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
+static void llmcbi_prompt_forget_id(llmcbi_prompt *p)
+{
+    llmcbi_str_free(llmcbi_prompt_alloc(p), p->request_id);
+    p->request_id = llmcbi_slice("", 0);
+}
+
 static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
 {
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
@@ -12005,12 +12113,14 @@ static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
         if (llmcbi_str_is_nocase(value, "true")) p->should_retry = 1;
         if (llmcbi_str_is_nocase(value, "false")) p->should_retry = 0;
     } else if (llmcbi_str_is_nocase(name, "x-request-id")) {
-        llmcbi_copy_clean(p->request_id, sizeof p->request_id, value.ptr,
-                          value.len);
+        llmcbi_prompt_forget_id(p);
+        if (value.len >= sizeof((llmcb_error *)NULL)->request_id)
+            value.len = sizeof((llmcb_error *)NULL)->request_id - 1;
+        llmcbi_str_keep(llmcbi_prompt_alloc(p), &p->request_id, value);
     } else if (llmcbi_str_is_nocase(name, "location") && p->status >= 300 &&
                p->status < 400 && value.len < 4096) {
-        p->text.len = 0;
-        llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->text, value.ptr, value.len);
+        p->body.len = 0;
+        llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, value.ptr, value.len);
     }
 }
 
@@ -12048,7 +12158,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
         if (p->body_kind == LLMCBI_BODY_ERROR) {
             if (p->status >= 300 && p->status < 400) continue;
             llmcbi_prompt_gather(p, piece, limits->error_body);
-            if (!p->outcome && p->text.len == limits->error_body)
+            if (!p->outcome && p->body.len == limits->error_body)
                 llmcbi_prompt_http_error(p);
             continue;
         }
@@ -12152,9 +12262,8 @@ static void llmcbi_prompt_let_go(llmcbi_prompt *p)
                          read_out ? LLMCBI_PART_RELEASE : LLMCBI_PART_CANCEL);
     p->x = NULL;
     llmcbi_sse_free(llmcbi_prompt_alloc(p), &p->sse);
-    llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->text);
-    llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pending);
-    llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->pattern);
+    llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->body);
+    llmcbi_prompt_unlearn(p);
     p->over = false;
 }
 
@@ -12181,7 +12290,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     p->retry_after = LLMCBI_NO_WISH;
     p->should_retry = -1;
     p->body_kind = LLMCBI_BODY_UNKNOWN;
-    *p->request_id = '\0';
+    llmcbi_prompt_forget_id(p);
     p->sse.limit = chat->d.limits.event;
     if (!tr) tr = llmcbi_default_transport(loop);
     p->x = tr ? llmcbi_exchange_new(tr, &chat->sink, p) : NULL;
@@ -12264,14 +12373,14 @@ static bool llmcbi_prompt_cached(llmcbi_prompt *p)
     if (!key.failed) kept = llmcbi_cache_find(cache, llmcbi_buf_str(&key));
     llmcbi_buf_free(a, &key);
     if (!kept) return false;
-    llmcbi_buf_add(a, &p->text, (const char *)(kept + 1) + kept->key_len,
+    llmcbi_buf_add(a, &p->body, (const char *)(kept + 1) + kept->key_len,
                    kept->len);
     p->cached = p->answer.result.cached = true;
-    if (p->text.failed)
+    if (p->body.failed)
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
     else
         llmcbi_prompt_whole(p, false);
-    llmcbi_buf_free(a, &p->text);
+    llmcbi_buf_free(a, &p->body);
     return true;
 }
 
@@ -12656,6 +12765,7 @@ static void llmcbi_call_free(llmcbi_call *c)
         llmcbi_run_free(&p->run);
         llmcbi_prompt_forget_asked(p);
         llmcbi_prompt_forget_talk(p);
+        llmcbi_prompt_forget_id(p);
         llmcbi_answer_free(a, &p->answer);
         llmcbi_error_drop(a, p->outcome);
     }

@@ -28,10 +28,12 @@
     "Connection: keep-alive\r\n\r\n"
 
 #define GEN_BEFORE                                                       \
-    "data: {\"id\":\"chatcmpl-bench-bench\",\"object\":"                 \
+    "data: {\"id\":\"chatcmpl-bn-00000000\",\"object\":"                 \
     "\"chat.completion.chunk\",\"created\":1700000000,\"model\":"        \
     "\"gpt-4o-mini-2024-07-18\",\"service_tier\":\"default\","           \
     "\"system_fingerprint\":\"fp_560af6e559\",\"choices\":"
+
+#define GEN_ID 21u /* where an event's digits begin, from "data: " on */
 
 typedef struct gen {
     char *bytes;
@@ -121,20 +123,35 @@ static inline void gen_init(gen *g, int obfuscation)
     g->usage_at = g->tail_len;
 }
 
+/* Gives the event in this chunk the id of its stream: no two have the same. */
+static inline void gen_stamp(char *chunk, uint32_t seed)
+{
+    static const char hex[] = "0123456789abcdef";
+    char *id = chunk + 2;
+    int i;
+
+    while (*id++ != '\n') {
+    }
+    for (i = 0; i < 8; i++)
+        id[GEN_ID + i] = hex[seed >> (28 - 4 * i) & 15];
+}
+
 /* What follows the last token: finish, the usage if it was asked for, the
  * sentinel and the last chunk. Returns its length. */
 static inline size_t gen_tail(const gen *g, char *out, size_t size,
-                              unsigned tokens, int usage)
+                              uint32_t seed, unsigned tokens, int usage)
 {
     size_t n = g->tail_len;
-    char numbers[128];
+    char numbers[128], *second = out + n;
 
     memcpy(out, g->tail, n);
+    gen_stamp(out, seed);
     if (usage) {
         snprintf(numbers, sizeof numbers,
                  ",\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":%u,"
                  "\"total_tokens\":%u}", tokens, tokens + 11);
         n += gen_chunk(out + n, size - n, "[]", numbers);
+        gen_stamp(second, seed);
     }
     return n + (size_t)snprintf(out + n, size - n,
                                 "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n");

@@ -53,7 +53,7 @@ static llmcb_transport *tape(llmcb_loop *loop, unsigned tokens)
     memcpy(bytes, g.head, g.head_len);
     memcpy(bytes + g.head_len, g.bytes, g.at[tokens]);
     rec.len = g.head_len + g.at[tokens];
-    rec.len += gen_tail(&g, bytes + rec.len, 1024, tokens, 1);
+    rec.len += gen_tail(&g, bytes + rec.len, 1024, 0, tokens, 1);
     rec.bytes = bytes;
     rec.n_segments = rec.len / 65536 + 1;
     pieces = (llmcb_segment *)calloc(rec.n_segments, sizeof *pieces);

@@ -122,8 +122,12 @@ static int push_tokens(conn *c)
 {
     uint32_t n = c->left < events ? c->left : events;
     uint32_t at = c->place % GEN_RING;
-    int r = push(c, g.bytes + g.at[at], g.at[at + n] - g.at[at]);
+    uint32_t i;
+    int r;
 
+    for (i = at; i < at + n; i++)
+        gen_stamp(g.bytes + g.at[i], c->seed);
+    r = push(c, g.bytes + g.at[at], g.at[at + n] - g.at[at]);
     if (r <= 0) return r;
     c->place += n;
     c->left -= n;
@@ -139,6 +143,7 @@ static void serve(conn *c)
     c->blocked = 0;
     for (i = 0; i < TURN_SENDS && r > 0 && c->state != AT_REQUEST; i++) {
         if (c->state == AT_HEAD) {
+            gen_stamp(g.head + sizeof GEN_HEAD - 1, c->seed);
             r = push(c, g.head, g.head_len);
             if (r > 0) c->state = c->left ? AT_TOKENS : AT_TAIL;
             if (r > 0 && period_us) { /* a phase of its own */
@@ -154,7 +159,8 @@ static void serve(conn *c)
             }
         } else {
             r = push(c, tail,
-                     gen_tail(&g, tail, sizeof tail, c->tokens, c->usage));
+                     gen_tail(&g, tail, sizeof tail, c->seed, c->tokens,
+                              c->usage));
             if (r > 0) c->state = AT_REQUEST;
         }
     }
@@ -335,7 +341,7 @@ static void print_response(unsigned tokens)
         unsigned k = i % GEN_RING;
         fwrite(g.bytes + g.at[k], 1, g.at[k + 1] - g.at[k], stdout);
     }
-    fwrite(tail, 1, gen_tail(&g, tail, sizeof tail, tokens, 1), stdout);
+    fwrite(tail, 1, gen_tail(&g, tail, sizeof tail, 0, tokens, 1), stdout);
 }
 
 int main(int argc, char **argv)
