@@ -2939,8 +2939,9 @@ typedef struct llmcbi_fired {
 /* What later sections keep in the loop.
  * upward: llmcbi_pool */
 typedef struct llmcbi_pool llmcbi_pool;
-/* upward: llmcbi_cursor */
+/* upward: llmcbi_cursor, llmcbi_away */
 typedef struct llmcbi_cursor llmcbi_cursor;
+typedef struct llmcbi_away llmcbi_away;
 /* upward: llmcbi_job */
 typedef struct llmcbi_job llmcbi_job;
 /* upward: llmcbi_block */
@@ -2998,10 +2999,10 @@ struct llmcb_loop {
     bool sleeping; /* the loop waits, or its host does */
     bool closed;   /* no more posts */
     llmcbi_post *posts, **last_post;
-    llmcbi_pool *pool;       /* set once, by the loop */
-    llmcbi_job *finished;    /* blocking functions that have returned */
-    llmcbi_cursor *progress; /* cursors that workers have moved */
-    bool progress_due;       /* one of them has reached its mark */
+    llmcbi_pool *pool;     /* set once, by the loop */
+    llmcbi_job *finished;  /* blocking functions that have returned */
+    llmcbi_away *progress; /* of cursors that workers have moved */
+    bool progress_due;     /* one of them has reached its mark */
 };
 
 static void llmcbi_log(llmcb_loop *loop, const char *line)
@@ -3530,8 +3531,9 @@ static void llmcbi_take_cancels(llmcb_loop *loop);
 static void llmcbi_take_jobs(llmcb_loop *loop, llmcbi_job *job);
 /* upward: llmcbi_pool_idle */
 static bool llmcbi_pool_idle(const llmcb_loop *loop);
-/* upward: llmcbi_take_progress */
-static void llmcbi_take_progress(llmcb_loop *loop, llmcbi_cursor *list);
+/* upward: llmcbi_hear_progress, llmcbi_take_back */
+static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop);
+static void llmcbi_take_back(llmcbi_away *list);
 /* upward: llmcbi_publish */
 static void llmcbi_publish(llmcb_loop *loop);
 
@@ -3574,25 +3576,25 @@ static void llmcbi_process(llmcb_loop *loop, bool woken)
 {
     llmcbi_post *posts;
     llmcbi_job *finished;
-    llmcbi_cursor *progress;
+    llmcbi_away *back;
 
     loop->turning = true;
     if (woken) llmcbi_drain_wakeups(loop);
-    /* in one go: what a worker posted must be seen before its progress */
+    /* in one go: what a worker posted must be seen before it is known that
+     * it is done */
     llmcbi_lock(loop);
     loop->sleeping = false;
     loop->progress_due = false;
     posts = llmcbi_take_posts(loop);
     finished = loop->finished;
     loop->finished = NULL;
-    progress = loop->progress;
-    loop->progress = NULL;
+    back = llmcbi_hear_progress(loop);
     llmcbi_unlock(loop);
     if (!loop->virtual_clock) loop->now = llmcbi_clock_ms();
     llmcbi_run_posts(loop, posts);
     llmcbi_take_cancels(loop);
     llmcbi_take_jobs(loop, finished);
-    llmcbi_take_progress(loop, progress);
+    llmcbi_take_back(back);
     llmcbi_run_timers(loop);
     llmcbi_run_fired(loop);
     llmcbi_run_ready(loop);
@@ -4438,14 +4440,13 @@ struct llmcbi_job {
     void *owner;                   /* for done; NULL: gone */
 };
 
-/* upward: llmcbi_cursor */
+/* upward: llmcbi_away */
 /* Work that must not run twice at a time: the calls of one handler. Queued
  * on the pool while it has cursors to serve. */
 typedef struct llmcbi_strand {
-    struct llmcbi_strand *next;   /* in the pool's queue */
-    llmcbi_cursor *first, **last; /* cursors with events to run */
-    bool queued;                  /* or running */
-    bool urgent;                  /* has a start or a finish */
+    struct llmcbi_strand *next; /* in the pool's queue */
+    llmcbi_away *first, **last; /* of cursors with events to run */
+    bool queued;                /* or running */
     const llmcb_handler *handler;
     size_t users;                     /* cursors that belong to it */
     struct llmcbi_strand *next_known; /* in the pool's list */
@@ -4798,22 +4799,27 @@ typedef struct llmcbi_reader {
 
 typedef struct llmcbi_run llmcbi_run;
 
-struct llmcbi_run {
-    llmcb_run pub;
-    llmcb_op *home; /* the op that it belongs to */
+/* What the runs of one owner have in common. */
+typedef struct llmcbi_rules {
     /* A barrier was reached, there is room again, or a handler failed. */
     void (*told)(llmcbi_run *run);
+    int64_t handler_ms;
+    size_t window_events, window_bytes;
+    llmcb_parts no_parts; /* what chunks of mere text show */
+} llmcbi_rules;
+
+struct llmcbi_run {
+    llmcb_run pub;
+    llmcb_op *home;        /* the op that it belongs to */
     llmcbi_ready ready;    /* the pump */
     llmcbi_timer patience; /* handler_ms; used if that is set */
     llmcbi_block *first, *last;
     llmcbi_jump anchor; /* where cursors begin */
-    int64_t handler_ms;
     const llmcb_start *start;
     const llmcb_result *result;
     const llmcb_output *output;
     const llmcb_error *error; /* of the finish event */
-    llmcb_event_kind start_kind, finish_kind;
-    llmcbi_task *flusher; /* waits until handlers have come to flush_at */
+    llmcbi_task *flusher;     /* waits until handlers have come to flush_at */
     uint64_t flush_at;
     uint64_t visible; /* events that others than inline handlers may have */
     uint64_t mark;    /* cursors are to tell when they reach it */
@@ -4825,7 +4831,7 @@ struct llmcbi_run {
     bool starved;   /* the owner waits for room */
     bool abandoned; /* a handler was too slow; its cursors are given up */
     bool withheld;  /* its parent's start is still being told */
-    uint8_t state;
+    uint8_t state, start_kind, finish_kind;
     bool gave_up;  /* on a handler: it may still be reading */
     bool skipping; /* cancelled: cursors jump to the finish */
     llmcb_loop *loop;
@@ -4837,9 +4843,8 @@ struct llmcbi_run {
     uint64_t finish_seq;   /* 0: none yet */
     uint64_t slowest;      /* as of the last pump: no cursor is behind it */
     size_t held;           /* bytes in blocks */
-    size_t window_events, window_bytes;
-    char *tail, *tail_end;       /* the free part of the last block */
-    const llmcb_parts *no_parts; /* of a token that is only text */
+    char *tail, *tail_end; /* the free part of the last block */
+    const llmcbi_rules *rules;
 };
 
 /* The legal moves: each state goes to the next or, on a cancel, a failure
@@ -5071,33 +5076,37 @@ static llmcb_code llmcbi_run_data(llmcbi_run *run, llmcb_event_kind kind,
 
 /* ==== [CALL] handlers, cursors, dispatch =============================== */
 
-/* Where one handler stands in one run. It belongs to the loop, or while
- * on_pool to the workers; what they share is under the mutex. */
+/* Where one handler stands in one run. While on_pool, how far it has come is
+ * in `away`, and is copied when the loop hears of it. */
 struct llmcbi_cursor {
     llmcbi_run *run;
     llmcb_handler *handler;
-    llmcb_sync_fn on_token; /* of the handler; nearly all are these */
-    const char *pos;        /* the next record */
-    uint64_t done;          /* events it is done with */
-    uint64_t known;         /* the loop's copy of done */
-    bool unpublished;
-    uint8_t token_lane; /* llmcbi_lane of a token event */
+    const char *pos; /* the next record */
+    uint64_t done;   /* events it is done with, as far as the loop knows */
     bool on_pool;
-    bool running;          /* its coroutine has begun and not ended */
-    bool mute;             /* has not seen the start, or is given up */
-    bool passing;          /* passes over all but the finish */
-    bool timed;            /* the run waits for it, known at timed_at, since */
-    llmcbi_strand *strand; /* NULL: nothing runs on the pool */
-    llmcbi_task *task;     /* NULL: nothing is async */
-    uint64_t skipped;      /* events that it will not be shown */
-    uint64_t told_limit, told_mark; /* what was published last */
-    llmcbi_cursor *next_unpublished;
+    bool unpublished;
+    bool running;       /* its coroutine has begun and not ended */
+    bool mute;          /* has not seen the start, or is given up */
+    bool passing;       /* passes over all but the finish */
+    bool timed;         /* the run waits for it, known at timed_at, since */
+    uint8_t token_lane; /* llmcbi_lane of a token event */
+    llmcbi_away *away;  /* NULL: nothing runs on the pool */
+    llmcbi_task *task;  /* NULL: nothing is async */
+    uint64_t skipped;   /* events that it will not be shown */
     uint64_t timed_at;
     int64_t since;
+};
 
-    /* Under the mutex. */
-    llmcbi_cursor *next_in_strand, *next_progress;
-    uint64_t limit; /* events it may run */
+/* The part of a cursor that the workers have. Under the mutex, but for pos,
+ * done and failed while a worker is at it. */
+struct llmcbi_away {
+    llmcbi_cursor *cursor;
+    llmcbi_strand *strand;
+    llmcbi_cursor *next_unpublished; /* the loop's alone */
+    llmcbi_away *next_in_strand, *next_progress;
+    const char *pos;
+    uint64_t done;
+    uint64_t limit; /* events it may run; the loop sets this and the mark */
     uint64_t mark;
     uint64_t finish_seq;
     bool busy; /* in its strand's list or being run */
@@ -5196,7 +5205,7 @@ static llmcbi_lane llmcbi_lane_find(const llmcbi_cursor *c,
     if (llmcbi_skips(h, kind)) return LLMCBI_LANE_NONE;
     if (c->task && llmcbi_async_fn(h, kind)) return LLMCBI_LANE_ASYNC;
     if (!llmcbi_sync_fn(h, kind)) return LLMCBI_LANE_NONE;
-    return c->strand ? LLMCBI_LANE_POOL : LLMCBI_LANE_INLINE;
+    return c->away ? LLMCBI_LANE_POOL : LLMCBI_LANE_INLINE;
 }
 
 static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
@@ -5207,11 +5216,11 @@ static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
 
 static int llmcbi_cursor_call(const llmcbi_cursor *c, const llmcbi_shown *s)
 {
-    llmcb_sync_fn fn = s->ev.kind == LLMCB_LLM_NEW_TOKEN
-                           ? c->on_token
-                           : llmcbi_sync_fn(c->handler, s->ev.kind);
+    llmcb_handler *h = c->handler;
 
-    return fn(c->handler, &s->ev);
+    return s->ev.kind == LLMCB_LLM_NEW_TOKEN /* nearly all are these */
+               ? h->sync.on_llm_new_token(h, &s->ev)
+               : llmcbi_sync_fn(h, s->ev.kind)(h, &s->ev);
 }
 
 /* What the event behind `done` is, which must exist. Moves pos behind its
@@ -5227,8 +5236,8 @@ llmcbi_cursor_next(const llmcbi_cursor *c, const char **pos, uint64_t done,
         return run->start_kind == LLMCB_CHAT_MODEL_START &&
                        !llmcbi_handles_chat_start(c->handler)
                    ? LLMCB_LLM_START
-                   : run->start_kind;
-    if (done + 1 == finish_seq) return run->finish_kind;
+                   : (llmcb_event_kind)run->start_kind;
+    if (done + 1 == finish_seq) return (llmcb_event_kind)run->finish_kind;
     *rec = llmcbi_record_take(pos);
     return llmcbi_record_is_token(*rec) ? LLMCB_LLM_NEW_TOKEN
                                         : (llmcb_event_kind)(*rec)->kind;
@@ -5246,7 +5255,7 @@ static void llmcbi_shown_fill(llmcbi_shown *s, const llmcbi_cursor *c,
 
     if (kind != LLMCB_LLM_NEW_TOKEN || ev->kind != kind) {
         memset(s, 0, sizeof *s);
-        s->chunk.parts = run->no_parts;
+        s->chunk.parts = &run->rules->no_parts;
         ev->kind = kind;
         ev->run = (llmcb_run *)llmcbi_unconst(&run->pub);
     }
@@ -5279,19 +5288,19 @@ static void llmcbi_shown_fill(llmcbi_shown *s, const llmcbi_cursor *c,
 #define LLMCBI_STRAND_BATCH 8
 
 /* Under the mutex. */
-static void llmcbi_strand_add(llmcb_loop *loop, llmcbi_cursor *c, bool urgent)
+static void llmcbi_strand_add(llmcb_loop *loop, llmcbi_away *w, bool urgent)
 {
     llmcbi_pool *p = loop->pool;
-    llmcbi_strand *s = c->strand;
+    llmcbi_strand *s = w->strand;
 
     if (urgent) {
-        c->next_in_strand = s->first;
-        s->first = c;
-        if (!c->next_in_strand) s->last = &c->next_in_strand;
+        w->next_in_strand = s->first;
+        s->first = w;
+        if (!w->next_in_strand) s->last = &w->next_in_strand;
     } else {
-        c->next_in_strand = NULL;
-        *s->last = c;
-        s->last = &c->next_in_strand;
+        w->next_in_strand = NULL;
+        *s->last = w;
+        s->last = &w->next_in_strand;
     }
     if (s->queued) return;
     s->queued = true;
@@ -5306,21 +5315,31 @@ static void llmcbi_strand_add(llmcb_loop *loop, llmcbi_cursor *c, bool urgent)
     }
 }
 
+/* Under the mutex: the loop is to look at it. */
+static void llmcbi_away_report(llmcb_loop *loop, llmcbi_away *w)
+{
+    if (w->in_progress) return;
+    w->in_progress = true;
+    w->next_progress = loop->progress;
+    loop->progress = w;
+}
+
 static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
 {
-    llmcbi_cursor *c = s->first;
-    uint64_t done = c->done, finish_seq = c->finish_seq;
-    uint64_t stop = c->limit;
-    const char *pos = c->pos;
+    llmcbi_away *w = s->first;
+    const llmcbi_cursor *c = w->cursor;
+    uint64_t done = w->done, finish_seq = w->finish_seq;
+    uint64_t stop = w->limit;
+    const char *pos = w->pos;
     llmcb_event_kind kind = LLMCB_N_EVENTS;
     llmcbi_shown shown;
     bool handed_back = false;
     int failed = 0;
 
-    s->first = c->next_in_strand;
+    s->first = w->next_in_strand;
     if (!s->first) s->last = &s->first;
     if (stop > done + LLMCBI_STRAND_BATCH) stop = done + LLMCBI_STRAND_BATCH;
-    if (stop > done && c->run->handler_ms > 0) stop = done + 1;
+    if (stop > done && c->run->rules->handler_ms > 0) stop = done + 1;
     llmcbi_unlock(loop);
     shown.ev.kind = LLMCB_N_EVENTS;
     while (done < stop && !failed) {
@@ -5340,12 +5359,12 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
         failed = llmcbi_cursor_call(c, &shown);
     }
     llmcbi_lock(loop);
-    c->done = done;
-    c->pos = pos;
-    c->failed = failed;
-    c->failed_kind = (uint8_t)kind;
-    c->busy = !failed && !handed_back && done < c->limit;
-    if (c->busy) llmcbi_strand_add(loop, c, false);
+    w->done = done;
+    w->pos = pos;
+    w->failed = failed;
+    w->failed_kind = (uint8_t)kind;
+    w->busy = !failed && !handed_back && done < w->limit;
+    if (w->busy) llmcbi_strand_add(loop, w, false);
     s->queued = false;
     if (s->first) {
         llmcbi_pool *p = loop->pool;
@@ -5354,15 +5373,19 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
         *p->last_strand = s;
         p->last_strand = &s->next;
     }
-    if (!c->in_progress) {
-        c->in_progress = true;
-        c->next_progress = loop->progress;
-        loop->progress = c;
-    }
-    if (failed || handed_back || done >= c->mark || (!c->busy && !c->limit)) {
+    llmcbi_away_report(loop, w);
+    if (failed || handed_back || done >= w->mark || (!w->busy && !w->limit)) {
         loop->progress_due = true;
         llmcbi_wake_sleeper(loop);
     }
+}
+
+/* How far the pool may go. */
+static uint64_t llmcbi_cursor_limit(const llmcbi_cursor *c)
+{
+    const llmcbi_run *run = c->run;
+
+    return c->mute || (run->skipping && !run->finish_seq) ? 0 : run->visible;
 }
 
 /* Tells the workers of new events, in one go. */
@@ -5375,28 +5398,23 @@ static void llmcbi_publish(llmcb_loop *loop)
     if (!c) return;
     loop->unpublished = NULL;
     llmcbi_lock(loop);
-    for (; c; c = c->next_unpublished) {
-        llmcbi_run *run = c->run;
+    for (; c; c = c->away->next_unpublished) {
+        const llmcbi_run *run = c->run;
+        llmcbi_away *w = c->away;
         c->unpublished = false;
         if (!c->on_pool) continue; /* it has come back meanwhile */
-        c->told_limit = run->visible;
-        c->told_mark = run->mark;
-        c->mark = run->mark;
+        w->mark = run->mark;
         if (run->mark != UINT64_MAX) urgent = true; /* somebody waits */
-        c->finish_seq = run->finish_seq;
-        c->limit =
-            c->mute || (run->skipping && !run->finish_seq) ? 0 : run->visible;
-        if (c->busy || c->failed) continue;
-        if (c->done < c->limit) {
-            c->busy = true;
-            llmcbi_strand_add(loop, c,
-                              c->done == 0 || c->done + 1 == c->finish_seq);
+        w->finish_seq = run->finish_seq;
+        w->limit = llmcbi_cursor_limit(c);
+        if (w->busy || w->failed) continue;
+        if (w->done < w->limit) {
+            w->busy = true;
+            llmcbi_strand_add(loop, w,
+                              w->done == 0 || w->done + 1 == w->finish_seq);
         } else { /* nothing to do: give it back */
             loop->progress_due = true;
-            if (c->in_progress) continue;
-            c->in_progress = true;
-            c->next_progress = loop->progress;
-            loop->progress = c;
+            llmcbi_away_report(loop, w);
         }
     }
     if (p && p->n_idle && (urgent || !p->napping) &&
@@ -5446,7 +5464,7 @@ static void llmcbi_cursor_failed(llmcbi_cursor *c, llmcb_event_kind kind,
 static void llmcbi_cursor_step_done(llmcbi_cursor *c, llmcb_event_kind kind,
                                     int result)
 {
-    c->known = ++c->done;
+    c->done++;
     if (result) llmcbi_cursor_failed(c, kind, result);
 }
 
@@ -5493,7 +5511,7 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
 {
     if (c->unpublished) return;
     c->unpublished = true;
-    c->next_unpublished = c->run->loop->unpublished;
+    c->away->next_unpublished = c->run->loop->unpublished;
     c->run->loop->unpublished = c;
 }
 
@@ -5515,7 +5533,7 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
         uint64_t to = run->finish_seq ? run->finish_seq - 1 : run->head;
         if (c->done == 0) c->mute = true;
         c->skipped += to - c->done;
-        c->done = c->known = to;
+        c->done = to;
         return true;
     }
     kind = llmcbi_cursor_next(c, &next, c->done, run->finish_seq, &rec);
@@ -5539,12 +5557,14 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
         return !c->running;
     case LLMCBI_LANE_POOL:
         c->on_pool = true;
-        c->told_limit = 0;
+        c->away->pos = c->pos;
+        c->away->done = c->done;
+        c->away->limit = 0;
         return false;
     case LLMCBI_LANE_NONE:
     default:
         c->pos = next;
-        c->known = ++c->done;
+        c->done++;
         return true;
     }
 }
@@ -5556,8 +5576,8 @@ static uint64_t llmcbi_run_slowest(const llmcbi_run *run)
     size_t i;
 
     for (i = 0; i < run->n_cursors; i++)
-        if (!run->cursors[i].mute && run->cursors[i].known < least)
-            least = run->cursors[i].known;
+        if (!run->cursors[i].mute && run->cursors[i].done < least)
+            least = run->cursors[i].done;
     return least;
 }
 
@@ -5578,7 +5598,7 @@ static void llmcbi_run_recycle(llmcbi_run *run)
 
     if (run->reader && run->reader->seq < past) past = run->reader->seq;
     for (i = 0; i < run->n_cursors; i++) /* mute ones still hold a place */
-        if (run->cursors[i].known < past) past = run->cursors[i].known;
+        if (run->cursors[i].done < past) past = run->cursors[i].done;
     while (run->first && run->first->next &&
            past >= run->first->next->first_seq)
         llmcbi_run_drop_first(run);
@@ -5599,8 +5619,8 @@ static void llmcbi_run_set_mark(llmcbi_run *run)
     else if (run->state != LLMCBI_RUN_OPEN)
         run->mark = run->head;
     else if (run->starved)
-        run->mark = run->head > run->window_events / 2
-                        ? run->head - run->window_events / 2
+        run->mark = run->head > run->rules->window_events / 2
+                        ? run->head - run->rules->window_events / 2
                         : 0;
     else
         run->mark = UINT64_MAX;
@@ -5621,7 +5641,7 @@ static inline uint64_t llmcbi_run_window(const llmcbi_run *run)
 static inline uint64_t llmcbi_run_until(const llmcbi_run *run)
 {
     return run->lockstep ? run->head + 1
-                         : llmcbi_run_window(run) + run->window_events;
+                         : llmcbi_run_window(run) + run->rules->window_events;
 }
 
 /* Whether the window has room. It is counted from the slowest cursor; an
@@ -5630,8 +5650,8 @@ static inline bool llmcbi_run_fits(const llmcbi_run *run)
 {
     uint64_t from = llmcbi_run_window(run);
 
-    return run->head - from < run->window_events &&
-           (run->held <= run->window_bytes || from == run->head);
+    return run->head - from < run->rules->window_events &&
+           (run->held <= run->rules->window_bytes || from == run->head);
 }
 
 /* Whether those in lock step are done with all there is. */
@@ -5641,7 +5661,7 @@ static bool llmcbi_run_in_step(const llmcbi_run *run)
 
     for (i = 0; i < run->n_cursors; i++)
         if (run->cursors[i].handler->flags & LLMCB_AWAIT_EACH &&
-            !run->cursors[i].mute && run->cursors[i].known < run->head)
+            !run->cursors[i].mute && run->cursors[i].done < run->head)
             return false;
     return true;
 }
@@ -5663,8 +5683,8 @@ static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
     for (i = 0; i < run->n_cursors; i++) {
         const llmcbi_cursor *c = &run->cursors[i];
         if (c->handler->flags & LLMCB_AWAIT_EACH && !c->mute &&
-            c->known + 1 < limit)
-            limit = c->known + 1;
+            c->done + 1 < limit)
+            limit = c->done + 1;
     }
     return limit;
 }
@@ -5678,23 +5698,23 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
     uint64_t limit = llmcbi_run_lockstep(run); /* behind it none is slow */
     size_t i;
 
-    if (run->handler_ms <= 0) return;
+    if (run->rules->handler_ms <= 0) return;
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
-        if (!waiting || c->mute || c->known >= limit) {
+        if (!waiting || c->mute || c->done >= limit) {
             c->timed = false;
             continue;
         }
-        if (!c->timed || c->timed_at != c->known) c->since = now;
+        if (!c->timed || c->timed_at != c->done) c->since = now;
         c->timed = true;
-        c->timed_at = c->known;
+        c->timed_at = c->done;
         if (c->since < first) first = c->since;
     }
     if (first == INT64_MAX)
         llmcbi_timer_stop(run->loop, &run->patience);
     else
         llmcbi_timer_start(run->loop, &run->patience,
-                           first + run->handler_ms - now);
+                           first + run->rules->handler_ms - now);
 }
 
 /* Whether tokens may pass the log by: all handlers that take any do so
@@ -5714,7 +5734,7 @@ static bool llmcbi_run_direct(llmcbi_run *run)
     loop->token.kind = LLMCB_LLM_NEW_TOKEN;
     loop->token.run = &run->pub;
     loop->token.token = &loop->token_room;
-    loop->token_room.parts = run->no_parts;
+    loop->token_room.parts = &run->rules->no_parts;
     return true;
 }
 
@@ -5729,10 +5749,11 @@ static inline bool llmcbi_run_tell(llmcbi_run *run, llmcb_str text)
     loop->token.seq = seq;
     loop->token_room.text = text;
     for (; c < end; c++) {
-        int result = c->token_lane == LLMCBI_LANE_INLINE
-                         ? c->on_token(c->handler, &loop->token)
-                         : 0;
-        c->known = c->done = seq;
+        int result =
+            c->token_lane == LLMCBI_LANE_INLINE
+                ? c->handler->sync.on_llm_new_token(c->handler, &loop->token)
+                : 0;
+        c->done = seq;
         if (!result) continue;
         llmcbi_cursor_failed(c, LLMCB_LLM_NEW_TOKEN, result);
         llmcbi_make_ready(loop, &run->ready);
@@ -5776,41 +5797,48 @@ static void llmcbi_run_pump(llmcbi_ready *r)
     llmcbi_run_recycle(run);
     if (run->flusher && run->slowest >= run->flush_at)
         llmcbi_task_wake(run->flusher, LLMCB_OK);
-    run->told(run);
+    run->rules->told(run);
     llmcbi_run_set_mark(run);
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
-        if (c->on_pool &&
-            (c->told_limit != run->visible || c->told_mark != run->mark))
+        if (c->on_pool && (c->away->limit != llmcbi_cursor_limit(c) ||
+                           c->away->mark != run->mark))
             llmcbi_cursor_unpublish(c);
     }
     llmcbi_run_watch_patience(run);
 }
 
-/* What workers have done since the last turn. */
-static void llmcbi_take_progress(llmcb_loop *loop, llmcbi_cursor *list)
+/* Under the mutex: how far workers have come since the last turn. Returns
+ * whom they gave back. */
+static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop)
 {
-    llmcbi_cursor *c, *next, *back = NULL;
+    llmcbi_away *w, *next, *back = NULL;
 
-    if (!list) return;
-    llmcbi_lock(loop);
-    for (c = list; c; c = next) {
-        next = c->next_progress;
-        c->in_progress = false;
-        c->known = c->done;
-        c->on_pool = c->busy;
+    for (w = loop->progress; w; w = next) {
+        llmcbi_cursor *c = w->cursor;
+        next = w->next_progress;
+        w->in_progress = false;
+        c->done = w->done;
+        c->pos = w->pos;
         llmcbi_make_ready(loop, &c->run->ready);
-        if (c->on_pool) continue; /* a worker may use next_progress again */
-        c->next_progress = back;
-        back = c;
+        if (w->busy) continue; /* a worker may use next_progress again */
+        w->next_progress = back;
+        back = w;
     }
-    llmcbi_unlock(loop);
-    for (c = back; c; c = c->next_progress)
-        if (c->failed) {
-            int failed = c->failed;
-            c->failed = 0;
-            llmcbi_cursor_failed(c, (llmcb_event_kind)c->failed_kind, failed);
-        }
+    loop->progress = NULL;
+    return back;
+}
+
+static void llmcbi_take_back(llmcbi_away *w)
+{
+    for (; w; w = w->next_progress) {
+        int failed = w->failed;
+        w->cursor->on_pool = false;
+        w->failed = 0;
+        if (failed)
+            llmcbi_cursor_failed(w->cursor, (llmcb_event_kind)w->failed_kind,
+                                 failed);
+    }
 }
 
 /* -- the life of a run, for its owner */
@@ -5881,7 +5909,10 @@ static void llmcbi_strand_put(llmcb_loop *loop, llmcbi_strand *s)
 
 static void llmcbi_cursor_free(llmcb_loop *loop, llmcbi_cursor *c)
 {
-    if (c->strand) llmcbi_strand_put(loop, c->strand);
+    if (c->away) {
+        if (c->away->strand) llmcbi_strand_put(loop, c->away->strand);
+        llmcbi_free(&loop->alloc, c->away, sizeof *c->away);
+    }
     if (c->task) {
         llmcbi_unready(&c->task->ready);
         if (c->task->loop) llmcbi_task_disarm(c->task);
@@ -5901,9 +5932,9 @@ static void llmcbi_run_free(llmcbi_run *run)
     at = &loop->unpublished;
     while (*at) {
         if ((*at)->run == run)
-            *at = (*at)->next_unpublished;
+            *at = (*at)->away->next_unpublished;
         else
-            at = &(*at)->next_unpublished;
+            at = &(*at)->away->next_unpublished;
     }
     while (run->first)
         llmcbi_run_drop_first(run);
@@ -5945,11 +5976,13 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
     if (llmcbi_any_sync(h) && !(h->flags & LLMCB_INLINE)) {
         llmcb_code code = llmcbi_pool_start(loop);
         if (code != LLMCB_OK) return code;
-        c->strand = llmcbi_strand_get(loop, h);
-        if (!c->strand) return LLMCB_ENOMEM;
+        c->away = (llmcbi_away *)llmcbi_alloc(&loop->alloc, sizeof *c->away);
+        if (!c->away) return LLMCB_ENOMEM;
+        c->away->cursor = c;
+        c->away->strand = llmcbi_strand_get(loop, h);
+        if (!c->away->strand) return LLMCB_ENOMEM;
     }
     if (h->flags & LLMCB_AWAIT_EACH) run->lockstep = true;
-    c->on_token = h->sync.on_llm_new_token;
     c->token_lane = (uint8_t)llmcbi_lane_find(c, LLMCB_LLM_NEW_TOKEN);
     return LLMCB_OK;
 }
@@ -5968,7 +6001,7 @@ static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
     run->home = home;
     run->ready.fn = llmcbi_run_pump;
     run->mark = UINT64_MAX;
-    if (run->handler_ms > 0 &&
+    if (run->rules->handler_ms > 0 &&
         !llmcbi_timer_init(loop, &run->patience, llmcbi_run_impatient))
         return LLMCB_ENOMEM;
     if (!n) return LLMCB_OK;
@@ -5991,7 +6024,7 @@ static void llmcbi_run_begin(llmcbi_run *run, llmcb_event_kind kind,
     llmcbi_run_set_state(run, LLMCBI_RUN_STARTING);
     run->withheld = parent && !parent->open;
     run->pub.started_ms = run->loop->now;
-    run->start_kind = kind;
+    run->start_kind = (uint8_t)kind;
     run->start = start;
     run->head = 1;
     llmcbi_make_ready(run->loop, &run->ready);
@@ -6057,21 +6090,13 @@ static void llmcbi_run_finish(llmcbi_run *run, const llmcb_result *result,
                               const llmcb_output *output,
                               const llmcb_error *error)
 {
-    bool ok = error->code == LLMCB_OK;
+    llmcb_event_kind end = LLMCB_LLM_END; /* its error is the next kind */
 
+    if (run->start_kind == LLMCB_CHAIN_START) end = LLMCB_CHAIN_END;
+    if (run->start_kind == LLMCB_TOOL_START) end = LLMCB_TOOL_END;
+    if (run->start_kind == LLMCB_RETRIEVER_START) end = LLMCB_RETRIEVER_END;
     llmcbi_run_set_state(run, LLMCBI_RUN_FINISHING);
-    switch (run->start_kind) {
-    case LLMCB_CHAIN_START:
-        run->finish_kind = ok ? LLMCB_CHAIN_END : LLMCB_CHAIN_ERROR;
-        break;
-    case LLMCB_TOOL_START:
-        run->finish_kind = ok ? LLMCB_TOOL_END : LLMCB_TOOL_ERROR;
-        break;
-    case LLMCB_RETRIEVER_START:
-        run->finish_kind = ok ? LLMCB_RETRIEVER_END : LLMCB_RETRIEVER_ERROR;
-        break;
-    default: run->finish_kind = ok ? LLMCB_LLM_END : LLMCB_LLM_ERROR; break;
-    }
+    run->finish_kind = (uint8_t)(end + (error->code != LLMCB_OK));
     run->pub.finished_ms = run->loop->now;
     run->result = result;
     run->output = output;
@@ -6093,8 +6118,8 @@ static void llmcbi_run_abandon(llmcbi_run *run)
 
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
-        if (!c->timed || c->mute || c->known != c->timed_at ||
-            c->since + run->handler_ms > run->loop->now)
+        if (!c->timed || c->mute || c->done != c->timed_at ||
+            c->since + run->rules->handler_ms > run->loop->now)
             continue;
         c->mute = true;
         run->gave_up = true;
@@ -6198,7 +6223,8 @@ static llmcb_code llmcbi_run_post(llmcbi_run *run, llmcb_event_kind kind,
 
     llmcbi_lock(run->loop);
     for (i = 0; i < run->n_cursors; i++)
-        if (run->cursors[i].finish_seq) over = true;
+        if (run->cursors[i].away && run->cursors[i].away->finish_seq)
+            over = true;
     llmcbi_unlock(run->loop);
     if (over) return LLMCB_ESTATE; /* the finish is being told */
     e = (llmcbi_emission *)llmcbi_alloc(a, size);
@@ -6930,17 +6956,21 @@ typedef struct llmcbi_h1 {
     bool interim, chunked, has_length;
     bool close; /* the connection cannot be used again */
     bool close_said;
-    int digits;
+    uint8_t digits, interims;
+    uint16_t extension;
     int status;
     uint64_t left, body, framing, max_body;
-    /* What llmcbi_h1_next found. */
-    llmcb_str value, name;
     llmcb_code code;
+    uint32_t block, fields;
+    uint32_t max_line, max_block, max_fields;
     const char *message;
     llmcbi_buf line; /* a line that began in earlier input */
-    size_t block, fields, interims, extension;
-    size_t max_line, max_block, max_fields;
 } llmcbi_h1;
+
+/* A header field, or data as the value of none. */
+typedef struct llmcbi_field {
+    llmcb_str name, value;
+} llmcbi_field;
 
 #define LLMCBI_H1_MAX_INTERIM 8
 #define LLMCBI_H1_MAX_EXTENSION 256
@@ -6969,12 +6999,12 @@ static bool llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
     const char *lf = (const char *)memchr(*p, '\n', (size_t)(end - *p));
     size_t n = (size_t)((lf ? lf + 1 : end) - *p);
 
-    h->block += n;
-    if (h->line.len + n > h->max_line || h->block > h->max_block) {
+    bool full = n > h->max_block - h->block;
+
+    if (full || h->line.len + n > h->max_line) {
         llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                       h->block > h->max_block
-                           ? "the response head exceeds limits.header_block"
-                           : "a header line exceeds limits.header_line");
+                       full ? "the response head exceeds limits.header_block"
+                            : "a header line exceeds limits.header_line");
         return false;
     }
     if (h->line.len || !lf) {
@@ -6987,6 +7017,7 @@ static bool llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
     } else {
         *line = llmcbi_slice(*p, n);
     }
+    h->block += (uint32_t)n;
     *p += n;
     if (!lf) return false;
     h->line.len = 0;
@@ -7024,34 +7055,34 @@ static bool llmcbi_token_char(char c)
 }
 
 /* Splits "name: value". */
-static bool llmcbi_h1_field(llmcbi_h1 *h, llmcb_str line)
+static bool llmcbi_h1_field(llmcb_str line, llmcbi_field *field)
 {
     const char *s = line.ptr, *end = s + line.len, *name_end;
 
     for (name_end = s; name_end < end && llmcbi_token_char(*name_end);)
         name_end++;
     if (name_end == s || name_end == end || *name_end != ':') return false;
-    h->name = llmcbi_slice(s, (size_t)(name_end - s));
+    field->name = llmcbi_slice(s, (size_t)(name_end - s));
     for (s = name_end + 1; s < end && (*s == ' ' || *s == '\t');)
         s++;
     while (end > s && (end[-1] == ' ' || end[-1] == '\t'))
         end--;
-    h->value = llmcbi_slice(s, (size_t)(end - s));
+    field->value = llmcbi_slice(s, (size_t)(end - s));
     for (; s < end; s++)
         if (((unsigned char)*s < 0x20 && *s != '\t') || *s == 0x7F)
             return false;
     return true;
 }
 
-static bool llmcbi_h1_length(llmcbi_h1 *h)
+static bool llmcbi_h1_length(llmcbi_h1 *h, llmcb_str s)
 {
     uint64_t v = 0;
     size_t i;
 
-    if (!h->value.len || h->value.len > 18) return false;
-    for (i = 0; i < h->value.len; i++) {
-        if (h->value.ptr[i] < '0' || h->value.ptr[i] > '9') return false;
-        v = v * 10 + (uint64_t)(h->value.ptr[i] - '0');
+    if (!s.len || s.len > 18) return false;
+    for (i = 0; i < s.len; i++) {
+        if (s.ptr[i] < '0' || s.ptr[i] > '9') return false;
+        v = v * 10 + (uint64_t)(s.ptr[i] - '0');
     }
     if (h->has_length && h->left != v) return false;
     h->has_length = true;
@@ -7078,25 +7109,26 @@ static bool llmcbi_has_word(llmcb_str list, const char *word)
     return false;
 }
 
-static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line)
+static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line,
+                                       llmcbi_field *field)
 {
-    if (!llmcbi_h1_field(h, line))
+    if (!llmcbi_h1_field(line, field))
         return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad header field");
     if (++h->fields > h->max_fields)
         return llmcbi_h1_fail(h, LLMCB_ELIMIT,
                               "more header fields than limits.header_fields");
     if (h->interim) return LLMCBI_H1_MORE;
-    if (llmcbi_str_is_nocase(h->name, "content-length")) {
-        if (!llmcbi_h1_length(h))
+    if (llmcbi_str_is_nocase(field->name, "content-length")) {
+        if (!llmcbi_h1_length(h, field->value))
             return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad Content-Length");
-    } else if (llmcbi_str_is_nocase(h->name, "transfer-encoding")) {
-        if (!llmcbi_str_is_nocase(h->value, "chunked") || h->chunked)
+    } else if (llmcbi_str_is_nocase(field->name, "transfer-encoding")) {
+        if (!llmcbi_str_is_nocase(field->value, "chunked") || h->chunked)
             return llmcbi_h1_fail(h, LLMCB_EPROTO,
                                   "an unknown transfer coding");
         h->chunked = true;
-    } else if (llmcbi_str_is_nocase(h->name, "connection")) {
-        if (llmcbi_has_word(h->value, "close")) h->close_said = true;
-        if (llmcbi_has_word(h->value, "keep-alive")) h->close = false;
+    } else if (llmcbi_str_is_nocase(field->name, "connection")) {
+        if (llmcbi_has_word(field->value, "close")) h->close_said = true;
+        if (llmcbi_has_word(field->value, "keep-alive")) h->close = false;
         if (h->close_said) h->close = true;
     }
     return LLMCBI_H1_HEADER;
@@ -7133,7 +7165,8 @@ static llmcbi_h1_type llmcbi_h1_head_end(llmcbi_h1 *h)
 
 /* Body bytes, at most `max` of them. */
 static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
-                                     const char *end, uint64_t max)
+                                     const char *end, uint64_t max,
+                                     llmcb_str *data)
 {
     size_t n = (size_t)(end - *p);
 
@@ -7142,7 +7175,7 @@ static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
                               "the response exceeds limits.body");
     if (max > h->max_body - h->body) max = h->max_body - h->body;
     if (n > max) n = (size_t)max;
-    h->value = llmcbi_slice(*p, n);
+    *data = llmcbi_slice(*p, n);
     *p += n;
     h->body += n;
     return LLMCBI_H1_DATA;
@@ -7199,7 +7232,8 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
 }
 
 static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
-                                     const char **p, const char *end)
+                                     const char **p, const char *end,
+                                     llmcbi_field *field)
 {
     static const char magic[] = "HTTP/1.";
     size_t seen = h->line.len, n = (size_t)(end - *p);
@@ -7226,7 +7260,7 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
         if (!line.len) h->state = LLMCBI_H1_AT_END;
         return LLMCBI_H1_MORE;
     }
-    return line.len ? llmcbi_h1_header(h, line) : llmcbi_h1_head_end(h);
+    return line.len ? llmcbi_h1_header(h, line, field) : llmcbi_h1_head_end(h);
 }
 
 /* The data of a whole chunk in one go, from its size to the line end behind
@@ -7261,10 +7295,12 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
     return true;
 }
 
-/* The next thing in the input. After LLMCBI_H1_END, *p shows what is behind
- * the response. Slices are valid until the next call. */
+/* The next thing in the input; a header or data into *out. After
+ * LLMCBI_H1_END, *p shows what is behind the response. Slices are valid until
+ * the next call. */
 static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
-                                     const char **p, const char *end)
+                                     const char **p, const char *end,
+                                     llmcbi_field *out)
 {
     for (;;) {
         llmcbi_h1_type type;
@@ -7272,18 +7308,21 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
-        if (llmcbi_h1_next_chunk(h, p, end, &h->value)) return LLMCBI_H1_DATA;
+        if (llmcbi_h1_next_chunk(h, p, end, &out->value)) return LLMCBI_H1_DATA;
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
-        case LLMCBI_H1_AT_TRAILER: type = llmcbi_h1_head(a, h, p, end); break;
+        case LLMCBI_H1_AT_TRAILER:
+            type = llmcbi_h1_head(a, h, p, end, out);
+            break;
         case LLMCBI_H1_AT_CLOSE:
-            type = llmcbi_h1_body(h, p, end, UINT64_MAX);
+            type = llmcbi_h1_body(h, p, end, UINT64_MAX, &out->value);
             break;
         case LLMCBI_H1_AT_LENGTH:
         case LLMCBI_H1_AT_CHUNK:
-            type = llmcbi_h1_body(h, p, end, h->left);
-            h->left -= h->value.len;
+            type = llmcbi_h1_body(h, p, end, h->left, &out->value);
+            if (type != LLMCBI_H1_DATA) break;
+            h->left -= out->value.len;
             if (!h->left)
                 h->state = h->state == LLMCBI_H1_AT_CHUNK
                                ? LLMCBI_H1_AT_CHUNK_CR
@@ -7406,19 +7445,20 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
                                       llmcb_exchange *x, const char **p,
                                       const char *end)
 {
+    llmcbi_field found;
     llmcb_str pieces[16]; /* many at once cost less than one by one */
     const size_t most = sizeof pieces / sizeof *pieces;
     size_t n;
 
     for (;;) {
-        llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end);
+        llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end, &found);
         switch (type) {
         case LLMCBI_H1_STATUS: llmcb_exchange_status(x, h->status); break;
         case LLMCBI_H1_HEADER:
-            llmcb_exchange_header(x, h->name, h->value);
+            llmcb_exchange_header(x, found.name, found.value);
             break;
         case LLMCBI_H1_DATA:
-            pieces[0] = h->value;
+            pieces[0] = found.value;
             for (n = 1;
                  n < most && llmcbi_h1_next_chunk(h, p, end, &pieces[n]);)
                 n++;
@@ -7432,12 +7472,17 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
     }
 }
 
+static uint32_t llmcbi_u32(size_t n)
+{
+    return n < UINT32_MAX ? (uint32_t)n : UINT32_MAX;
+}
+
 static void llmcbi_h1_init(llmcbi_h1 *h, const llmcb_limits *limits)
 {
     memset(h, 0, sizeof *h);
-    h->max_line = limits->header_line;
-    h->max_block = limits->header_block;
-    h->max_fields = limits->header_fields;
+    h->max_line = llmcbi_u32(limits->header_line);
+    h->max_block = llmcbi_u32(limits->header_block);
+    h->max_fields = llmcbi_u32(limits->header_fields);
     h->max_body = limits->body;
 }
 
@@ -8307,7 +8352,7 @@ static size_t llmcbi_transfer_header(char *ptr, size_t one, size_t len,
 {
     llmcbi_transfer *t = (llmcbi_transfer *)user;
     llmcb_str line = llmcbi_slice(ptr, len * one);
-    llmcbi_h1 field;
+    llmcbi_field field;
 
     len = line.len;
     if (t->in_body) return len; /* a trailer */
@@ -8338,8 +8383,7 @@ static size_t llmcbi_transfer_header(char *ptr, size_t one, size_t len,
     if (++t->fields > t->limits.header_fields)
         return llmcbi_transfer_stop(
             t, LLMCB_ELIMIT, "more header fields than limits.header_fields");
-    memset(&field, 0, sizeof field);
-    if (t->status >= 200 && llmcbi_h1_field(&field, line))
+    if (t->status >= 200 && llmcbi_h1_field(line, &field))
         llmcb_exchange_header(t->x, field.name, field.value);
     return len;
 }
@@ -10630,7 +10674,7 @@ struct llmcb_chat {
     llmcb_pair *headers; /* one is free for the call's own */
     size_t n_headers;
     uint64_t identity;
-    llmcb_parts no_parts;    /* what chunks of mere text show */
+    llmcbi_rules rules;      /* of the runs of its prompts */
     llmcbi_sink sink;        /* of the exchanges of its prompts */
     llmcbi_pattern *pattern; /* the newest of its streams */
     bool openai;             /* OpenAI's or Azure's own servers */
@@ -10960,6 +11004,16 @@ static void llmcbi_parts_clear(llmcb_parts *parts)
 }
 
 static void llmcbi_chat_listen(llmcbi_sink *sink);
+static void llmcbi_prompt_told(llmcbi_run *run);
+
+static void llmcbi_chat_rule(llmcb_chat *chat)
+{
+    chat->rules.told = llmcbi_prompt_told;
+    chat->rules.handler_ms = llmcbi_span(chat->d.handler_ms);
+    chat->rules.window_events = chat->d.limits.window_events;
+    chat->rules.window_bytes = chat->d.limits.window_bytes;
+    llmcbi_parts_clear(&chat->rules.no_parts);
+}
 
 LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
                                       const llmcb_chat_desc *desc)
@@ -10975,8 +11029,8 @@ LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
     chat->identity = ++loop->last_identity;
     if (desc) chat->d = *desc;
     llmcbi_error_set(&chat->error, LLMCB_OK, NULL);
-    llmcbi_parts_clear(&chat->no_parts);
     llmcbi_chat_resolve(chat);
+    llmcbi_chat_rule(chat);
     if (chat->arena.failed) {
         llmcbi_chat_unref(chat);
         return NULL;
@@ -11524,7 +11578,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
     at = begin + sizeof *chunk;
     chunk = (llmcb_chunk *)(void *)begin;
     chunk->choice = (int)index;
-    chunk->parts = &p->call->chat->no_parts;
+    chunk->parts = &p->run.rules->no_parts;
     if (has_parts) {
         llmcb_parts *parts = (llmcb_parts *)(void *)at;
         at += sizeof *parts;
@@ -11567,7 +11621,7 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
         chunk = (llmcb_chunk *)(void *)at;
         at += sizeof *chunk;
         chunk->choice = (int)i;
-        chunk->parts = &p->call->chat->no_parts;
+        chunk->parts = &p->run.rules->no_parts;
         chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
         llmcbi_buf_add(a, &c->text, lost, (size_t)(end - lost));
         if (p->call->stream)
@@ -11756,7 +11810,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
         any = true;
         if (!piece->len) piece++;
     } while (piece < stop && !p->outcome && p->run.head < until &&
-             p->run.held <= p->run.window_bytes);
+             p->run.held <= p->run.rules->window_bytes);
     if (any) p->last_data = p->run.loop->now;
     return any;
 }
@@ -11789,55 +11843,69 @@ static void llmcbi_prompt_unlearn(llmcbi_prompt *p)
     p->alike = false;
 }
 
-/* Whether q differs from `like` at most before the text. */
-static bool llmcbi_pattern_fits(const llmcbi_pattern *q,
-                                const llmcbi_pattern *like)
+/* An event cut as a pattern is: what is before its text, behind "data: ", what
+ * follows up to the padding, and what is behind that or, without it, at the
+ * end of any event. */
+typedef struct llmcbi_shape {
+    llmcb_str head, mid, tail;
+    bool padded;
+} llmcbi_shape;
+
+static llmcbi_pattern *llmcbi_pattern_new(const llmcb_allocator *a,
+                                          const llmcbi_shape *s)
 {
-    return like && q->len == like->len && q->head == like->head &&
-           q->mid == like->mid &&
-           memcmp((const char *)(q + 1) + q->head,
-                  (const char *)(like + 1) + q->head, q->len - q->head) == 0;
+    size_t len = 6 + s->head.len + s->mid.len + s->tail.len;
+    llmcbi_pattern *q =
+        (llmcbi_pattern *)llmcbi_resize(a, NULL, 0, sizeof *q + len);
+    char *at = (char *)(q + 1);
+
+    if (!q) return NULL;
+    q->refs = 1;
+    q->len = len;
+    q->head = 6 + s->head.len;
+    q->mid = s->mid.len + (s->padded ? 0 : s->tail.len);
+    memcpy(at, "data: ", 6);
+    memcpy(at + 6, s->head.ptr, s->head.len);
+    memcpy(at + q->head, s->mid.ptr, s->mid.len);
+    memcpy(at + q->head + s->mid.len, s->tail.ptr, s->tail.len);
+    return q;
 }
 
-/* Makes q the pattern of p, or one that it fits. That there is no memory for
- * it does no harm: it only saves time. */
-static void llmcbi_prompt_adopt(llmcbi_prompt *p, llmcbi_pattern *q)
+/* Whether q differs from it at most before the text. */
+static bool llmcbi_pattern_fits(const llmcbi_pattern *q, const llmcbi_shape *s)
 {
-    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    llmcb_chat *chat = p->call->chat;
-    llmcbi_pattern *like = p->pattern;
-    const char *bytes = (const char *)(q + 1);
-    size_t n = q->head;
-    char *own;
+    const char *behind = (const char *)(q + 1) + 6 + s->head.len;
 
-    if (!llmcbi_pattern_fits(q, like)) like = chat->pattern;
-    if (!llmcbi_pattern_fits(q, like)) {
-        llmcbi_pattern_unref(a, chat->pattern);
-        chat->pattern = like = q;
-        q->refs++;
-    }
-    while (n && bytes[n - 1] == ((const char *)(like + 1))[n - 1])
-        n--;
-    own = n ? (char *)llmcbi_resize(a, NULL, 0, n) : NULL;
-    if (own) memcpy(own, bytes, n);
-    like->refs++;
-    llmcbi_pattern_unref(a, q);
+    return q->head == 6 + s->head.len &&
+           q->len == q->head + s->mid.len + s->tail.len &&
+           (q->len > q->head + q->mid) == s->padded &&
+           memcmp(behind, s->mid.ptr, s->mid.len) == 0 &&
+           memcmp(behind + s->mid.len, s->tail.ptr, s->tail.len) == 0;
+}
+
+/* Makes q the pattern of p, whose own beginning has n bytes. */
+static bool llmcbi_prompt_adopt(llmcbi_prompt *p, llmcbi_pattern *q, size_t n)
+{
+    if (q == p->pattern && n == p->n_own) return true;
+    q->refs++;
     llmcbi_prompt_unlearn(p);
-    p->pattern = like;
-    p->own = own;
-    p->n_own = own ? (uint16_t)n : 0;
-    p->alike = own || !n;
+    p->pattern = q;
+    if (n) p->own = (char *)llmcbi_resize(llmcbi_prompt_alloc(p), NULL, 0, n);
+    p->n_own = p->own ? (uint16_t)n : 0;
+    return p->own || !n;
 }
 
-/* Remembers an event that brought nothing but text. */
+/* Remembers an event that brought nothing but text. That there may be no
+ * memory for it does no harm: it only saves time. */
 static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
                                 const llmcbi_wire_event *ev)
 {
     const llmcbi_wire_choice *c = &ev->choice;
-    const char *end = data.ptr + data.len, *text_end, *padding;
-    size_t before, behind;
-    llmcbi_pattern *q;
-    char *at;
+    const char *end = data.ptr + data.len, *text_end, *padding, *head;
+    llmcb_chat *chat = p->call->chat;
+    llmcbi_pattern *q = p->pattern;
+    llmcbi_shape s;
+    size_t n;
 
     if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
         !c->text.ptr || c->refusal.len || c->reasoning.len ||
@@ -11847,23 +11915,27 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
         return;
     text_end = c->text.ptr + c->text.len;
     padding = llmcbi_prompt_padding(data, text_end);
-    before = (size_t)(c->text.ptr - data.ptr);
-    behind = (size_t)((padding ? padding : end) - text_end);
-    q = (llmcbi_pattern *)llmcbi_resize(llmcbi_prompt_alloc(p), NULL, 0,
-                                        sizeof *q + 6 + before + behind +
-                                            (padding ? 4 : 2));
-    if (!q) return;
-    q->refs = 1;
-    q->head = 6 + before;
-    q->mid = behind + (padding ? 0 : 2);
-    q->len = q->head + q->mid + (padding ? 4 : 0);
-    at = (char *)(q + 1);
-    memcpy(at, "data: ", 6);
-    memcpy(at + 6, data.ptr, before);
-    memcpy(at + q->head, text_end, behind);
-    memcpy(at + q->head + behind, padding ? "\"}\n\n" : "\n\n",
-           padding ? 4 : 2);
-    llmcbi_prompt_adopt(p, q);
+    s.padded = padding != NULL;
+    s.head = llmcbi_slice(data.ptr, (size_t)(c->text.ptr - data.ptr));
+    s.mid =
+        llmcbi_slice(text_end, (size_t)((padding ? padding : end) - text_end));
+    s.tail = llmcb_text(padding ? "\"}\n\n" : "\n\n");
+    if (!q || !llmcbi_pattern_fits(q, &s)) q = chat->pattern;
+    if (!q || !llmcbi_pattern_fits(q, &s)) {
+        q = llmcbi_pattern_new(llmcbi_prompt_alloc(p), &s);
+        if (!q) return;
+        llmcbi_pattern_unref(llmcbi_prompt_alloc(p), chat->pattern);
+        chat->pattern = q;
+    }
+    head = (const char *)(q + 1) + 6;
+    for (n = s.head.len; n && head[n - 1] == s.head.ptr[n - 1];)
+        n--;
+    if (!llmcbi_prompt_adopt(p, q, n ? 6 + n : 0)) return;
+    if (n) {
+        memcpy(p->own, "data: ", 6);
+        memcpy(p->own + 6, s.head.ptr, n);
+    }
+    p->alike = true;
 }
 
 static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
@@ -12547,7 +12619,7 @@ static void llmcbi_prompt_told(llmcbi_run *run)
     llmcbi_prompt_handler_trouble(p);
     if (run->starved && !p->over) {
         uint64_t held = run->head - llmcbi_run_window(run);
-        if ((run->lockstep || held <= run->window_events / 2) &&
+        if ((run->lockstep || held <= run->rules->window_events / 2) &&
             llmcbi_run_has_room(run)) {
             llmcbi_prompt_unpause(p);
             llmcbi_exchange_resume(p->x);
@@ -12927,11 +12999,7 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     p->call = c;
     p->answer.result = *llmcbi_no_result();
     p->retry_after = LLMCBI_NO_WISH;
-    p->run.told = llmcbi_prompt_told;
-    p->run.no_parts = &chat->no_parts;
-    p->run.window_events = chat->d.limits.window_events;
-    p->run.window_bytes = chat->d.limits.window_bytes;
-    p->run.handler_ms = llmcbi_span(chat->d.handler_ms);
+    p->run.rules = &chat->rules;
     if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
         return LLMCB_ENOMEM;
     code = llmcbi_run_init(loop, &p->run, setup->handlers, setup->n_handlers,
@@ -13019,7 +13087,7 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
         if (!r) return LLMCB_ENOMEM;
         r->pos = (const char *)&c->prompts[0].run.anchor;
         r->seq = 1;
-        r->chunk.parts = &c->chat->no_parts;
+        r->chunk.parts = &c->chat->rules.no_parts;
         c->prompts[0].run.reader = r;
     }
     return c->arena.failed ? LLMCB_ENOMEM : LLMCB_OK;
@@ -13369,6 +13437,7 @@ typedef struct llmcbi_use llmcbi_use;
 typedef struct llmcbi_work {
     llmcb_op op;
     llmcbi_run run;
+    llmcbi_rules rules;
     llmcbi_ready ready; /* looks what can go on */
     llmcbi_timer limit; /* timeout_ms */
     llmcbi_arena arena;
@@ -13693,10 +13762,11 @@ static llmcb_code llmcbi_work_build(llmcbi_work *w, const llmcb_config *config)
         w->output.log = llmcbi_slice("", 0);
     w->start.model = "";
     w->start.batch_size = 1;
-    w->run.told = llmcbi_work_told;
-    w->run.window_events = 1024;
-    w->run.window_bytes = (size_t)1 << 20;
-    w->run.handler_ms = llmcbi_span(d->handler_ms);
+    w->rules.told = llmcbi_work_told;
+    w->rules.window_events = 1024;
+    w->rules.window_bytes = (size_t)1 << 20;
+    w->rules.handler_ms = llmcbi_span(d->handler_ms);
+    w->run.rules = &w->rules;
     if (w->arena.failed ||
         !llmcbi_timer_init(loop, &w->limit, llmcbi_work_timed_out))
         return LLMCB_ENOMEM;

@@ -82,7 +82,8 @@ static size_t feed(reading *r, const char *bytes, size_t n)
     memcpy(read, bytes, n);
     do {
         llmcbi_h1 *h = &r->h;
-        r->last = llmcbi_h1_next(&allocator, h, &p, read + n);
+        llmcbi_field found;
+        r->last = llmcbi_h1_next(&allocator, h, &p, read + n, &found);
         if (r->in_data && r->last != LLMCBI_H1_DATA &&
             r->last != LLMCBI_H1_MORE) {
             note_text(r, "> ");
@@ -94,16 +95,16 @@ static size_t feed(reading *r, const char *bytes, size_t n)
             note_text(r, " ");
             break;
         case LLMCBI_H1_HEADER:
-            note(r, h->name.ptr, h->name.len);
+            note(r, found.name.ptr, found.name.len);
             note_text(r, "=");
-            note(r, h->value.ptr, h->value.len);
+            note(r, found.value.ptr, found.value.len);
             note_text(r, " ");
             break;
         case LLMCBI_H1_DATA:
-            CHECK(h->value.len > 0);
+            CHECK(found.value.len > 0);
             if (!r->in_data) note_text(r, "<");
             r->in_data = true;
-            note(r, h->value.ptr, h->value.len);
+            note(r, found.value.ptr, found.value.len);
             break;
         case LLMCBI_H1_MORE:
             CHECK(p == read + n);

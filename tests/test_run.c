@@ -3802,6 +3802,64 @@ TEST(a_coroutine_that_awaits_a_run_is_woken_by_its_worker)
     free(r);
 }
 
+static int act_speak_at_the_end(rec *r, const llmcb_event *ev)
+{
+    (void)r;
+    if (ev->token && ev->token->parts->finish_reason.len)
+        CHECK_INT(llmcb_run_text(ev->run, str("t")), LLMCB_OK);
+    return 0;
+}
+
+typedef struct window {
+    scene *s;
+    gate *g;
+} window;
+
+static void let_and_rest(void *arg)
+{
+    window *w = (window *)arg;
+
+    gate_let(w->g, ALL);
+    pool_rests(w->s);
+}
+
+/* The loop has taken the posts and hears that the worker has come so far; the
+ * worker posts an event and is done before the loop looks at it. The event
+ * comes before the finish all the same. */
+TEST(an_event_posted_while_posts_are_served)
+{
+    gate g = GATE;
+    scene s;
+    rec *r = rec_new("S", SYNC_TOKENS);
+    window w;
+    llmcb_op *op;
+
+    scene_init(&s);
+    s.fed = true;
+    scene_add(&s, r);
+    r->act = act_speak_at_the_end;
+    r->gate = &g;
+    r->gate_kind = LLMCB_LLM_NEW_TOKEN;
+    scene_open(&s);
+    op = scene_call(&s);
+    while (s.spy.requests < 1) llmcb_loop_run_once(s.loop, 0);
+    feed_head(&s);
+    feed_events(&s, "a|b|c|d|e|f|g|h|$|[DONE]");
+    turn_to_gate(&s, &g, 1);
+    turns(&s, 3); /* the worker may go to the last token */
+    gate_let(&g, LLMCBI_STRAND_BATCH);
+    gate_wait(&g, LLMCBI_STRAND_BATCH + 1); /* and has said so once */
+    w.s = &s;
+    w.g = &g;
+    CHECK_INT(llmcb_loop_post(s.loop, let_and_rest, &w), LLMCB_OK);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    CHECK(strstr(r->log, "|text:t|end") != NULL);
+    CHECK_REC(r);
+    llmcb_op_free(op);
+    scene_close(&s);
+    free(r);
+}
+
 /* So is who reads chunks: they follow the handlers, and nothing else may come
  * for a long time. */
 TEST(a_reader_of_chunks_is_woken_by_the_worker)

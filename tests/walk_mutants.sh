@@ -81,10 +81,10 @@ mutant leaves_without_a_word \
     "/^static void \*llmcbi_worker/,/^}/s/llmcb_loop_wakeup(loop);//"
 # -- the mark
 mutant mark_is_not_published \
-    "$(in_function llmcbi_publish 's/  c->mark = run->mark;//')" \
+    "$(in_function llmcbi_publish 's/  w->mark = run->mark;//')" \
     "a mark of 0 wakes the loop too often"
 mutant mark_is_passed_over \
-    "$(in_function llmcbi_strand_run 's/done >= c->mark/done > c->mark/')"
+    "$(in_function llmcbi_strand_run 's/done >= w->mark/done > w->mark/')"
 mutant no_mark_when_starved \
     "$(in_function llmcbi_run_set_mark 's/else if (run->starved)/else if (false)/')"
 mutant no_mark_when_draining \
@@ -92,7 +92,7 @@ mutant no_mark_when_draining \
 mutant no_mark_in_lock_step \
     "$(in_function llmcbi_run_set_mark 's/if (run->lockstep)/if (false)/')"
 mutant new_mark_is_not_told \
-    "$(in_function llmcbi_run_pump 's/ || c->told_mark != run->mark//')"
+    "$(in_function llmcbi_run_pump 's/(c->away->limit != llmcbi_cursor_limit(c) ||/c->away->limit != llmcbi_cursor_limit(c))/;s/c->away->mark != run->mark))//')"
 # -- the mutex
 mutant publishes_without_the_mutex \
     "$(in_function llmcbi_publish 's/llmcbi_lock(loop);//;s/llmcbi_unlock(loop);//')"
@@ -102,16 +102,16 @@ mutant publishes_half_without_it \
 mutant takes_without_the_mutex \
     "$(in_function llmcbi_process 's/llmcbi_lock(loop);//;s/llmcbi_unlock(loop);//')"
 mutant takes_in_two_goes \
-    "$(in_function llmcbi_process 's/    progress = loop->progress;/    llmcbi_unlock(loop);\n    llmcbi_lock(loop);\n&/')"
+    "$(in_function llmcbi_process 's/    back = llmcbi_hear_progress.*/    llmcbi_unlock(loop);\n    llmcbi_lock(loop);\n&/')"
 mutant due_is_reset_too_late \
     "$(in_function llmcbi_process '/loop->progress_due = false;/d;s/^    llmcbi_run_posts/    llmcbi_lock(loop);\n    loop->progress_due = false;\n    llmcbi_unlock(loop);\n&/')"
 mutant job_is_started_without_it \
     "$(in_function llmcbi_strand_run 's/^    llmcbi_lock(loop);$//;s/^    llmcbi_unlock(loop);$//')"
 # -- strands and cursors
 mutant busy_stays \
-    "$(in_function llmcbi_strand_run 's/c->busy = .*;/c->busy = true;/;s/if (c->busy) llmcbi_strand_add/if (done < c->limit) llmcbi_strand_add/')"
+    "$(in_function llmcbi_strand_run 's/w->busy = .*;/w->busy = true;/;s/if (w->busy) llmcbi_strand_add/if (done < w->limit) llmcbi_strand_add/')"
 mutant busy_is_not_set \
-    "$(in_function llmcbi_publish 's/c->busy = true;//')"
+    "$(in_function llmcbi_publish 's/w->busy = true;//')"
 mutant queued_stays \
     "$(in_function llmcbi_strand_run 's/^    s->queued = false;//')"
 mutant strand_is_not_queued_again \
@@ -121,21 +121,23 @@ mutant strand_is_queued_twice \
 mutant strands_are_not_shared \
     "$(in_function llmcbi_strand_get 's/if (s->handler == h)/if (0)/')"
 mutant limit_is_not_looked_at_again \
-    "$(in_function llmcbi_strand_run 's/done < c->limit;/done < stop;/')"
+    "$(in_function llmcbi_strand_run 's/done < w->limit;/done < stop;/')"
 mutant batch_is_one_too_long \
     "$(in_function llmcbi_strand_run 's/while (done < stop/while (done <= stop/')"
 mutant position_is_not_kept \
-    "$(in_function llmcbi_strand_run 's/^    c->pos = pos;//')"
+    "$(in_function llmcbi_strand_run 's/^    w->pos = pos;//')"
 mutant hand_back_is_forgotten \
     "$(in_function llmcbi_strand_run 's/handed_back = true;//')"
 mutant failure_is_forgotten \
-    "$(in_function llmcbi_strand_run 's/c->failed = failed;/c->failed = 0;/')"
+    "$(in_function llmcbi_strand_run 's/w->failed = failed;/w->failed = 0;/')"
 mutant in_progress_stays \
-    "$(in_function llmcbi_take_progress 's/c->in_progress = false;//')"
+    "$(in_function llmcbi_hear_progress 's/w->in_progress = false;//')"
 mutant back_too_early \
-    "$(in_function llmcbi_take_progress 's/c->on_pool = c->busy;/c->on_pool = false;/')"
+    "$(in_function llmcbi_hear_progress 's/if (w->busy) continue;/if (w->busy) { c->on_pool = false; continue; }/')"
 mutant never_back \
-    "$(in_function llmcbi_take_progress 's/c->on_pool = c->busy;//;s/if (c->on_pool) continue;.*//')"
+    "$(in_function llmcbi_take_back 's/w->cursor->on_pool = false;//')"
+mutant comes_back_at_the_second_look \
+    "$(in_function llmcbi_hear_progress 's/if (w->busy) continue;.*//')$(printf '\n/^static void llmcbi_take_back/,/^}/s/on_pool = false/on_pool = w->busy/')"
 mutant progress_before_posts \
     "$(in_function llmcbi_process '/llmcbi_run_posts(loop, posts);/d;s/^    llmcbi_run_timers/    llmcbi_run_posts(loop, posts);\n&/')" \
     "progress only marks runs ready; the pump comes later"
@@ -164,7 +166,7 @@ mutant inline_is_not_first \
     "$(in_function llmcbi_run_pump 's/run->visible = .*/run->visible = limit;/')" \
     "inline handlers have gone as far as they can before"
 mutant two_steps_at_once \
-    "$(in_function llmcbi_run_lockstep 's/limit = c->known + 1/limit = c->known + 2/')"
+    "$(in_function llmcbi_run_lockstep 's/limit = c->done + 1/limit = c->done + 2/')"
 mutant never_resumed \
     "$(in_function llmcbi_prompt_told 's/if (run->starved \&\& !p->over)/if (0)/')"
 mutant interrupts_nobody \

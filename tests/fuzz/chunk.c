@@ -46,19 +46,20 @@ static llmcbi_h1_type read_chunks(llmcbi_buf *out, size_t *taken, llmcb_str s,
 {
     const char *p = chunk_head;
     llmcbi_h1_type type;
+    llmcbi_field found;
 
     *taken = 0;
     do
         type = llmcbi_h1_next(&fuzz_alloc, h, &p,
-                              chunk_head + sizeof chunk_head - 1);
+                              chunk_head + sizeof chunk_head - 1, &found);
     while (type == LLMCBI_H1_STATUS || type == LLMCBI_H1_HEADER);
     while (type == LLMCBI_H1_MORE && *taken < s.len) {
         size_t n = fuzz_cut(&rng, s.len - *taken);
         char *piece = fuzz_copy(s.ptr + *taken, n);
         p = piece;
-        while ((type = llmcbi_h1_next(&fuzz_alloc, h, &p, piece + n)) ==
+        while ((type = llmcbi_h1_next(&fuzz_alloc, h, &p, piece + n, &found)) ==
                LLMCBI_H1_DATA)
-            fuzz_note(out, h->value.ptr, h->value.len);
+            fuzz_note(out, found.value.ptr, found.value.len);
         *taken += (size_t)(p - piece);
         free(piece);
     }

@@ -14,7 +14,7 @@ typedef struct reading {
     unsigned long long length;
 } reading;
 
-static void note_header(reading *r, const llmcbi_h1 *h)
+static void note_header(reading *r, const llmcbi_field *h)
 {
     size_t i;
 
@@ -39,6 +39,7 @@ static void note_header(reading *r, const llmcbi_h1 *h)
 static void read_all(reading *r, llmcb_str s, const llmcb_limits *limits,
                      uint32_t rng)
 {
+    llmcbi_field found;
     llmcbi_h1 h;
 
     memset(r, 0, sizeof *r);
@@ -48,15 +49,15 @@ static void read_all(reading *r, llmcb_str s, const llmcb_limits *limits,
         char *piece = fuzz_copy(s.ptr + r->taken, n);
         const char *p = piece;
         do {
-            r->type = llmcbi_h1_next(&fuzz_alloc, &h, &p, piece + n);
+            r->type = llmcbi_h1_next(&fuzz_alloc, &h, &p, piece + n, &found);
             if (r->type == LLMCBI_H1_STATUS) {
                 fuzz_note_int(&r->head, h.status);
                 FUZZ_CHECK(h.status >= 200 && h.status < 600);
             } else if (r->type == LLMCBI_H1_HEADER) {
-                note_header(r, &h);
+                note_header(r, &found);
             } else if (r->type == LLMCBI_H1_DATA) {
-                FUZZ_CHECK(h.value.len > 0);
-                fuzz_note(&r->body, h.value.ptr, h.value.len);
+                FUZZ_CHECK(found.value.len > 0);
+                fuzz_note(&r->body, found.value.ptr, found.value.len);
             }
             FUZZ_CHECK(h.line.len <= limits->header_line);
         } while (r->type == LLMCBI_H1_STATUS || r->type == LLMCBI_H1_HEADER ||

@@ -1,7 +1,7 @@
 /* The protocol between the loop and its workers, for one run with one sync
  * handler: who tells whom of what, when somebody sleeps, and who wakes him.
  * Names are those of llmcb.h: llmcbi_prepare, _process, _publish,
- * _take_progress, _run_pump, _strand_run, _worker, llmcb_op_cancel.
+ * _hear_progress, _run_pump, _strand_run, _worker, llmcb_op_cancel.
  *
  * Events of the run: 1 the start, then TOKENS tokens, then the finish. The
  * mutex is held over whole sections, which nobody can look into, so each is
@@ -305,7 +305,14 @@ proctype loop() {
         atomic { /* process */
             sleeping = false;
             progress_due = false;
-            was = in_progress
+            was = in_progress && !busy; /* hear_progress */
+            if
+            :: in_progress ->
+                in_progress = false;
+                known = done;
+                ready = true
+            :: else
+            fi
         }
         if
         :: cancels ->
@@ -341,11 +348,8 @@ proctype loop() {
         fi;
         if
         :: was ->
-            atomic { /* take_progress */
-                in_progress = false;
-                known = done;
-                on_pool = busy;
-                ready = true;
+            atomic { /* take_back */
+                on_pool = false;
                 was = false
             }
         :: else

@@ -47,8 +47,9 @@ static void step(int n, int state, int kept)
 {
     llmcbi_h1 h = any_h1(state, kept);
     const char *p = any_bytes(n), *end = p + n;
+    llmcbi_field found;
 
-    llmcbi_h1_next(&proof_alloc, &h, &p, end);
+    llmcbi_h1_next(&proof_alloc, &h, &p, end, &found);
     /*@ assert place: p <= end; */
     /*@ assert state: h.state <= LLMCBI_H1_AT_ERROR; */
     /*@ assert line: h.line.cap == 0 || h.line.len < h.line.cap; */
@@ -81,29 +82,29 @@ static void head(void)
 static void lines(void)
 {
     int n = Frama_C_interval(0, 14);
+    llmcbi_field field;
     llmcbi_h1 h;
 
     /*@ split n; */
     h = any_h1(LLMCBI_H1_AT_STATUS, -1);
     llmcbi_h1_status_line(&h, llmcbi_slice(any_bytes(n), n));
-    h = any_h1(LLMCBI_H1_AT_HEADER, -1);
-    llmcbi_h1_field(&h, llmcbi_slice(any_bytes(n), n));
+    llmcbi_h1_field(llmcbi_slice(any_bytes(n), n), &field);
 }
 
 static void values(void)
 {
     int n = Frama_C_interval(0, 20), m = Frama_C_interval(0, 5);
+    llmcbi_field field;
     llmcbi_h1 h;
 
     /*@ split n; */
     h = any_h1(LLMCBI_H1_AT_HEADER, -1);
-    h.value = llmcbi_slice(any_bytes(n), n);
-    llmcbi_h1_length(&h);
+    llmcbi_h1_length(&h, llmcbi_slice(any_bytes(n), n));
     /*@ split m; */
     if (n) return;
     llmcbi_has_word(llmcbi_slice(any_bytes(m), m), "close");
     h = any_h1(LLMCBI_H1_AT_HEADER, -1);
-    llmcbi_h1_header(&h, llmcbi_slice(any_bytes(m), m));
+    llmcbi_h1_header(&h, llmcbi_slice(any_bytes(m), m), &field);
 }
 
 /* Fields that mean something, with any value. */
@@ -116,6 +117,7 @@ static void fields(void)
     static const int most[] = { 2, 1, 1, 2, 1 };
     int name = Frama_C_interval(0, 4), less = Frama_C_interval(0, 1);
     size_t len, n;
+    llmcbi_field field;
     llmcbi_h1 h;
     char *s;
 
@@ -126,20 +128,21 @@ static void fields(void)
     s = any_bytes(n);
     memcpy(s, names[name], len);
     h = any_h1(LLMCBI_H1_AT_HEADER, 0);
-    llmcbi_h1_header(&h, llmcbi_slice(s, n));
+    llmcbi_h1_header(&h, llmcbi_slice(s, n), &field);
 }
 
 static void chunk(void)
 {
     int n = Frama_C_interval(0, 14);
     const char *p, *end;
+    llmcb_str data;
     llmcbi_h1 h;
 
     /*@ split n; */
     h = any_h1(LLMCBI_H1_AT_SIZE, -1);
     p = any_bytes(n);
     end = p + n;
-    llmcbi_h1_next_chunk(&h, &p, end, &h.value);
+    llmcbi_h1_next_chunk(&h, &p, end, &data);
     /*@ assert place: p <= end; */
 }
 
