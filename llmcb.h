@@ -3143,7 +3143,7 @@ static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
                               void (*fn)(llmcbi_timer *))
 {
     if (loop->timers_made + 1 >= loop->heap_cap) {
-        size_t cap = loop->heap_cap ? 2 * loop->heap_cap : 16;
+        size_t cap = loop->heap_cap + loop->heap_cap / 2 + 16;
         llmcbi_sleep *heap = (llmcbi_sleep *)llmcbi_resize(
             &loop->alloc, loop->heap, loop->heap_cap * sizeof *heap,
             cap * sizeof *heap);
@@ -3842,20 +3842,26 @@ typedef struct llmcbi_waiter {
     llmcbi_task *task;
 } llmcbi_waiter;
 
-struct llmcb_op {
-    llmcb_loop *loop;
+/* What an operation is. */
+typedef struct llmcbi_op_kind {
     /* Bring it to its end, now or later. */
     void (*cancel)(llmcb_op *op, llmcb_detail detail);
     /* It is done and nobody holds it. */
     void (*destroy)(llmcb_op *op);
     /* Somebody waits for its end and not for its parts; may be NULL. */
     void (*waited)(llmcb_op *op);
+    void (*begin)(llmcb_op *op); /* the parent is open; may be NULL */
+    /* NULL for what has none. */
+    void (*child_done)(llmcb_op *op, llmcb_op *child);
+} llmcbi_op_kind;
+
+struct llmcb_op {
+    llmcb_loop *loop;
+    const llmcbi_op_kind *kind;
     llmcb_op *prev, *next;
     /* A tree: what is under way within an op. It ends before that op does,
      * and begins when that is open. */
     llmcb_op *parent, *children, *prev_sibling, *next_sibling;
-    void (*begin)(llmcb_op *op); /* the parent is open; may be NULL */
-    void (*child_done)(llmcb_op *op, llmcb_op *child);
     llmcb_run *run;           /* its first; may be NULL */
     llmcb_op *answer;         /* the op whose result it shows, if not its own */
     const llmcb_usage *usage; /* likewise; NULL: its own */
@@ -3871,12 +3877,10 @@ struct llmcb_op {
 };
 
 static void llmcbi_op_init(llmcb_loop *loop, llmcb_op *op,
-                           void (*cancel)(llmcb_op *, llmcb_detail),
-                           void (*destroy)(llmcb_op *))
+                           const llmcbi_op_kind *kind)
 {
     op->loop = loop;
-    op->cancel = cancel;
-    op->destroy = destroy;
+    op->kind = kind;
     op->next = loop->ops;
     if (op->next) op->next->prev = op;
     loop->ops = op;
@@ -3893,7 +3897,7 @@ static void llmcbi_op_destroy(llmcb_op *op)
     else
         loop->ops = op->next;
     llmcbi_error_drop(&loop->alloc, op->error);
-    op->destroy(op);
+    op->kind->destroy(op);
 }
 
 /* Makes `child` a part of op until it is done. */
@@ -3917,7 +3921,7 @@ static void llmcbi_op_leave(llmcb_op *child)
     else
         op->children = child->next_sibling;
     child->parent = NULL;
-    op->child_done(op, child);
+    op->kind->child_done(op, child);
 }
 
 /* Has op cancelled in the next turn. */
@@ -3978,7 +3982,7 @@ static void llmcbi_take_cancels(llmcb_loop *loop)
         next = op->next; /* cancel destroys no other op */
         if (!detail) continue;
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
-        if (!op->done) op->cancel(op, (llmcb_detail)detail);
+        if (!op->done) op->kind->cancel(op, (llmcb_detail)detail);
     }
 }
 
@@ -4019,7 +4023,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_run_until(llmcb_loop *loop, llmcb_op *op)
     if (code != LLMCB_OK) return code;
     if (op->done) return op->error->code;
     if (loop->turning) return LLMCB_ESTATE;
-    if (op->waited) op->waited(op);
+    if (op->kind->waited) op->kind->waited(op);
     loop->stopping = false;
     op->waiting = true; /* a callback may free it */
     while (!op->done && !loop->stopping)
@@ -4077,7 +4081,7 @@ static void llmcbi_waiter_join(llmcbi_waiter *w, llmcbi_task *t, llmcb_op *op)
     w->next = op->waiters;
     if (w->next) w->next->prev = w;
     op->waiters = w;
-    if (op->waited) op->waited(op);
+    if (op->kind->waited) op->kind->waited(op);
 }
 
 static void llmcbi_task_disarm(llmcbi_task *t)
@@ -4399,6 +4403,10 @@ static void llmcbi_task_op_destroy(llmcb_op *op)
     llmcbi_free(&op->loop->alloc, o, o->size);
 }
 
+static const llmcbi_op_kind llmcbi_task_kind = { llmcbi_task_op_cancel,
+                                                 llmcbi_task_op_destroy, NULL,
+                                                 NULL, NULL };
+
 LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
                                       size_t frame_size, void *self)
 {
@@ -4421,7 +4429,7 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
         llmcbi_free(&loop->alloc, o, o->size);
         return NULL;
     }
-    llmcbi_op_init(loop, &o->op, llmcbi_task_op_cancel, llmcbi_task_op_destroy);
+    llmcbi_op_init(loop, &o->op, &llmcbi_task_kind);
     o->task.armed = true;
     llmcbi_make_ready(loop, &o->task.ready);
     return &o->op;
@@ -4697,6 +4705,10 @@ static void llmcbi_offload_destroy(llmcb_op *op)
     llmcbi_free(&op->loop->alloc, op, sizeof(llmcbi_offload_op));
 }
 
+static const llmcbi_op_kind llmcbi_offload_kind = { llmcbi_offload_cancel,
+                                                    llmcbi_offload_destroy,
+                                                    NULL, NULL, NULL };
+
 LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
                                    void *arg)
 {
@@ -4706,7 +4718,7 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
     if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing) return NULL;
     o = (llmcbi_offload_op *)llmcbi_alloc(&loop->alloc, sizeof *o);
     if (!o) return NULL;
-    llmcbi_op_init(loop, &o->op, llmcbi_offload_cancel, llmcbi_offload_destroy);
+    llmcbi_op_init(loop, &o->op, &llmcbi_offload_kind);
     o->job = llmcbi_job_start(loop, fn, arg, llmcbi_offload_done, o, &code);
     if (!o->job) {
         llmcb_error e;
@@ -4843,7 +4855,7 @@ struct llmcbi_run {
     uint64_t finish_seq;   /* 0: none yet */
     uint64_t slowest;      /* as of the last pump: no cursor is behind it */
     size_t held;           /* bytes in blocks */
-    char *tail, *tail_end; /* the free part of the last block */
+    char *tail;            /* the free part of the last block */
     const llmcbi_rules *rules;
 };
 
@@ -4934,7 +4946,7 @@ static void llmcbi_run_drop_first(llmcbi_run *run)
     run->held -= b->size;
     if (!run->first) {
         run->last = NULL;
-        run->tail = run->tail_end = NULL;
+        run->tail = NULL;
     }
     llmcbi_block_put(run->loop, b);
 }
@@ -4963,8 +4975,17 @@ static bool llmcbi_run_extend(llmcbi_run *run, size_t need)
     run->last = b;
     run->held += b->size;
     run->tail = (char *)b + LLMCBI_BLOCK_HEAD;
-    run->tail_end = (char *)b + b->size - sizeof(llmcbi_jump);
     return true;
+}
+
+/* Bytes that are free in the last block. */
+static inline size_t llmcbi_run_tail(const llmcbi_run *run)
+{
+    const llmcbi_block *b = run->last;
+
+    if (!b) return 0;
+    return (size_t)((const char *)b + b->size - run->tail) -
+           sizeof(llmcbi_jump);
 }
 
 /* Room for a record with a payload of at most `size` bytes, which begins
@@ -4974,8 +4995,7 @@ static inline char *llmcbi_run_reserve(llmcbi_run *run, size_t size)
 {
     size_t need = LLMCBI_ALIGN8(sizeof(llmcbi_record) + size);
 
-    if ((size_t)(run->tail_end - run->tail) < need &&
-        !llmcbi_run_extend(run, need))
+    if (llmcbi_run_tail(run) < need && !llmcbi_run_extend(run, need))
         return NULL;
     return run->tail + sizeof(llmcbi_record);
 }
@@ -6549,7 +6569,7 @@ static void llmcbi_cancel_all(llmcb_loop *loop)
 
     for (op = loop->ops; op; op = next) {
         next = op->next;
-        if (!op->done) op->cancel(op, LLMCB_DETAIL_LOOP);
+        if (!op->done) op->kind->cancel(op, LLMCB_DETAIL_LOOP);
     }
 }
 
@@ -6669,17 +6689,21 @@ typedef struct llmcbi_sink {
     void (*end)(void *owner, llmcb_ending ending, const llmcb_error *error);
 } llmcbi_sink;
 
+/* What came when the sink had no room. */
+typedef struct llmcbi_held {
+    llmcbi_buf bytes;
+    size_t taken; /* of them */
+    llmcb_ending ending;
+    const llmcb_error *end_error; /* an end behind the bytes */
+} llmcbi_held;
+
 struct llmcb_exchange {
-    llmcb_loop *loop;
     llmcb_transport *tr;
     const llmcbi_sink *sink;
     void *owner;
-    bool ended;  /* by the transport */
-    bool paused; /* the transport waits for resume */
-    llmcb_ending ending;
-    llmcbi_buf held; /* what the sink has not taken, from held_at on */
-    size_t held_at;
-    const llmcb_error *end_error; /* an end behind the held bytes */
+    llmcbi_held *held; /* if paused; NULL then: no memory, and it is lost */
+    bool ended;        /* by the transport */
+    bool paused;       /* the transport waits for resume */
 };
 
 #define LLMCBI_EXCHANGE_HEAD LLMCBI_ALIGN(sizeof(llmcb_exchange))
@@ -6708,7 +6732,6 @@ static llmcb_exchange *llmcbi_exchange_new(llmcb_transport *tr,
         &tr->loop->alloc, LLMCBI_EXCHANGE_HEAD + tr->state_size);
 
     if (!x) return NULL;
-    x->loop = tr->loop;
     x->tr = tr;
     x->sink = sink;
     x->owner = owner;
@@ -6722,6 +6745,19 @@ typedef enum llmcbi_parting {
     LLMCBI_PART_UNSTARTED
 } llmcbi_parting;
 
+static void llmcbi_exchange_drop_held(llmcb_exchange *x)
+{
+    const llmcb_allocator *a = &x->tr->loop->alloc;
+    llmcbi_held *h = x->held;
+
+    x->paused = false;
+    x->held = NULL;
+    if (!h) return;
+    llmcbi_error_drop(a, h->end_error);
+    llmcbi_buf_free(a, &h->bytes);
+    llmcbi_free(a, h, sizeof *h);
+}
+
 /* Not inside a call of the transport's. */
 static void llmcbi_exchange_free(llmcb_exchange *x, llmcbi_parting how)
 {
@@ -6731,8 +6767,7 @@ static void llmcbi_exchange_free(llmcb_exchange *x, llmcbi_parting how)
     tr = x->tr;
     if (!x->ended && how == LLMCBI_PART_RELEASE) tr->release(tr, x);
     if (!x->ended && how == LLMCBI_PART_CANCEL) tr->cancel(tr, x);
-    llmcbi_error_drop(&tr->loop->alloc, x->end_error);
-    llmcbi_buf_free(&tr->loop->alloc, &x->held);
+    llmcbi_exchange_drop_held(x);
     llmcbi_free(&tr->loop->alloc, x, LLMCBI_EXCHANGE_HEAD + tr->state_size);
 }
 
@@ -6761,14 +6796,19 @@ LLMCBI_DEF void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
 static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
                                    size_t n)
 {
+    const llmcb_allocator *a;
     size_t i;
 
     if (!x || x->ended) return false;
+    a = &x->tr->loop->alloc;
     if (!x->paused) x->sink->data(x->owner, pieces, n);
     for (i = 0; i < n; i++) {
         if (!pieces[i].len) continue;
+        if (!x->paused)
+            x->held = (llmcbi_held *)llmcbi_alloc(a, sizeof *x->held);
         x->paused = true;
-        llmcbi_buf_add(&x->loop->alloc, &x->held, pieces[i].ptr, pieces[i].len);
+        if (x->held)
+            llmcbi_buf_add(a, &x->held->bytes, pieces[i].ptr, pieces[i].len);
     }
     return !x->paused;
 }
@@ -6795,35 +6835,38 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
         x->sink->end(x->owner, ending, &e);
         return;
     }
-    x->ending = ending;
-    x->end_error = llmcbi_error_keep(&x->loop->alloc, &e);
+    if (!x->held) return;
+    x->held->ending = ending;
+    x->held->end_error = llmcbi_error_keep(&x->tr->loop->alloc, &e);
 }
 
 /* There is room again. Not inside a call of the transport's. */
 static void llmcbi_exchange_resume(llmcb_exchange *x)
 {
+    llmcbi_held *h = x->held;
+
     if (!x->paused) return;
-    if (x->held.failed) { /* what could not be held is lost */
+    if (!h || h->bytes.failed) { /* what could not be held is lost */
         x->paused = false;
         if (!x->ended) x->tr->cancel(x->tr, x);
         x->ended = true;
         x->sink->end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
         return;
     }
-    if (x->held_at < x->held.len) {
+    if (h->taken < h->bytes.len) {
         llmcb_str rest =
-            llmcbi_slice(x->held.ptr + x->held_at, x->held.len - x->held_at);
+            llmcbi_slice(h->bytes.ptr + h->taken, h->bytes.len - h->taken);
         x->sink->data(x->owner, &rest, 1);
-        x->held_at = x->held.len - rest.len;
+        h->taken = h->bytes.len - rest.len;
     }
-    if (x->held_at < x->held.len) return;
-    llmcbi_buf_free(&x->loop->alloc, &x->held);
-    x->held_at = 0;
-    x->paused = false;
-    if (x->ended)
-        x->sink->end(x->owner, x->ending, x->end_error);
-    else
+    if (h->taken < h->bytes.len) return;
+    if (x->ended) {
+        x->paused = false;
+        x->sink->end(x->owner, h->ending, h->end_error);
+    } else {
+        llmcbi_exchange_drop_held(x);
         x->tr->resume(x->tr, x);
+    }
 }
 
 /* -- addresses */
@@ -8967,7 +9010,7 @@ static llmcbi_player *llmcbi_player_of(llmcb_exchange *x)
 
 static void llmcbi_player_close(llmcbi_player *p)
 {
-    llmcb_loop *loop = p->x->loop;
+    llmcb_loop *loop = p->x->tr->loop;
 
     if (!p->open) return;
     p->open = false;
@@ -9022,9 +9065,9 @@ static void llmcbi_player_next(llmcbi_player *p)
     if (p->segment < t->n_segments && !p->replay->no_delays)
         ms = t->segments[p->segment].delay_ms;
     if (ms > 0)
-        llmcbi_timer_start(p->x->loop, &p->timer, ms);
+        llmcbi_timer_start(p->x->tr->loop, &p->timer, ms);
     else
-        llmcbi_make_ready(p->x->loop, &p->ready);
+        llmcbi_make_ready(p->x->tr->loop, &p->ready);
 }
 
 static void llmcbi_player_play(llmcbi_ready *r)
@@ -9056,7 +9099,7 @@ static void llmcbi_player_play(llmcbi_ready *r)
     }
     at = t->bytes + llmcbi_tape_offset(t, p->segment);
     end = t->bytes + llmcbi_tape_offset(t, ++p->segment);
-    type = llmcbi_h1_drive(p->x->loop, &p->h1, p->x, &at, end);
+    type = llmcbi_h1_drive(p->x->tr->loop, &p->h1, p->x, &at, end);
     if (type == LLMCBI_H1_END)
         llmcbi_player_end(p, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
     else if (type == LLMCBI_H1_ERROR)
@@ -9069,7 +9112,7 @@ static void llmcbi_player_timer(llmcbi_timer *timer)
 {
     llmcbi_player *p = LLMCBI_OWNER(llmcbi_player, timer, timer);
 
-    llmcbi_make_ready(p->x->loop, &p->ready);
+    llmcbi_make_ready(p->x->tr->loop, &p->ready);
 }
 
 static llmcb_code llmcbi_replay_start(llmcb_transport *tr, llmcb_exchange *x,
@@ -9096,7 +9139,7 @@ static void llmcbi_replay_resume(llmcb_transport *tr, llmcb_exchange *x)
     llmcbi_player *p = llmcbi_player_of(x);
 
     (void)tr;
-    if (!p->timer.place) llmcbi_make_ready(x->loop, &p->ready);
+    if (!p->timer.place) llmcbi_make_ready(x->tr->loop, &p->ready);
 }
 
 static void llmcbi_replay_stop(llmcb_transport *tr, llmcb_exchange *x)
@@ -9367,8 +9410,8 @@ typedef struct llmcbi_take {
 
 static void llmcbi_take_border(llmcbi_take *t)
 {
-    const llmcb_allocator *a = &t->outer->loop->alloc;
-    int64_t now = t->outer->loop->now;
+    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
+    int64_t now = t->outer->tr->loop->now;
 
     llmcbi_buf_text(a, &t->borders, t->borders.len ? ",[" : "[");
     llmcbi_buf_int(a, &t->borders, (int64_t)t->http.len);
@@ -9391,7 +9434,7 @@ static void llmcbi_take_sent(void *owner)
 static void llmcbi_take_status(void *owner, int status)
 {
     llmcbi_take *t = (llmcbi_take *)owner;
-    const llmcb_allocator *a = &t->outer->loop->alloc;
+    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
 
     llmcbi_take_border(t);
     llmcbi_buf_text(a, &t->http, "HTTP/1.1 ");
@@ -9406,7 +9449,7 @@ static void llmcbi_take_header(void *owner, llmcb_str name, llmcb_str value)
         "transfer-encoding content-length connection set-cookie "
         "authorization openai-organization openai-project";
     llmcbi_take *t = (llmcbi_take *)owner;
-    const llmcb_allocator *a = &t->outer->loop->alloc;
+    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
 
     if (!llmcbi_str_listed(name, left_out)) {
         llmcbi_buf_add(a, &t->http, name.ptr, name.len);
@@ -9421,7 +9464,7 @@ static void llmcbi_take_head_end(llmcbi_take *t)
 {
     if (t->in_body) return;
     t->in_body = true;
-    llmcbi_buf_text(&t->outer->loop->alloc, &t->http,
+    llmcbi_buf_text(&t->outer->tr->loop->alloc, &t->http,
                     "Transfer-Encoding: chunked\r\n\r\n");
 }
 
@@ -9429,7 +9472,7 @@ static void llmcbi_take_head_end(llmcbi_take *t)
 static void llmcbi_take_piece(llmcbi_take *t, const char *bytes, size_t len)
 {
     static const char hex[] = "0123456789abcdef";
-    const llmcb_allocator *a = &t->outer->loop->alloc;
+    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
     int shift;
     bool begun = false;
 
@@ -9481,7 +9524,7 @@ static bool llmcbi_write_file(const char *path, llmcb_str text)
 
 static void llmcbi_take_save(llmcbi_take *t, const char *end)
 {
-    llmcb_loop *loop = t->outer->loop;
+    llmcb_loop *loop = t->outer->tr->loop;
     const llmcb_allocator *a = &loop->alloc;
     llmcbi_buf name, json;
     bool ok;
@@ -9507,7 +9550,7 @@ static void llmcbi_take_save(llmcbi_take *t, const char *end)
 /* The take is over, one way or the other. */
 static void llmcbi_take_close(llmcbi_take *t, const char *end)
 {
-    const llmcb_allocator *a = &t->outer->loop->alloc;
+    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
 
     llmcbi_take_save(t, end);
     llmcbi_buf_free(a, &t->http);
@@ -9524,7 +9567,7 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
     if (ending == LLMCB_ORDERLY) {
         llmcbi_take_head_end(t);
         llmcbi_take_border(t);
-        llmcbi_buf_text(&t->outer->loop->alloc, &t->http, "0\r\n\r\n");
+        llmcbi_buf_text(&t->outer->tr->loop->alloc, &t->http, "0\r\n\r\n");
     }
     llmcbi_take_close(t, e.code == LLMCB_ECONNECT  ? "refuse"
                          : ending == LLMCB_ORDERLY ? "keep"
@@ -10662,6 +10705,10 @@ typedef struct llmcbi_pattern {
     size_t len, head, mid;
 } llmcbi_pattern;
 
+/* A stream has some: its first event looks different, as does one with
+ * padding. */
+#define LLMCBI_PATTERNS 4
+
 struct llmcb_chat {
     llmcb_loop *loop;
     size_t refs; /* the program's and each call's */
@@ -10674,10 +10721,11 @@ struct llmcb_chat {
     llmcb_pair *headers; /* one is free for the call's own */
     size_t n_headers;
     uint64_t identity;
-    llmcbi_rules rules;      /* of the runs of its prompts */
-    llmcbi_sink sink;        /* of the exchanges of its prompts */
-    llmcbi_pattern *pattern; /* the newest of its streams */
-    bool openai;             /* OpenAI's or Azure's own servers */
+    llmcbi_rules rules; /* of the runs of its prompts */
+    llmcbi_sink sink;   /* of the exchanges of its prompts */
+    llmcbi_pattern *patterns[LLMCBI_PATTERNS]; /* the newest of its streams */
+    size_t last_pattern;
+    bool openai; /* OpenAI's or Azure's own servers */
 };
 
 /* -- the descriptor */
@@ -10981,9 +11029,11 @@ static void llmcbi_chat_unref(llmcb_chat *chat)
 {
     const llmcb_allocator *a = &chat->loop->alloc;
     llmcbi_arena_block *b;
+    size_t i;
 
     if (--chat->refs) return;
-    llmcbi_pattern_unref(a, chat->pattern);
+    for (i = 0; i < LLMCBI_PATTERNS; i++)
+        llmcbi_pattern_unref(a, chat->patterns[i]);
     if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
     llmcbi_free(a, chat->auth, chat->auth_size);
     llmcb_limiter_free(chat->d.limiter);
@@ -11129,13 +11179,13 @@ struct llmcbi_call {
     bool pull;
     bool cancelled;
     bool orphaned;      /* destroyed but for a worker inside a handler */
+    uint32_t n;         /* prompts */
+    uint32_t max_open;  /* at a time */
+    uint32_t told;      /* prompts whose error has been told, in order */
     llmcbi_ready ready; /* looks what can go on */
     llmcbi_arena arena;
     llmcbi_prompt *prompts;
-    size_t n;
-    size_t max_open;
     const llmcb_error *late; /* a failure that changed no event */
-    size_t told;             /* prompts whose error has been told, in order */
 };
 
 static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e);
@@ -11883,6 +11933,24 @@ static bool llmcbi_pattern_fits(const llmcbi_pattern *q, const llmcbi_shape *s)
            memcmp(behind + s->mid.len, s->tail.ptr, s->tail.len) == 0;
 }
 
+/* The chat's pattern of this shape, new if need be; NULL: no memory. */
+static llmcbi_pattern *llmcbi_chat_pattern(llmcb_chat *chat,
+                                           const llmcbi_shape *s)
+{
+    const llmcb_allocator *a = &chat->loop->alloc;
+    llmcbi_pattern **at = chat->patterns, *q;
+    size_t i;
+
+    for (i = 0; i < LLMCBI_PATTERNS; i++)
+        if (at[i] && llmcbi_pattern_fits(at[i], s)) return at[i];
+    q = llmcbi_pattern_new(a, s);
+    if (!q) return NULL;
+    at += chat->last_pattern++ % LLMCBI_PATTERNS;
+    llmcbi_pattern_unref(a, *at);
+    *at = q;
+    return q;
+}
+
 /* Makes q the pattern of p, whose own beginning has n bytes. */
 static bool llmcbi_prompt_adopt(llmcbi_prompt *p, llmcbi_pattern *q, size_t n)
 {
@@ -11902,7 +11970,6 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
 {
     const llmcbi_wire_choice *c = &ev->choice;
     const char *end = data.ptr + data.len, *text_end, *padding, *head;
-    llmcb_chat *chat = p->call->chat;
     llmcbi_pattern *q = p->pattern;
     llmcbi_shape s;
     size_t n;
@@ -11920,13 +11987,9 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     s.mid =
         llmcbi_slice(text_end, (size_t)((padding ? padding : end) - text_end));
     s.tail = llmcb_text(padding ? "\"}\n\n" : "\n\n");
-    if (!q || !llmcbi_pattern_fits(q, &s)) q = chat->pattern;
-    if (!q || !llmcbi_pattern_fits(q, &s)) {
-        q = llmcbi_pattern_new(llmcbi_prompt_alloc(p), &s);
-        if (!q) return;
-        llmcbi_pattern_unref(llmcbi_prompt_alloc(p), chat->pattern);
-        chat->pattern = q;
-    }
+    if (!q || !llmcbi_pattern_fits(q, &s))
+        q = llmcbi_chat_pattern(p->call->chat, &s);
+    if (!q) return;
     head = (const char *)(q + 1) + 6;
     for (n = s.head.len; n && head[n - 1] == s.head.ptr[n - 1];)
         n--;
@@ -12853,6 +12916,11 @@ static void llmcbi_call_destroy(llmcb_op *op)
     llmcbi_call_free((llmcbi_call *)(void *)op);
 }
 
+static const llmcbi_op_kind llmcbi_call_kind = { llmcbi_call_cancel,
+                                                 llmcbi_call_destroy,
+                                                 llmcbi_call_waited,
+                                                 llmcbi_call_begin, NULL };
+
 /* -- making a call */
 
 /* The lists that all runs of the call share. */
@@ -13067,8 +13135,9 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
     const llmcb_config *config = plan->config;
     size_t i, n = plan->batch;
 
-    c->max_open = config->max_concurrency ? config->max_concurrency : n;
-    if (n > SIZE_MAX / 8 / sizeof *c->prompts) return LLMCB_ENOMEM;
+    if (n > UINT32_MAX / 8 / sizeof *c->prompts) return LLMCB_ENOMEM;
+    c->max_open =
+        config->max_concurrency ? config->max_concurrency : (uint32_t)n;
     llmcbi_call_room(c, n, config);
     c->prompts = /* before labels can have used up the room */
         (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
@@ -13076,7 +13145,7 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
     if (c->arena.failed || plan->params.failed) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
         llmcb_code code;
-        c->n = i + 1; /* what has been begun must be freed */
+        c->n++; /* what has been begun must be freed */
         code = llmcbi_prompt_init(&c->prompts[i], c, &prompts[i], plan);
         if (code != LLMCB_OK) return code;
     }
@@ -13134,8 +13203,7 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     c->stream = stream;
     c->pull = pull;
     c->ready.fn = llmcbi_call_step;
-    llmcbi_op_init(loop, &c->op, llmcbi_call_cancel, llmcbi_call_destroy);
-    c->op.waited = llmcbi_call_waited;
+    llmcbi_op_init(loop, &c->op, &llmcbi_call_kind);
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK)
         code = llmcbi_call_check(chat, prompts, n, config, &why);
@@ -13148,7 +13216,6 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
         return &c->op;
     }
     c->op.run = &c->prompts[0].run.pub;
-    c->op.begin = llmcbi_call_begin;
     llmcbi_run_adopt(config, &c->op);
     for (i = 0; i < c->n; i++)
         llmcbi_run_begin(&c->prompts[i].run, LLMCB_CHAT_MODEL_START,
@@ -13192,7 +13259,7 @@ LLMCBI_DEF llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
 static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
 {
     if (op && op->answer) op = op->answer;
-    return op && op->destroy == llmcbi_call_destroy
+    return op && op->kind == &llmcbi_call_kind
                ? (llmcbi_call *)llmcbi_unconst(op)
                : NULL;
 }
@@ -13428,7 +13495,7 @@ static void llmcbi_op_open(llmcb_op *op)
 
     op->open = true;
     for (child = op->children; child; child = child->next_sibling)
-        if (child->begin) child->begin(child);
+        if (child->kind->begin) child->kind->begin(child);
 }
 
 typedef struct llmcbi_use llmcbi_use;
@@ -13469,13 +13536,21 @@ struct llmcbi_use {
     bool asking;
 };
 
+static void llmcbi_work_cancel(llmcb_op *op, llmcb_detail detail);
 static void llmcbi_work_destroy(llmcb_op *op);
+static void llmcbi_work_begin(llmcb_op *op);
+static void llmcbi_work_child_done(llmcb_op *op, llmcb_op *child);
 static void llmcbi_tool_begin(llmcbi_work *w);
 static void llmcbi_tool_body_done(llmcbi_work *w, llmcb_code code);
 
+static const llmcbi_op_kind llmcbi_work_kind = { llmcbi_work_cancel,
+                                                 llmcbi_work_destroy, NULL,
+                                                 llmcbi_work_begin,
+                                                 llmcbi_work_child_done };
+
 static llmcbi_work *llmcbi_work_of(const llmcb_op *op)
 {
-    return op && op->destroy == llmcbi_work_destroy
+    return op && op->kind == &llmcbi_work_kind
                ? (llmcbi_work *)llmcbi_unconst(op)
                : NULL;
 }
@@ -13800,9 +13875,7 @@ static llmcbi_work *llmcbi_work_new(llmcb_loop *loop,
     if (!config) config = &none;
     if (desc) w->d = *desc;
     w->ready.fn = llmcbi_work_step;
-    llmcbi_op_init(loop, &w->op, llmcbi_work_cancel, llmcbi_work_destroy);
-    w->op.begin = llmcbi_work_begin;
-    w->op.child_done = llmcbi_work_child_done;
+    llmcbi_op_init(loop, &w->op, &llmcbi_work_kind);
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK && refused) code = LLMCB_EINVAL;
     if (code == LLMCB_OK) why = llmcbi_config_check(loop, config, &code);
