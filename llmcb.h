@@ -6701,9 +6701,10 @@ struct llmcb_exchange {
     llmcb_transport *tr;
     const llmcbi_sink *sink;
     void *owner;
-    llmcbi_held *held; /* if paused; NULL then: no memory, and it is lost */
+    llmcbi_held *held; /* NULL: nothing */
     bool ended;        /* by the transport */
     bool paused;       /* the transport waits for resume */
+    bool lost;         /* something that there was no memory to hold */
 };
 
 #define LLMCBI_EXCHANGE_HEAD LLMCBI_ALIGN(sizeof(llmcb_exchange))
@@ -6792,23 +6793,32 @@ LLMCBI_DEF void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
     if (x && !x->ended) x->sink->header(x->owner, name, value);
 }
 
+/* NULL: no memory. */
+static llmcbi_held *llmcbi_exchange_hold(llmcb_exchange *x)
+{
+    if (!x->held)
+        x->held =
+            (llmcbi_held *)llmcbi_alloc(&x->tr->loop->alloc, sizeof *x->held);
+    if (!x->held) x->lost = true;
+    return x->held;
+}
+
 /* Pieces of the body; what is not taken of them is held until resume. */
 static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
                                    size_t n)
 {
-    const llmcb_allocator *a;
+    llmcbi_held *h;
     size_t i;
 
     if (!x || x->ended) return false;
-    a = &x->tr->loop->alloc;
     if (!x->paused) x->sink->data(x->owner, pieces, n);
     for (i = 0; i < n; i++) {
         if (!pieces[i].len) continue;
-        if (!x->paused)
-            x->held = (llmcbi_held *)llmcbi_alloc(a, sizeof *x->held);
         x->paused = true;
-        if (x->held)
-            llmcbi_buf_add(a, &x->held->bytes, pieces[i].ptr, pieces[i].len);
+        h = llmcbi_exchange_hold(x);
+        if (h)
+            llmcbi_buf_add(&x->tr->loop->alloc, &h->bytes, pieces[i].ptr,
+                           pieces[i].len);
     }
     return !x->paused;
 }
@@ -6825,6 +6835,7 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
                                    llmcb_code code, int sys_errno,
                                    const char *message)
 {
+    llmcbi_held *h;
     llmcb_error e;
 
     if (!x || x->ended) return;
@@ -6835,9 +6846,10 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
         x->sink->end(x->owner, ending, &e);
         return;
     }
-    if (!x->held) return;
-    x->held->ending = ending;
-    x->held->end_error = llmcbi_error_keep(&x->tr->loop->alloc, &e);
+    h = llmcbi_exchange_hold(x);
+    if (!h) return;
+    h->ending = ending;
+    h->end_error = llmcbi_error_keep(&x->tr->loop->alloc, &e);
 }
 
 /* There is room again. Not inside a call of the transport's. */
@@ -6846,20 +6858,20 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
     llmcbi_held *h = x->held;
 
     if (!x->paused) return;
-    if (!h || h->bytes.failed) { /* what could not be held is lost */
+    if (x->lost || (h && h->bytes.failed)) {
         x->paused = false;
         if (!x->ended) x->tr->cancel(x->tr, x);
         x->ended = true;
         x->sink->end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
         return;
     }
-    if (h->taken < h->bytes.len) {
+    if (h && h->taken < h->bytes.len) {
         llmcb_str rest =
             llmcbi_slice(h->bytes.ptr + h->taken, h->bytes.len - h->taken);
         x->sink->data(x->owner, &rest, 1);
         h->taken = h->bytes.len - rest.len;
     }
-    if (h->taken < h->bytes.len) return;
+    if (h && h->taken < h->bytes.len) return;
     if (x->ended) {
         x->paused = false;
         x->sink->end(x->owner, h->ending, h->end_error);
@@ -7772,13 +7784,20 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
 
 static void llmcbi_conn_established(llmcbi_conn *c)
 {
+    llmcbi_url u;
+
     llmcbi_timer_stop(c->sock->base.loop, &c->timer);
     if (c->addresses) freeaddrinfo(c->addresses);
     c->addresses = c->address = NULL;
     c->state = LLMCBI_CONN_ACTIVE;
     c->sys_errno = 0;
     llmcb_exchange_connected(c->x);
-    if (llmcbi_conn_send(c)) llmcbi_conn_watch(c);
+    llmcbi_url_parse(&u, c->request->url); /* which has been tried */
+    llmcbi_conn_write_head(c, &u);
+    if (c->head.failed)
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+    else if (llmcbi_conn_send(c))
+        llmcbi_conn_watch(c);
 }
 
 /* A non-blocking socket that begins to connect. */
@@ -8007,11 +8026,6 @@ static void llmcbi_conn_begin(llmcbi_ready *r)
     llmcbi_conn_wipe_head(c);
     c->sent = 0;
     c->born = c->sock->base.loop->now;
-    llmcbi_conn_write_head(c, &u);
-    if (c->head.failed) {
-        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
-        return;
-    }
     idle = c->replayed ? NULL : llmcbi_conn_find_idle(c);
     if (idle)
         llmcbi_conn_adopt(c, idle);
@@ -12978,6 +12992,21 @@ typedef struct llmcbi_plan {
     size_t batch;
 } llmcbi_plan;
 
+/* Bytes that most conversations take: each text twice. */
+static size_t llmcbi_talk_room(const llmcb_prompt *prompt,
+                               const llmcbi_plan *plan)
+{
+    size_t i, size = LLMCBI_ALIGN(plan->params.len + 1) + 16;
+
+    for (i = 0; i < prompt->n; i++) {
+        const llmcb_message *m = &prompt->messages[i];
+        size_t len = m->content ? m->content_len : 0;
+        if (!len && m->content) len = strlen(m->content);
+        size += sizeof *m + 2 * LLMCBI_ALIGN(len + 12);
+    }
+    return size;
+}
+
 /* What the start event shows, with a copy of the conversation. */
 static bool llmcbi_prompt_copy_talk(llmcbi_prompt *p,
                                     const llmcb_prompt *prompt,
@@ -12995,8 +13024,8 @@ static bool llmcbi_prompt_copy_talk(llmcbi_prompt *p,
     start = &talk->start;
     p->run.start = start;
     arena = &talk->arena;
-    m = (llmcb_message *)llmcbi_arena_get(a, arena,
-                                          (prompt->n + 1) * sizeof *m);
+    llmcbi_arena_room(a, arena, llmcbi_talk_room(prompt, plan));
+    m = (llmcb_message *)llmcbi_arena_get(a, arena, prompt->n * sizeof *m);
     for (i = 0; m && i < prompt->n; i++)
         llmcbi_message_copy(a, arena, &m[i], &prompt->messages[i]);
     if (arena->failed) return false;

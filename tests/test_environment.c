@@ -947,7 +947,7 @@ typedef struct armed { /* as the block holds one */
 static void *resize_but_timers(void *user, void *ptr, size_t old, size_t size)
 {
     if (timers_fail && old == 16 * sizeof(armed) &&
-        size == 32 * sizeof(armed)) {
+        size == 40 * sizeof(armed)) {
         timers_failed++;
         return NULL;
     }
