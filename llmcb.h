@@ -11942,7 +11942,6 @@ static bool llmcbi_pattern_fits(const llmcbi_pattern *q, const llmcbi_shape *s)
 
     return q->head == 6 + s->head.len &&
            q->len == q->head + s->mid.len + s->tail.len &&
-           (q->len > q->head + q->mid) == s->padded &&
            memcmp(behind, s->mid.ptr, s->mid.len) == 0 &&
            memcmp(behind + s->mid.len, s->tail.ptr, s->tail.len) == 0;
 }

@@ -384,6 +384,59 @@ TEST(padding)
         }
 }
 
+/* The streams of a chat share what their events look like, but for the bytes
+ * up to where they last differ: those are each stream's own, and count too. */
+#define OWN(id, index, x, t)                                          \
+    "data: {\"id\":\"" id "\",\"choices\":[{\"index\":" index ",\"x\":" \
+    x ",\"delta\":{\"content\":\"" t "\"}}]}\n\n"
+
+TEST(streams_that_look_alike)
+{
+    static const char *const bodies[] = {
+        OWN("1", "0", "1", "a") OWN("1", "0", "1", "b") DONE,
+        OWN("2", "0", "2", "a") OWN("2", "0", "2", "b") OWN("2", "1", "2", "c")
+            OWN("2", "0", "2", "d") OWN("2", "0", "3", "e") DONE,
+        OWN("1", "0", "1", "a") OWN("1", "1", "1", "c") OWN("1", "0", "1", "b")
+            DONE,
+        OWN("1", "0", "1", "a\"},\"longer\":{\"than\":\"before")
+            OWN("1", "0", "1", "b\"},\"longer\":{\"than\":\"before") DONE,
+        /* more looks than a chat remembers */
+        OWN("", "0", "1", "a") OWN("", "0", "1", "b") DONE,
+        OWN("33", "0", "1", "a") OWN("33", "0", "1", "b") DONE,
+        OWN("444", "0", "1", "a") OWN("444", "0", "1", "b") DONE,
+        OWN("5555", "0", "1", "a") OWN("4555", "0", "1", "b")
+            OWN("4555", "0", "1", "c") DONE,
+        OWN("66666", "0", "1", "a") OWN("66666", "0", "1", "b") DONE,
+        OWN("1", "0", "1", "a") OWN("1", "0", "1", "b") DONE,
+    };
+    enum { N = sizeof bodies / sizeof *bodies };
+    llmcb_recording rec[N];
+    char bytes[N][1024];
+    const llmcb_result *r;
+    size_t i;
+    talk t;
+
+    for (i = 0; i < N; i++) {
+        snprintf(bytes[i], sizeof bytes[i], "%s\r\n%s", SSE, bodies[i]);
+        rec[i] = recording(bytes[i], LLMCB_REPLAY_CLOSE);
+    }
+    talk_replay(&t, rec, N);
+    for (i = 0; i < N; i++) {
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_STR(t.s.tokens,
+                  i == 1   ? "a|b|c|d|e|"
+                  : i == 2 ? "a|c|b|"
+                  : i == 7 ? "a|b|c|"
+                           : "a|b|");
+        r = llmcb_op_result(t.op);
+        CHECK_INT(r->n_generations, i == 1 || i == 2 ? 2 : 1);
+        CHECK_STR(r->generations[0].text.ptr,
+                  i == 1 ? "abde" : i == 7 ? "abc" : "ab");
+        if (i == 1 || i == 2) CHECK_STR(r->generations[1].text.ptr, "c");
+    }
+    talk_end(&t);
+}
+
 /* Events with data count, comments and empty events do not. */
 TEST(time_idle)
 {

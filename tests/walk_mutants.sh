@@ -152,7 +152,7 @@ mutant skip_is_not_published \
     "$(in_function llmcbi_run_skip 's/if (run->cursors\[i\].on_pool)/if (0)/')" \
     "what was handed out may be told"
 mutant cancelled_runs_go_on \
-    "$(in_function llmcbi_publish 's/(run->skipping && !run->finish_seq)/false/')" \
+    "$(in_function llmcbi_cursor_limit 's/(run->skipping && !run->finish_seq)/false/')" \
     "what was handed out may be told"
 mutant recycles_under_a_worker \
     "$(in_function llmcbi_run_recycle 's/ && llmcbi_run_off_pool(run)//;s/past >= run->first->next->first_seq/true/')"
@@ -161,9 +161,9 @@ mutant frees_under_a_worker \
 mutant settled_one_too_early \
     "$(in_function llmcbi_run_settled 's/run->slowest == run->head/run->slowest + 1 >= run->head/')"
 mutant window_is_one_too_large \
-    "/llmcbi_run_fits(const/,/^}/s/from < run->window_events/from <= run->window_events/"
+    "/llmcbi_run_fits(const/,/^}/s/from < run->rules->window_events/from <= run->rules->window_events/"
 mutant inline_is_not_first \
-    "$(in_function llmcbi_run_pump 's/run->visible = .*/run->visible = limit;/')" \
+    "$(in_function llmcbi_run_pump '/run->visible = /d;s/^    while (moved) {/    run->visible = llmcbi_run_lockstep(run);\n&/')" \
     "inline handlers have gone as far as they can before"
 mutant two_steps_at_once \
     "$(in_function llmcbi_run_lockstep 's/limit = c->done + 1/limit = c->done + 2/')"
