@@ -5960,8 +5960,6 @@ static void llmcbi_run_free(llmcbi_run *run)
         llmcbi_run_drop_first(run);
     for (i = 0; i < run->n_cursors; i++)
         llmcbi_cursor_free(loop, &run->cursors[i]);
-    llmcbi_free(&loop->alloc, run->cursors,
-                run->n_cursors * sizeof *run->cursors);
     if (!loop->n_alive) llmcbi_block_trim(loop, LLMCBI_MIN_SPARE);
     llmcbi_unready(&run->ready);
     llmcbi_timer_free(loop, &run->patience);
@@ -6011,6 +6009,7 @@ static void llmcbi_run_impatient(llmcbi_timer *t);
 
 /* Everything that the run can need until its finish is reserved here. */
 static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
+                                  llmcbi_arena *arena,
                                   llmcb_handler *const *handlers, size_t n,
                                   llmcb_op *home)
 {
@@ -6025,8 +6024,8 @@ static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
         !llmcbi_timer_init(loop, &run->patience, llmcbi_run_impatient))
         return LLMCB_ENOMEM;
     if (!n) return LLMCB_OK;
-    run->cursors =
-        (llmcbi_cursor *)llmcbi_alloc(&loop->alloc, n * sizeof *run->cursors);
+    run->cursors = (llmcbi_cursor *)llmcbi_arena_get(&loop->alloc, arena,
+                                                     n * sizeof *run->cursors);
     if (!run->cursors) return LLMCB_ENOMEM;
     run->n_cursors = n;
     for (i = 0; i < n; i++)
@@ -13098,8 +13097,8 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     p->run.rules = &chat->rules;
     if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
         return LLMCB_ENOMEM;
-    code = llmcbi_run_init(loop, &p->run, setup->handlers, setup->n_handlers,
-                           &c->op);
+    code = llmcbi_run_init(loop, &p->run, &c->arena, setup->handlers,
+                           setup->n_handlers, &c->op);
     if (code != LLMCB_OK) return code;
     llmcbi_run_name(&p->run, &c->arena, plan->config, setup, "ChatOpenAI");
     if (!llmcbi_prompt_ask(p, prompt, plan)) return LLMCB_ENOMEM;
@@ -13146,12 +13145,13 @@ static void llmcbi_call_room(llmcbi_call *c, size_t n,
                              const llmcb_config *config)
 {
     const llmcb_chat_desc *d = &c->chat->d;
-    size_t pointers = config->n_callbacks + config->n_local_callbacks +
+    size_t handlers = config->n_callbacks + config->n_local_callbacks +
                       d->n_callbacks + c->op.loop->n_hooks;
 
     llmcbi_arena_room(&c->op.loop->alloc, &c->arena,
-                      n * sizeof *c->prompts + 16 +
-                          LLMCBI_ALIGN(pointers * sizeof(void *)) +
+                      n * (sizeof *c->prompts +
+                           LLMCBI_ALIGN(handlers * sizeof(llmcbi_cursor))) +
+                          16 + LLMCBI_ALIGN(handlers * sizeof(void *)) +
                           (c->pull ? LLMCBI_ALIGN(sizeof(llmcbi_reader)) : 0));
 }
 
@@ -13873,8 +13873,8 @@ static llmcb_code llmcbi_work_build(llmcbi_work *w, const llmcb_config *config)
     if (w->arena.failed ||
         !llmcbi_timer_init(loop, &w->limit, llmcbi_work_timed_out))
         return LLMCB_ENOMEM;
-    code = llmcbi_run_init(loop, &w->run, setup.handlers, setup.n_handlers,
-                           &w->op);
+    code = llmcbi_run_init(loop, &w->run, &w->arena, setup.handlers,
+                           setup.n_handlers, &w->op);
     if (code == LLMCB_OK)
         llmcbi_run_name(&w->run, &w->arena, config, &setup, name);
     if (config->run_id) memcpy(w->run.pub.id, config->run_id, 37);
