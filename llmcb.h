@@ -11941,8 +11941,7 @@ static bool llmcbi_pattern_fits(const llmcbi_pattern *q, const llmcbi_shape *s)
 
     return q->head == 6 + s->head.len &&
            q->len == q->head + s->mid.len + s->tail.len &&
-           memcmp(behind, s->mid.ptr, s->mid.len) == 0 &&
-           memcmp(behind + s->mid.len, s->tail.ptr, s->tail.len) == 0;
+           memcmp(behind, s->mid.ptr, s->mid.len) == 0; /* tails by length */
 }
 
 /* The chat's pattern of this shape, new if need be; NULL: no memory. */

@@ -384,6 +384,29 @@ TEST(padding)
         }
 }
 
+/* One event that fills the log three times; then its last choice is too much
+ * for the answer. */
+TEST(an_event_larger_than_the_window)
+{
+    static const char body[] = SSE "Connection: close\r\n\r\n"
+        "data: {\"choices\":["
+        "{\"index\":0,\"delta\":{\"content\":\"ab\"}},"
+        "{\"index\":1,\"delta\":{\"content\":\"cd\"}},"
+        "{\"index\":2,\"delta\":{\"content\":\"ef\"}}]}\n\n" DONE;
+    llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
+    size_t limit;
+    talk t;
+
+    for (limit = 5; limit <= 6; limit++) {
+        talk_replay(&t, &rec, 1);
+        t.d.limits.window_events = 1;
+        t.d.limits.text = limit;
+        CHECK_INT(talk_ask(&t), limit == 6 ? LLMCB_OK : LLMCB_ELIMIT);
+        CHECK_STR(t.s.tokens, limit == 6 ? "ab|cd|ef|" : "ab|cd|");
+        talk_end(&t);
+    }
+}
+
 /* The streams of a chat share what their events look like, but for the bytes
  * up to where they last differ: those are each stream's own, and count too. */
 #define OWN(id, index, x, t)                                          \
