@@ -165,7 +165,7 @@
  *   hand-over of what came in one turn: that wakes a worker, or one that has
  *   just had work finds it within a millisecond. LLMCB_AWAIT_EACH costs a
  *   wake-up both ways for each token, which never waits for that. An open
- *   stream on plain sockets takes 3 KiB and its text, with libcurl several
+ *   stream on plain sockets takes 2 KiB and its text, with libcurl several
  *   times that; what was asked is given back when the answer begins. Use
  *   plain sockets for http:// and unix: addresses, libcurl for TLS. Figures,
  *   and how they were taken: tests/bench/README.md.
