@@ -6871,7 +6871,7 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
         h->taken = h->bytes.len - rest.len;
     }
     if (h && h->taken < h->bytes.len) return;
-    if (x->ended) {
+    if (h && x->ended) {
         x->paused = false;
         x->sink->end(x->owner, h->ending, h->end_error);
     } else {
@@ -10735,6 +10735,7 @@ struct llmcb_chat {
     size_t n_headers;
     uint64_t identity;
     llmcbi_rules rules; /* of the runs of its prompts */
+    llmcb_config own;   /* the lists of their configurations */
     llmcbi_sink sink;   /* of the exchanges of its prompts */
     llmcbi_pattern *patterns[LLMCBI_PATTERNS]; /* the newest of its streams */
     size_t last_pattern;
@@ -10942,10 +10943,12 @@ static void llmcbi_chat_copy_lists(llmcb_chat *chat)
         n = llmcbi_add_pair(
             metadata, n, "ls_max_tokens",
             llmcbi_chat_copy(chat, llmcbi_decimal(digits, d->max_tokens)));
-    d->callbacks = callbacks;
-    d->tags = tags;
-    d->metadata = metadata;
-    d->n_metadata = n;
+    chat->own.callbacks = callbacks;
+    chat->own.n_callbacks = d->n_callbacks;
+    chat->own.tags = tags;
+    chat->own.n_tags = d->n_tags;
+    chat->own.metadata = metadata;
+    chat->own.n_metadata = n;
 }
 
 static const char *llmcbi_env(const char *given, const char *name,
@@ -12934,23 +12937,6 @@ static const llmcbi_op_kind llmcbi_call_kind = { llmcbi_call_cancel,
 
 /* -- making a call */
 
-/* The lists that all runs of the call share. */
-static void llmcbi_call_setup(llmcbi_call *c, const llmcb_config *config,
-                              llmcbi_setup *s)
-{
-    const llmcb_chat_desc *d = &c->chat->d;
-    llmcb_config own;
-
-    memset(&own, 0, sizeof own);
-    own.callbacks = d->callbacks;
-    own.n_callbacks = d->n_callbacks;
-    own.tags = d->tags;
-    own.n_tags = d->n_tags;
-    own.metadata = d->metadata;
-    own.n_metadata = d->n_metadata;
-    llmcbi_setup_make(c->op.loop, &c->arena, s, config, &own);
-}
-
 /* A copy of a message, with content_len set. */
 static void llmcbi_message_copy(const llmcb_allocator *a, llmcbi_arena *arena,
                                 llmcb_message *to, const llmcb_message *from)
@@ -13025,7 +13011,7 @@ static bool llmcbi_prompt_copy_talk(llmcbi_prompt *p,
     m = (llmcb_message *)llmcbi_arena_get(a, arena, prompt->n * sizeof *m);
     for (i = 0; m && i < prompt->n; i++)
         llmcbi_message_copy(a, arena, &m[i], &prompt->messages[i]);
-    if (arena->failed) return false;
+    if (!m || arena->failed) return false;
     memset(&text, 0, sizeof text);
     llmcbi_wire_prompt(a, &text, m, prompt->n);
     start->prompt = llmcbi_arena_str(a, arena, llmcbi_buf_str(&text));
@@ -13168,7 +13154,8 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
     llmcbi_call_room(c, n, config);
     c->prompts = /* before labels can have used up the room */
         (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
-    llmcbi_call_setup(c, config, &plan->setup);
+    llmcbi_setup_make(c->op.loop, &c->arena, &plan->setup, config,
+                      &c->chat->own);
     if (c->arena.failed || plan->params.failed) return LLMCB_ENOMEM;
     for (i = 0; i < n; i++) {
         llmcb_code code;

@@ -638,7 +638,7 @@ TEST(blocked_handler_delays_nobody_until_the_window_is_full)
     CHECK_STR(a->log, "start|a|b|c|d");
     CHECK_STR(i->log, "start|a|b|c|d");
     CHECK_INT(t->events, 1 + WINDOW);
-    s.chat->d.n_callbacks = 0; /* a run that does without S */
+    s.chat->own.n_callbacks = 0; /* a run that does without S */
     free_one = scene_call_with(&s, other);
     CHECK_INT(llmcb_op_wait(free_one), LLMCB_OK);
     CHECK_STR(other->log, "start|a|b|c|d|e|f|g|h||end");
@@ -1048,7 +1048,7 @@ TEST(cancel_counts_what_each_handler_missed)
     r->gate = &g;
     r->gate_kind = LLMCB_LLM_NEW_TOKEN;
     scene_open(&s);
-    s.chat->d.n_callbacks = 0;
+    s.chat->own.n_callbacks = 0;
     {
         llmcb_handler *list[4];
         llmcb_config config;
@@ -2496,8 +2496,8 @@ TEST(case_001_handlers_without_functions)
     CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
     CHECK_INT(strlen(llmcb_op_run_at(op, 0)->id), 36);
     llmcb_op_free(op);
-    s.chat->d.callbacks = list;
-    s.chat->d.n_callbacks = 1;
+    s.chat->own.callbacks = list;
+    s.chat->own.n_callbacks = 1;
     memset(&r->h.sync, 0, sizeof r->h.sync);
     r->h.sync.on_llm_end = rec_sync;
     op = scene_call_with(&s, r);
@@ -3175,7 +3175,7 @@ static llmcb_step call_inside(llmcb_task *t, llmcb_handler *h,
 
     LLMCB_BEGIN(t);
     rec_enter(r, ev);
-    o->s->chat->d.n_callbacks = 0; /* it serves nobody */
+    o->s->chat->own.n_callbacks = 0; /* it serves nobody */
     o->op = scene_call(o->s);
     LLMCB_AWAIT(t, llmcb_await(t, o->op));
     if (t->result != LLMCB_OK) r->wrong = "the inner call failed";
