@@ -241,7 +241,7 @@ if [ -x $dir/chat ]; then
     sed 's/\[1417,30\]/[1417,60000]/' $fixtures/slow.segments.json \
         >$out/hang.segments.json
     cp $joke $out/hang-2.http
-    rm -f $out/fifo
+    rm -f $out/fifo $out/interrupted
     mkfifo $out/fifo
     $dir/chat --replay $out/hang.http <$out/fifo >$out/interrupted \
         2>$out/interrupted.err &
@@ -249,7 +249,7 @@ if [ -x $dir/chat ]; then
     exec 3>$out/fifo
     wait_for() { # text in the output; at most 10 s
         tries=0
-        until grep -q "$1" $out/interrupted || [ $tries = 100 ]; do
+        until grep -qs "$1" $out/interrupted || [ $tries = 100 ]; do
             sleep 0.1
             tries=$((tries + 1))
         done
@@ -516,17 +516,12 @@ for transport in $transports; do
         skip "trace over $transport" "no tests/serve"
         continue
     fi
-    rm -f $out/fifo
-    mkfifo $out/fifo
-    $serve $joke <$out/fifo >$out/port &
+    rm -f $out/fifo $out/said
+    mkfifo $out/fifo $out/said
+    $serve $joke <$out/fifo >$out/said &
     pid=$!
-    exec 3>$out/fifo
-    tries=0
-    until grep -q port $out/port || [ $tries = 50 ]; do
-        sleep 0.1
-        tries=$((tries + 1))
-    done
-    port=$(sed -n 's/^port //p' $out/port)
+    exec 3>$out/fifo 4<$out/said
+    read -r _ port <&4
     for method in generate stream; do
         run "trace_$transport-$method" 0 $trace --transport "$transport" \
             --base-url "http://127.0.0.1:$port/v1" --method $method \
@@ -535,6 +530,7 @@ for transport in $transports; do
     done
     exec 3>&-
     wait $pid
+    exec 4<&-
 done
 
 echo "test_examples: $passed passed, $failed failed, $skipped skipped"
