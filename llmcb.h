@@ -3533,7 +3533,7 @@ static void llmcbi_take_jobs(llmcb_loop *loop, llmcbi_job *job);
 static bool llmcbi_pool_idle(const llmcb_loop *loop);
 /* upward: llmcbi_hear_progress, llmcbi_take_back */
 static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop);
-static void llmcbi_take_back(llmcbi_away *list);
+static void llmcbi_take_back(llmcbi_away *w);
 /* upward: llmcbi_publish */
 static void llmcbi_publish(llmcb_loop *loop);
 
@@ -5099,10 +5099,8 @@ static llmcb_code llmcbi_run_data(llmcbi_run *run, llmcb_event_kind kind,
 /* Where one handler stands in one run. While on_pool, how far it has come is
  * in `away`, and is copied when the loop hears of it. */
 struct llmcbi_cursor {
-    llmcbi_run *run;
     llmcb_handler *handler;
-    const char *pos; /* the next record */
-    uint64_t done;   /* events it is done with, as far as the loop knows */
+    uint64_t done; /* events it is done with, as far as the loop knows */
     bool on_pool;
     bool unpublished;
     bool running;       /* its coroutine has begun and not ended */
@@ -5110,9 +5108,11 @@ struct llmcbi_cursor {
     bool passing;       /* passes over all but the finish */
     bool timed;         /* the run waits for it, known at timed_at, since */
     uint8_t token_lane; /* llmcbi_lane of a token event */
-    llmcbi_away *away;  /* NULL: nothing runs on the pool */
-    llmcbi_task *task;  /* NULL: nothing is async */
-    uint64_t skipped;   /* events that it will not be shown */
+    llmcbi_run *run;
+    const char *pos;   /* the next record */
+    llmcbi_away *away; /* NULL: nothing runs on the pool */
+    llmcbi_task *task; /* NULL: nothing is async */
+    uint64_t skipped;  /* events that it will not be shown */
     uint64_t timed_at;
     int64_t since;
 };
@@ -6697,13 +6697,13 @@ typedef struct llmcbi_held {
 } llmcbi_held;
 
 struct llmcb_exchange {
-    llmcb_transport *tr;
     const llmcbi_sink *sink;
     void *owner;
+    bool ended;  /* by the transport */
+    bool paused; /* the transport waits for resume */
+    bool lost;   /* something that there was no memory to hold */
+    llmcb_transport *tr;
     llmcbi_held *held; /* NULL: nothing */
-    bool ended;        /* by the transport */
-    bool paused;       /* the transport waits for resume */
-    bool lost;         /* something that there was no memory to hold */
 };
 
 #define LLMCBI_EXCHANGE_HEAD LLMCBI_ALIGN(sizeof(llmcb_exchange))
@@ -7579,17 +7579,17 @@ typedef struct llmcbi_conn llmcbi_conn;
 /* A connection, with the exchange that it serves at the moment. */
 struct llmcbi_conn {
     /* First what each read looks at, so that it is in one place. */
-    llmcbi_sock *sock;
-    llmcb_exchange *x;            /* NULL: lingering or idle */
-    const llmcb_request *request; /* of x, until it is sent and answered */
-    size_t sent;                  /* of head and body together */
     llmcbi_watch watch;
     int fd;
     uint8_t state;
     bool reused;   /* its descriptor has served another exchange */
     bool replayed; /* a reused one has failed already */
+    llmcbi_sock *sock;
+    llmcb_exchange *x;            /* NULL: lingering or idle */
+    const llmcb_request *request; /* of x, until it is sent and answered */
     llmcbi_h1 h1;
 
+    size_t sent;              /* of head and body together */
     llmcbi_conn *prev, *next; /* of the transport */
     llmcbi_ready ready;
     llmcbi_timer timer; /* connect share, linger or idle */
@@ -11148,15 +11148,16 @@ typedef struct llmcbi_talk {
 /* One prompt. */
 struct llmcbi_prompt {
     llmcbi_run run; /* first, so that a run leads here */
-    /* With the last part of the run, what each token needs. */
-    llmcbi_call *call;
-    llmcb_exchange *x;
+    /* With the last part of the run, what each token needs: a stream that
+     * is one of many has left the cache when its next token comes. */
+    llmcb_chat *chat;           /* of the call */
     const llmcb_error *outcome; /* NULL: not known yet */
     int64_t last_data;
     llmcbi_pattern *pattern; /* of the last event that was text alone */
     char *own;               /* the beginning of its own */
     uint16_t n_own;
-    bool alike; /* that was the last event; the input stands behind it */
+    bool alike;  /* that was the last event; the input stands behind it */
+    bool stream; /* tokens are told */
     uint8_t phase, body_kind;
     int8_t should_retry; /* -1, 0, 1 */
     bool html, encoded;  /* what the head says of the body */
@@ -11170,17 +11171,19 @@ struct llmcbi_prompt {
     bool limited;    /* it waits for the limiter */
     bool cached;     /* the answer comes from the cache */
     bool usage_told; /* with choices_told */
+    /* A body that is no stream, a redirect's target, or an event of which
+     * some choices must wait. */
+    llmcbi_buf body;
     llmcbi_answer answer;
+
+    llmcbi_call *call;
+    llmcb_exchange *x;
     size_t choices_told; /* of the event that is kept in body */
     llmcbi_sse sse;
-
     llmcbi_asked *asked; /* NULL: it is not needed any more */
     llmcbi_timer timer;
     int64_t phase_due, total_due; /* 0: none; absolute */
     int64_t paused_at;
-    /* A body that is no stream, a redirect's target, or an event of which
-     * some choices must wait. */
-    llmcbi_buf body;
     int64_t retry_after;
     int attempt;
     int status;
@@ -11191,7 +11194,6 @@ struct llmcbi_prompt {
 struct llmcbi_call {
     llmcb_op op;
     llmcb_chat *chat;
-    bool stream; /* the request asks for one */
     bool pull;
     bool cancelled;
     bool orphaned;      /* destroyed but for a worker inside a handler */
@@ -11213,7 +11215,7 @@ static llmcbi_prompt *llmcbi_prompt_of(llmcbi_run *run)
 
 static const llmcb_allocator *llmcbi_prompt_alloc(const llmcbi_prompt *p)
 {
-    return &p->call->op.loop->alloc;
+    return &p->chat->loop->alloc;
 }
 
 /* -- the outcome of a prompt */
@@ -11252,7 +11254,7 @@ static void llmcbi_hide_in(llmcb_error *e, const char *secret)
 
 static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
 {
-    const llmcb_chat *chat = p->call->chat;
+    const llmcb_chat *chat = p->chat;
     size_t i;
 
     e->attempt = p->attempt;
@@ -11284,11 +11286,11 @@ static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e)
     if (p->limited) llmcbi_prompt_unlimit(p);
     p->outcome = llmcbi_error_keep(llmcbi_prompt_alloc(p), e);
     p->over = true;
-    llmcbi_timer_stop(p->call->op.loop, &p->timer);
+    llmcbi_timer_stop(p->chat->loop, &p->timer);
     p->phase = LLMCBI_PHASE_NONE;
     p->paused_at = 0;
     if (p->run.state != LLMCBI_RUN_NEW) llmcbi_run_drain(&p->run);
-    llmcbi_make_ready(p->call->op.loop, &p->call->ready);
+    llmcbi_make_ready(p->chat->loop, &p->call->ready);
 }
 
 static void llmcbi_prompt_succeed(llmcbi_prompt *p)
@@ -11303,7 +11305,7 @@ static void llmcbi_prompt_succeed(llmcbi_prompt *p)
 
 static void llmcbi_prompt_arm(llmcbi_prompt *p)
 {
-    llmcb_loop *loop = p->call->op.loop;
+    llmcb_loop *loop = p->chat->loop;
     int64_t due = p->phase_due;
 
     if (!due || (p->total_due && p->total_due < due)) due = p->total_due;
@@ -11316,7 +11318,7 @@ static void llmcbi_prompt_arm(llmcbi_prompt *p)
 static void llmcbi_prompt_set_phase(llmcbi_prompt *p, llmcbi_phase phase,
                                     int64_t ms)
 {
-    int64_t now = p->call->op.loop->now;
+    int64_t now = p->chat->loop->now;
 
     p->phase = (uint8_t)phase;
     p->phase_due = ms < 0 ? 0 : now + ms;
@@ -11341,21 +11343,21 @@ static void llmcbi_prompt_timed_out(llmcbi_prompt *p, llmcb_detail detail,
 static void llmcbi_prompt_pause(llmcbi_prompt *p)
 {
     p->run.starved = true;
-    llmcbi_make_ready(p->call->op.loop, &p->run.ready); /* sets the mark */
-    p->paused_at = p->call->op.loop->now;
+    llmcbi_make_ready(p->chat->loop, &p->run.ready); /* sets the mark */
+    p->paused_at = p->chat->loop->now;
     if (!p->paused_at) p->paused_at = 1;
-    llmcbi_timer_stop(p->call->op.loop, &p->timer);
+    llmcbi_timer_stop(p->chat->loop, &p->timer);
 }
 
 static void llmcbi_prompt_unpause(llmcbi_prompt *p)
 {
-    int64_t now = p->call->op.loop->now, held = now - p->paused_at;
+    int64_t now = p->chat->loop->now, held = now - p->paused_at;
 
     p->run.starved = false;
     p->paused_at = 0;
     p->last_data = now;
     if (p->phase == LLMCBI_PHASE_IDLE && p->phase_due)
-        p->phase_due = now + p->call->chat->d.idle_ms;
+        p->phase_due = now + p->chat->d.idle_ms;
     if (p->total_due && held > 0) p->total_due += held;
     llmcbi_prompt_arm(p);
 }
@@ -11406,7 +11408,7 @@ static inline bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b,
 {
     if (!s.len) return true;
     p->answer.total += s.len;
-    if (p->answer.total > p->call->chat->d.limits.text) {
+    if (p->answer.total > p->chat->d.limits.text) {
         llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
         return false;
     }
@@ -11424,7 +11426,7 @@ static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
     bool ok;
 
     if (i < r->n_tools) return &r->tools[i];
-    if (i >= p->call->chat->d.limits.tool_calls) {
+    if (i >= p->chat->d.limits.tool_calls) {
         llmcbi_prompt_fail(p, LLMCB_ELIMIT,
                            "more tool calls than limits.tool_calls");
         return NULL;
@@ -11469,7 +11471,7 @@ static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_rarity *r,
             delta->arguments =
                 llmcbi_raw_decode(at, &piece->arguments, &s->carry);
         if (s->arguments.len + delta->arguments.len >
-            p->call->chat->d.limits.arguments) {
+            p->chat->d.limits.arguments) {
             llmcbi_prompt_fail(p, LLMCB_ELIMIT,
                                "a tool call exceeds limits.arguments");
             return false;
@@ -11615,8 +11617,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
         w = &nothing;
     }
     index = w->index < 0 ? 0 : (size_t)w->index;
-    if ((uint64_t)w->index >= p->call->chat->d.limits.choices &&
-        w->index >= 0) {
+    if ((uint64_t)w->index >= p->chat->d.limits.choices && w->index >= 0) {
         llmcbi_prompt_fail(p, LLMCB_ELIMIT, "more choices than limits.choices");
         return false;
     }
@@ -11663,7 +11664,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
     } else {
         chunk->text = llmcbi_slice("", 0);
     }
-    if (p->call->stream && !p->cached)
+    if (p->stream && !p->cached)
         llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
     return true;
 }
@@ -11690,7 +11691,7 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
         chunk->parts = &p->run.rules->no_parts;
         chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
         llmcbi_buf_add(a, &c->text, lost, (size_t)(end - lost));
-        if (p->call->stream)
+        if (p->stream)
             llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN,
                               sizeof *chunk + (size_t)(end - lost) + 1);
     }
@@ -11768,7 +11769,7 @@ static inline bool llmcbi_prompt_add_text(llmcbi_prompt *p,
     llmcbi_choice *c = &p->answer.choices[0];
     llmcbi_buf *b = &c->text;
     bool easy = raw->plain && !c->text_carry.n && !c->text_carry.high;
-    size_t n = raw->len, most = p->call->chat->d.limits.text;
+    size_t n = raw->len, most = p->chat->d.limits.text;
     char *at;
 
     if (easy && n <= LLMCBI_SHORT && readable >= LLMCBI_SHORT &&
@@ -11812,8 +11813,7 @@ static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
             return;
         }
     }
-    if (!llmcbi_prompt_add_text(p, raw, readable, &text) || !p->call->stream)
-        return;
+    if (!llmcbi_prompt_add_text(p, raw, readable, &text) || !p->stream) return;
     if (*direct) {
         *direct = llmcbi_run_tell(&p->run, text);
     } else {
@@ -11870,14 +11870,14 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
                 break;
             s += tail;
         }
-        if ((size_t)(s - piece->ptr) - 2 > p->sse.limit) break;
+        if ((size_t)(s - piece->ptr) - 2 > p->chat->d.limits.event) break;
         *piece = llmcbi_slice(s, (size_t)(end - s));
         llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
         any = true;
         if (!piece->len) piece++;
     } while (piece < stop && !p->outcome && p->run.head < until &&
              p->run.held <= p->run.rules->window_bytes);
-    if (any) p->last_data = p->run.loop->now;
+    if (any) p->last_data = p->chat->loop->now;
     return any;
 }
 
@@ -11923,9 +11923,10 @@ static llmcbi_pattern *llmcbi_pattern_new(const llmcb_allocator *a,
     size_t len = 6 + s->head.len + s->mid.len + s->tail.len;
     llmcbi_pattern *q =
         (llmcbi_pattern *)llmcbi_resize(a, NULL, 0, sizeof *q + len);
-    char *at = (char *)(q + 1);
+    char *at;
 
     if (!q) return NULL;
+    at = (char *)(q + 1);
     q->refs = 1;
     q->len = len;
     q->head = 6 + s->head.len;
@@ -12001,8 +12002,7 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     s.mid =
         llmcbi_slice(text_end, (size_t)((padding ? padding : end) - text_end));
     s.tail = llmcb_text(padding ? "\"}\n\n" : "\n\n");
-    if (!q || !llmcbi_pattern_fits(q, &s))
-        q = llmcbi_chat_pattern(p->call->chat, &s);
+    if (!q || !llmcbi_pattern_fits(q, &s)) q = llmcbi_chat_pattern(p->chat, &s);
     if (!q) return;
     head = (const char *)(q + 1) + 6;
     for (n = s.head.len; n && head[n - 1] == s.head.ptr[n - 1];)
@@ -12020,7 +12020,7 @@ static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
     llmcbi_wire_event ev;
     bool too_deep = false;
 
-    p->last_data = p->call->op.loop->now;
+    p->last_data = p->chat->loop->now;
     if (data.len == 6 && memcmp(data.ptr, "[DONE]", 6) == 0) {
         p->sentinel = true;
         if (p->got_chunk || p->answer.n)
@@ -12196,7 +12196,7 @@ static void llmcbi_prompt_forget_asked(llmcbi_prompt *p)
  * another attempt nor a cache can want it. */
 static void llmcbi_prompt_is_asked(llmcbi_prompt *p)
 {
-    if (p->sent && p->got_body && !p->call->chat->d.cache)
+    if (p->sent && p->got_body && !p->chat->d.cache)
         llmcbi_prompt_forget_asked(p);
 }
 
@@ -12208,7 +12208,7 @@ static void llmcbi_prompt_connected(void *owner)
 
     if (p->phase == LLMCBI_PHASE_CONNECT)
         llmcbi_prompt_set_phase(p, LLMCBI_PHASE_FIRST_BYTE,
-                                p->call->chat->d.first_byte_ms);
+                                p->chat->d.first_byte_ms);
 }
 
 static void llmcbi_prompt_sent(void *owner)
@@ -12296,14 +12296,13 @@ static void llmcbi_prompt_sniff(llmcbi_prompt *p, llmcb_str *piece)
 static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
 {
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
-    const llmcb_limits *limits = &p->call->chat->d.limits;
+    const llmcb_limits *limits = &p->chat->d.limits;
     const llmcb_str *stop = piece + n;
 
     for (; piece < stop; piece->len = 0, piece++) {
         if (p->outcome || p->over) continue; /* nobody listens any more */
         if (p->phase == LLMCBI_PHASE_FIRST_BYTE)
-            llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE,
-                                    p->call->chat->d.idle_ms);
+            llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE, p->chat->d.idle_ms);
         if (p->body_kind == LLMCBI_BODY_ERROR) {
             if (p->status >= 300 && p->status < 400) continue;
             llmcbi_prompt_gather(p, piece, limits->error_body);
@@ -12318,7 +12317,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
         }
         if (p->outcome) continue;
         if (p->body_kind == LLMCBI_BODY_JSON) {
-            p->last_data = p->call->op.loop->now;
+            p->last_data = p->chat->loop->now;
             llmcbi_prompt_gather(p, piece, limits->body);
         } else if (p->body_kind == LLMCBI_BODY_STREAM) {
             llmcbi_prompt_stream(p, piece, stop);
@@ -12329,7 +12328,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
 
 static bool llmcbi_prompt_all_finished(const llmcbi_prompt *p)
 {
-    size_t i, want = (size_t)p->call->chat->d.n;
+    size_t i, want = (size_t)p->chat->d.n;
 
     if (p->answer.n < want) return false;
     for (i = 0; i < p->answer.n; i++)
@@ -12428,8 +12427,8 @@ static llmcb_transport *llmcbi_default_transport(llmcb_loop *loop)
 
 static void llmcbi_prompt_launch(llmcbi_prompt *p)
 {
-    llmcb_chat *chat = p->call->chat;
-    llmcb_loop *loop = p->call->op.loop;
+    llmcb_chat *chat = p->chat;
+    llmcb_loop *loop = p->chat->loop;
     llmcb_transport *tr = chat->d.transport;
     llmcb_code code;
 
@@ -12458,7 +12457,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
 /* Waits for a token of the limiter, behind the others. */
 static void llmcbi_prompt_limit(llmcbi_prompt *p)
 {
-    llmcb_limiter *l = p->call->chat->d.limiter;
+    llmcb_limiter *l = p->chat->d.limiter;
     int64_t ms = l->first ? 1 : llmcbi_limiter_take(l);
 
     if (!ms) {
@@ -12473,7 +12472,7 @@ static void llmcbi_prompt_limit(llmcbi_prompt *p)
 
 static void llmcbi_prompt_unlimit(llmcbi_prompt *p)
 {
-    llmcb_limiter *l = p->call->chat->d.limiter;
+    llmcb_limiter *l = p->chat->d.limiter;
     llmcbi_prompt **at = &l->first;
 
     while (*at != p)
@@ -12513,7 +12512,7 @@ static void llmcbi_prompt_key(const llmcbi_prompt *p, llmcbi_buf *key)
 static bool llmcbi_prompt_cached(llmcbi_prompt *p)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    const llmcb_cache *cache = p->call->chat->d.cache;
+    const llmcb_cache *cache = p->chat->d.cache;
     const llmcbi_kept *kept = NULL;
     llmcbi_buf key;
 
@@ -12540,14 +12539,14 @@ static void llmcbi_prompt_keep_answer(llmcbi_prompt *p)
     llmcbi_buf key, answer;
     size_t i;
 
-    if (!p->call->chat->d.cache || p->call->pull || p->cached) return;
+    if (!p->chat->d.cache || p->call->pull || p->cached) return;
     for (i = 0; i < r->n_generations; i++)
         if (r->generations[i].logprobs.len) return;
     llmcbi_prompt_key(p, &key);
     memset(&answer, 0, sizeof answer);
     llmcbi_wire_result(a, &answer, r);
     if (!key.failed && !answer.failed)
-        llmcbi_cache_keep(p->call->chat->d.cache, llmcbi_buf_str(&key),
+        llmcbi_cache_keep(p->chat->d.cache, llmcbi_buf_str(&key),
                           llmcbi_buf_str(&answer));
     llmcbi_buf_free(a, &key);
     llmcbi_buf_free(a, &answer);
@@ -12556,12 +12555,12 @@ static void llmcbi_prompt_keep_answer(llmcbi_prompt *p)
 /* The first attempt, if one is needed. */
 static void llmcbi_prompt_go(llmcbi_prompt *p)
 {
-    const llmcb_chat *chat = p->call->chat;
+    const llmcb_chat *chat = p->chat;
 
     p->launched = true;
     if (llmcbi_prompt_cached(p)) return;
     if (chat->d.total_ms > 0) {
-        p->total_due = p->call->op.loop->now + chat->d.total_ms;
+        p->total_due = p->chat->loop->now + chat->d.total_ms;
         llmcbi_prompt_arm(p);
     }
     if (chat->d.limiter)
@@ -12573,7 +12572,7 @@ static void llmcbi_prompt_go(llmcbi_prompt *p)
 static bool llmcbi_prompt_retryable(const llmcbi_prompt *p,
                                     const llmcb_error *e)
 {
-    if (p->got_body || p->attempt > p->call->chat->d.max_retries) return false;
+    if (p->got_body || p->attempt > p->chat->d.max_retries) return false;
     if (e->retry_after_ms > LLMCBI_RETRY_CAP) return false;
     switch (e->code) {
     case LLMCB_EHTTP:
@@ -12602,7 +12601,7 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
 
     if (p->run.state != LLMCBI_RUN_OPEN || !llmcbi_prompt_retryable(p, e))
         return false;
-    if (ms < 0) ms = llmcbi_backoff(&p->call->op.loop->random, p->attempt);
+    if (ms < 0) ms = llmcbi_backoff(&p->chat->loop->random, p->attempt);
     rec =
         (llmcbi_retry_record *)(void *)llmcbi_run_reserve(&p->run, sizeof *rec);
     if (!rec) return false;
@@ -12613,15 +12612,15 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
     llmcbi_run_commit(&p->run, LLMCB_RETRY, sizeof *rec);
     p->over = true;
     llmcbi_prompt_set_phase(p, LLMCBI_PHASE_BACKOFF, ms);
-    llmcbi_make_ready(p->call->op.loop, &p->call->ready);
+    llmcbi_make_ready(p->chat->loop, &p->call->ready);
     return true;
 }
 
 static void llmcbi_prompt_timer(llmcbi_timer *t)
 {
     llmcbi_prompt *p = LLMCBI_OWNER(llmcbi_prompt, timer, t);
-    const llmcb_chat_desc *d = &p->call->chat->d;
-    int64_t now = p->call->op.loop->now;
+    const llmcb_chat_desc *d = &p->chat->d;
+    int64_t now = p->chat->loop->now;
 
     if (p->total_due && p->total_due <= now) {
         llmcbi_prompt_timed_out(p, LLMCB_DETAIL_TOTAL,
@@ -12973,6 +12972,7 @@ typedef struct llmcbi_plan {
     llmcbi_setup setup;
     llmcbi_buf params; /* the request but for its messages */
     size_t batch;
+    bool stream; /* the requests ask for one */
 } llmcbi_plan;
 
 /* Bytes that most conversations take: each text twice. */
@@ -13019,7 +13019,7 @@ static bool llmcbi_prompt_copy_talk(llmcbi_prompt *p,
     llmcbi_buf_free(a, &text);
     start->messages = m;
     start->n_messages = prompt->n;
-    start->model = p->call->chat->d.model;
+    start->model = p->chat->d.model;
     start->batch_size = plan->batch;
     start->params = llmcbi_arena_str(a, arena, llmcbi_buf_str(&plan->params));
     start->description = "";
@@ -13031,7 +13031,7 @@ static bool llmcbi_prompt_ask(llmcbi_prompt *p, const llmcb_prompt *prompt,
                               const llmcbi_plan *plan)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    const llmcb_chat *chat = p->call->chat;
+    const llmcb_chat *chat = p->chat;
     size_t i, n = chat->n_headers + 1;
     llmcbi_asked *asked =
         (llmcbi_asked *)llmcbi_alloc(a, sizeof *asked + n * sizeof(llmcb_pair));
@@ -13077,6 +13077,8 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     llmcb_code code;
 
     p->call = c;
+    p->chat = chat;
+    p->stream = plan->stream;
     p->answer.result = *llmcbi_no_result();
     p->retry_after = LLMCBI_NO_WISH;
     p->run.rules = &chat->rules;
@@ -13177,7 +13179,8 @@ static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
 }
 
 static llmcb_code llmcbi_call_make(llmcbi_call *c, const llmcb_prompt *prompts,
-                                   size_t n, const llmcb_config *config)
+                                   size_t n, const llmcb_config *config,
+                                   bool stream)
 {
     const llmcb_allocator *a = &c->op.loop->alloc;
     llmcbi_plan plan;
@@ -13186,7 +13189,8 @@ static llmcb_code llmcbi_call_make(llmcbi_call *c, const llmcb_prompt *prompts,
     memset(&plan, 0, sizeof plan);
     plan.config = config;
     plan.batch = n;
-    llmcbi_wire_params(a, &plan.params, &c->chat->d, c->chat->openai, c->stream,
+    plan.stream = stream;
+    llmcbi_wire_params(a, &plan.params, &c->chat->d, c->chat->openai, stream,
                        config->extra);
     code = llmcbi_call_build(c, prompts, &plan);
     llmcbi_buf_free(a, &plan.params);
@@ -13214,14 +13218,14 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     if (!config) config = &none;
     c->chat = chat;
     chat->refs++;
-    c->stream = stream;
     c->pull = pull;
     c->ready.fn = llmcbi_call_step;
     llmcbi_op_init(loop, &c->op, &llmcbi_call_kind);
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK)
         code = llmcbi_call_check(chat, prompts, n, config, &why);
-    if (code == LLMCB_OK) code = llmcbi_call_make(c, prompts, n, config);
+    if (code == LLMCB_OK)
+        code = llmcbi_call_make(c, prompts, n, config, stream);
     if (code != LLMCB_OK) {
         llmcb_error e;
         llmcbi_error_set(&e, code, why);
