@@ -75,7 +75,7 @@ run_client() { # case, client, streams, tokens
 # A quick run repeats only while there is time for it: on a machine that is
 # busy with other things a round takes several times as long.
 begun=$(date +%s)
-repeats_for=$([ "$mode" = full ] && echo 700 || echo 60)
+repeats_for=$([ "$mode" = full ] && echo 700 || echo 80)
 
 # name, server's options, streams, tokens, rounds, clients
 run_case() {
@@ -111,16 +111,16 @@ run_cases() {
     run_case idle-1 "-e 1 -r 50" 1 20 1 scan inline
     run_case lock-step "-e 64" 1 2000 "$(q 2 5)" sync lock
     run_case burst-1000 "-e 64" 1000 1000 "$(q 2 5)" recv scan inline sync
-    run_case burst-10000 "-e 64" 10000 100 "$(q 1 3)" recv scan inline
+    run_case burst-10000 "-e 64" 10000 100 "$(q 2 3)" recv scan inline
     run_case uneven-100 "-e 64 -o" 100 10000 "$(q 2 5)" recv scan inline sync
     run_case one-100 "-e 1" 100 2000 "$(q 2 5)" recv scan inline async sync \
         curl curl_cjson
     # shellcheck disable=SC2046
-    run_case paced-1000 "-e 1 -r 20" 1000 "$(q 50 200)" "$(q 1 3)" recv \
+    run_case paced-1000 "-e 1 -r 20" 1000 "$(q 50 200)" "$(q 2 3)" recv \
         inline sync curl curl_cjson $(q '' scan)
-    run_case rate-100 "-e 1 -r 200" 100 "$(q 400 2000)" "$(q 1 3)" recv inline
+    run_case rate-100 "-e 1 -r 200" 100 "$(q 400 2000)" "$(q 2 3)" recv inline
     # shellcheck disable=SC2046
-    run_case rate-10000 "-e 1 -r 2" 10000 "$(q 8 30)" "$(q 1 3)" recv inline \
+    run_case rate-10000 "-e 1 -r 2" 10000 "$(q 8 30)" "$(q 2 3)" recv inline \
         $(q '' 'scan sync curl_cjson')
 }
 
