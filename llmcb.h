@@ -1510,7 +1510,7 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #ifndef LLMCB_NO_CURL
 #include <curl/curl.h>
 #endif
-#ifndef CLOCK_MONOTONIC
+#if !defined(CLOCK_MONOTONIC) || !defined(O_CLOEXEC)
 #error "llmcb.h needs POSIX: include it first or use -D_POSIX_C_SOURCE=200809L"
 #endif
 

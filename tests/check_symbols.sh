@@ -154,6 +154,17 @@ errors=$(compile static static_other -DLLMCB_NO_CURL)
 check "a static copy exports nothing" \
     "$errors$(nm -g --defined-only $dir/static.o 2>&1 | grep -v ' other$')"
 
+# <stdio.h> before it and nothing asked for: glibc then hides POSIX, and with
+# -pthread all of it that came after 1995.
+printf '#include <stdio.h>
+#define LLMCB_IMPLEMENTATION
+#include "llmcb.h"\n' >$dir/late.c
+for switch in -UNO -pthread; do
+    check "too late for POSIX it says so first, $switch" \
+        "$($cc -std=c99 -I. -DLLMCB_NO_CURL $switch -c -o $dir/late.o $dir/late.c 2>&1 |
+            grep 'error[: ]' | head -n 1 | grep -v 'llmcb.h needs POSIX')"
+done
+
 printf '#define LLMCB_API __attribute__((visibility("hidden"))) extern
 #define LLMCB_IMPLEMENTATION
 #include "llmcb.h"
