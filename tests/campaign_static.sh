@@ -204,7 +204,7 @@ for f in $forms; do
         cppcheck --enable=warning,performance,portability,style \
             --inconclusive --std=c11 --platform=unix64 --library=posix \
             -D__linux__ -D__x86_64__ -D__STDC_VERSION__=201112L \
-            -DCLOCK_MONOTONIC=1 -U__cplusplus \
+            -DCLOCK_MONOTONIC=1 -DO_CLOEXEC=1 -U__cplusplus \
             --template='{file}:{line}:{column}: {severity}: {message} [{id}]' \
             --template-location='' -I. "$@" --quiet $dir/$f.c \
             >$dir/cppcheck.$f.out 2>&1
