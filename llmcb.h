@@ -1028,7 +1028,7 @@ LLMCB_API llmcb_transport *llmcb_curl_transport(llmcb_loop *loop);
 
 /* When bytes of a recording become available. */
 typedef struct llmcb_segment {
-    size_t offset;    /* of its first byte in the recording */
+    size_t offset;    /* of its first byte; never less than the one before */
     int64_t delay_ms; /* after the segment before it */
 } llmcb_segment;
 
@@ -5762,13 +5762,14 @@ static bool llmcbi_run_direct(llmcbi_run *run)
 static inline bool llmcbi_run_tell(llmcbi_run *run, llmcb_str text)
 {
     llmcb_loop *loop = run->loop;
-    llmcbi_cursor *c = run->cursors, *end = c + run->n_cursors;
+    llmcbi_cursor *c = run->cursors;
+    size_t left = run->n_cursors;
     uint64_t seq = ++run->head;
     bool failed = false;
 
     loop->token.seq = seq;
     loop->token_room.text = text;
-    for (; c < end; c++) {
+    for (; left; left--, c++) {
         int result =
             c->token_lane == LLMCBI_LANE_INLINE
                 ? c->handler->sync.on_llm_new_token(c->handler, &loop->token)
@@ -6658,6 +6659,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
     deadline = llmcbi_clock_ms() + loop->shutdown_ms;
     loop->freeing = true;
     llmcbi_cancel_all(loop); /* once: nothing new starts, and awaits end */
+    llmcbi_turn(loop, 0);    /* at least one, that the exchanges end */
     while (loop->n_alive && !late) {
         int64_t left = deadline - llmcbi_clock_ms();
         if (left > 0)
@@ -9200,6 +9202,16 @@ static bool llmcbi_tape_segments(llmcbi_replay *r, llmcbi_tape *t, size_t n)
     return t->segments != NULL;
 }
 
+/* A border that lies before another is moved to it: nothing comes twice. */
+static void llmcbi_tape_order(llmcbi_tape *t)
+{
+    size_t i;
+
+    for (i = 1; i < t->n_segments; i++)
+        if (t->segments[i].offset < t->segments[i - 1].offset)
+            t->segments[i].offset = t->segments[i - 1].offset;
+}
+
 static bool llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
 {
     llmcbi_tape *t = llmcbi_tape_add(r);
@@ -9215,6 +9227,7 @@ static bool llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
     if (rec->n_segments)
         memcpy(t->segments, rec->segments,
                rec->n_segments * sizeof *t->segments);
+    llmcbi_tape_order(t);
     return true;
 }
 
@@ -9315,6 +9328,7 @@ static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
             if (!n || t->segments || !llmcbi_tape_segments(r, t, n))
                 return false;
             llmcbi_tape_read_segments(&j, t->segments);
+            llmcbi_tape_order(t);
         } else {
             llmcbi_json_skip(&j, llmcbi_json_next(&j));
         }

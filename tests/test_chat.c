@@ -384,6 +384,32 @@ TEST(padding)
         }
 }
 
+/* Borders that go back, or lie behind the end: each byte comes once. */
+TEST(borders_in_no_order)
+{
+    static const size_t offsets[][3] = { { 0, 80, 10 },
+                                         { 0, 5, 0 },
+                                         { 0, 100000, 3 } };
+    static const char body[] = SSE "\r\n" EV("a") EV("b") DONE;
+    size_t i, k;
+
+    for (i = 0; i < sizeof offsets / sizeof *offsets; i++) {
+        llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
+        llmcb_segment segs[3];
+        talk t;
+        for (k = 0; k < 3; k++) {
+            segs[k].offset = offsets[i][k];
+            segs[k].delay_ms = 0;
+        }
+        rec.segments = segs;
+        rec.n_segments = 3;
+        talk_replay(&t, &rec, 1);
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_STR(t.s.tokens, "a|b|");
+        talk_end(&t);
+    }
+}
+
 /* One event that fills the log three times; then its last choice is too much
  * for the answer. */
 TEST(an_event_larger_than_the_window)
