@@ -1028,7 +1028,7 @@ LLMCB_API llmcb_transport *llmcb_curl_transport(llmcb_loop *loop);
 
 /* When bytes of a recording become available. */
 typedef struct llmcb_segment {
-    size_t offset;    /* of its first byte; never less than the one before */
+    size_t offset;    /* of its first byte; ascending, the first is 0 */
     int64_t delay_ms; /* after the segment before it */
 } llmcb_segment;
 
@@ -6659,13 +6659,10 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
     deadline = llmcbi_clock_ms() + loop->shutdown_ms;
     loop->freeing = true;
     llmcbi_cancel_all(loop); /* once: nothing new starts, and awaits end */
-    llmcbi_turn(loop, 0);    /* at least one, that the exchanges end */
     while (loop->n_alive && !late) {
         int64_t left = deadline - llmcbi_clock_ms();
-        if (left > 0)
-            llmcbi_turn(loop, left);
-        else
-            late = true;
+        llmcbi_turn(loop, left > 0 ? left : 0); /* once even if it is late */
+        late = left <= 0 && loop->n_alive;
     }
     /* threads that are idle leave at once, but not in no time */
     stuck = !llmcbi_pool_join(loop, late ? deadline + 200 : deadline);
@@ -9044,9 +9041,9 @@ static void llmcbi_player_end(llmcbi_player *p, llmcb_ending ending,
 
 static size_t llmcbi_tape_offset(const llmcbi_tape *t, size_t segment)
 {
-    size_t at = segment < t->n_segments ? t->segments[segment].offset
-                : segment == 0          ? 0
-                                        : t->len;
+    size_t at = segment == 0              ? 0
+                : segment < t->n_segments ? t->segments[segment].offset
+                                          : t->len;
 
     return at < t->len ? at : t->len;
 }

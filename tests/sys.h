@@ -80,6 +80,7 @@ typedef struct sys_state {
     long unknown_closes; /* of what was not open */
     /* Clocks. */
     int64_t mono_ms, wall_s;
+    int64_t step_ms;     /* later by this at each reading */
     bool still;          /* they stand at SYS_STILL, but for these two */
     bool hung;           /* a wait without end in which nothing came */
     long blocking_opens; /* of what may never open */
@@ -245,6 +246,7 @@ static inline int sys_clock_gettime(clockid_t id, struct timespec *ts)
     if (id == CLOCK_REALTIME) {
         ts->tv_sec += (time_t)sys.wall_s;
     } else {
+        if (sys.step_ms) sys.mono_ms += sys.step_ms;
         ts->tv_sec += (time_t)(sys.mono_ms / 1000);
         ts->tv_nsec += (long)(sys.mono_ms % 1000) * 1000000;
         if (ts->tv_nsec >= 1000000000) {

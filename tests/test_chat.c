@@ -384,11 +384,12 @@ TEST(padding)
         }
 }
 
-/* Borders that go back, or lie behind the end: each byte comes once. */
+/* Borders that go back, begin late or lie behind the end: each byte comes
+ * once. */
 TEST(borders_in_no_order)
 {
     static const size_t offsets[][3] = { { 0, 80, 10 },
-                                         { 0, 5, 0 },
+                                         { 90, 5, 80 },
                                          { 0, 100000, 3 } };
     static const char body[] = SSE "\r\n" EV("a") EV("b") DONE;
     size_t i, k;

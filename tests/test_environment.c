@@ -802,6 +802,34 @@ static int never_returns(void)
     return bits;
 }
 
+static llmcb_step sleeps_for_ever(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, LLMCB_FOREVER));
+    *(llmcb_code *)t->self = t->result;
+    LLMCB_END(t);
+}
+
+/* The machine stands still for longer than shutdown_ms right after all was
+ * cancelled: what needs no waiting for ends, and the loop is freed. */
+TEST(free_is_late_and_nothing_is_stuck)
+{
+    llmcb_loop_desc ld;
+    llmcb_loop *loop;
+    llmcb_code told = LLMCB_OK;
+
+    memset(&ld, 0, sizeof ld);
+    ld.shutdown_ms = 1;
+    loop = llmcb_loop_new(&ld);
+    REQUIRE(loop != NULL);
+    REQUIRE(llmcb_task_start(loop, sleeps_for_ever, 0, &told) != NULL);
+    llmcb_loop_run_once(loop, 0);
+    sys.step_ms = 10000;
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    sys.step_ms = sys.mono_ms = 0;
+    CHECK_INT(told, LLMCB_ECANCELLED);
+}
+
 TEST(fault_102_handler_never_returns)
 {
     int status = -1;
