@@ -97,10 +97,12 @@
  *              From any thread: llmcb_loop_post, llmcb_loop_wakeup,
  *              llmcb_op_cancel (the last two also from a signal handler),
  *              llmcb_run_text and llmcb_run_custom inside a sync handler.
- *   Callbacks  Cancel and free are legal inside every callback; what is in
- *              use is destroyed later. Running or freeing the loop inside a
- *              callback returns LLMCB_ESTATE. Callbacks must not throw or
- *              longjmp. A start function never calls back before it returns.
+ *   Callbacks  Cancel and free are legal inside every callback on the loop's
+ *              thread; what is in use is destroyed later. A sync handler on
+ *              the pool may cancel, but not free. Running or freeing the loop
+ *              inside a callback returns LLMCB_ESTATE. Callbacks must not
+ *              throw or longjmp. A start function never calls back before it
+ *              returns, but for the functions of a llmcb_host.
  *   Memory     Descriptors are read during the call and their strings are
  *              copied. Handlers are the caller's structs and must outlive
  *              the runs that use them; after llmcb_op_free of a live
@@ -292,7 +294,8 @@ typedef enum llmcb_detail {
     LLMCB_DETAIL_CONNECT,    /* no connection within connect_ms */
     LLMCB_DETAIL_FIRST_BYTE, /* no answer within first_byte_ms */
     LLMCB_DETAIL_IDLE,       /* no event with data for idle_ms */
-    LLMCB_DETAIL_TOTAL,      /* the whole call took longer than total_ms */
+    LLMCB_DETAIL_TOTAL,      /* request and answer, with all retries, took
+                                longer than total_ms */
     LLMCB_DETAIL_HANDLER,    /* a handler took longer than handler_ms */
     LLMCB_DETAIL_CALLER,     /* llmcb_op_cancel */
     LLMCB_DETAIL_CONSUMER,   /* llmcb_op_free of a call under way */
@@ -310,9 +313,9 @@ typedef struct llmcb_str {
 /* A C string as such bytes, in place; NULL is empty. Any thread. */
 LLMCB_API llmcb_str llmcb_text(const char *s);
 
-/* What went wrong. No member ever holds a key, a header value of the
- * request or text of the conversation; `message` may quote what a server
- * said of the error, with control characters replaced. */
+/* What went wrong. No member ever holds a key: one that a server repeats in
+ * its error is masked. `message` may quote what the server said, which may be
+ * any of what it was sent, with control characters replaced. */
 typedef struct llmcb_error {
     llmcb_code code;
     llmcb_detail detail;
@@ -363,7 +366,9 @@ typedef struct llmcb_loop_desc {
     llmcb_allocator allocator; /* default: LLMCB_REALLOC and LLMCB_FREE */
     unsigned workers;          /* pool threads, 2 to 64; default 4 */
     size_t worker_stack;       /* bytes; default 256 KiB */
-    bool virtual_clock;        /* time jumps when there is nothing to do */
+    bool virtual_clock;        /* time jumps to the next timer in a turn that
+                                  finds nothing ready or on the pool, and no
+                                  descriptor watched: for recordings, tests */
     int64_t shutdown_ms;       /* how long llmcb_loop_free waits for blocking
                                   functions; default 5000 */
     /* Told of what would else be lost, such as a failing handler: one line,
@@ -376,7 +381,8 @@ typedef struct llmcb_loop_desc {
 #define LLMCB_READ 1
 #define LLMCB_WRITE 2
 
-/* Push embedding: how a host loop is told what to watch. */
+/* Push embedding: how a host loop is told what to watch, inside any function
+ * that works on the loop. They must not call the library. */
 typedef struct llmcb_host {
     /* Watch fd for events (LLMCB_READ, LLMCB_WRITE, both); 0: forget it. */
     void (*watch)(void *user, int fd, int events);
@@ -407,7 +413,8 @@ LLMCB_API llmcb_code llmcb_loop_run(llmcb_loop *loop);
 LLMCB_API llmcb_code llmcb_loop_run_until(llmcb_loop *loop, llmcb_op *op);
 
 /* One turn: waits at most max_ms (0: not at all, LLMCB_FOREVER: until
- * something happens), then handles what is ready. */
+ * something happens), then handles what is ready. A virtual clock that has
+ * nothing to do jumps, whatever max_ms is. */
 LLMCB_API llmcb_code llmcb_loop_run_once(llmcb_loop *loop, int64_t max_ms);
 
 /* Makes llmcb_loop_run return after the present turn. */
@@ -1063,15 +1070,17 @@ typedef struct llmcb_replay_desc {
 /* A transport that answers the first request with the first recording, the
  * second with the second ..., and from then on with the last. Belongs to the
  * loop. If there is nothing to play, since path is no recording, every
- * request fails with LLMCB_ESYS and a message that names it. NULL: no
- * memory. */
+ * request fails with LLMCB_ESYS and a message that names it; if there was no
+ * memory, with LLMCB_ENOMEM. NULL, for which a chat takes its default: no
+ * loop, not its thread, or no descriptor. */
 LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
                                             const llmcb_replay_desc *desc);
 
 /* A transport that hands everything to `inner` and writes each response to
  * path, NAME-2.http, ... with NAME.segments.json beside it, mode 0600, in a
  * form that llmcb_replay_new plays. Of the request nothing is written, of the
- * response no cookies. Belongs to the loop. NULL: no memory. */
+ * response no cookies. Belongs to the loop. No memory: every request fails
+ * with LLMCB_ENOMEM. NULL: bad arguments, or not the loop's thread. */
 LLMCB_API llmcb_transport *
 llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path);
 
@@ -1123,9 +1132,12 @@ typedef struct llmcb_chat_desc {
     int64_t connect_ms;       /* 10,000 */
     int64_t first_byte_ms;    /* 600,000 */
     int64_t idle_ms;          /* 120,000; between events with data */
-    int64_t total_ms;         /* none; LLMCB_FOREVER for none in all four */
-    int64_t handler_ms;       /* none; how long a call waits for one handler's
-                                 event before it fails */
+    int64_t total_ms;         /* none; of each prompt from its turn to be sent
+                                 on, with the wait for a limiter and retries.
+                                 LLMCB_FOREVER for none in all four */
+    int64_t handler_ms;       /* none; how long a call waits for one event of a
+                                 handler, other runs of it that come first
+                                 included, before it fails */
     llmcb_limits limits;
     const llmcb_pair *headers; /* further request headers */
     size_t n_headers;
@@ -1166,7 +1178,9 @@ LLMCB_API llmcb_op *llmcb_chat_generate(llmcb_chat *chat,
                                         const llmcb_message *messages, size_t n,
                                         const llmcb_config *config);
 
-/* The same, always streaming, for reading with llmcb_op_next. */
+/* The same, always streaming, for reading with llmcb_op_next. At the window
+ * the connection is held, and its time limits stand still, until chunks are
+ * read or the op is waited for or awaited, which discards what is unread. */
 LLMCB_API llmcb_op *llmcb_chat_stream(llmcb_chat *chat,
                                       const llmcb_message *messages, size_t n,
                                       const llmcb_config *config);
@@ -1196,7 +1210,8 @@ LLMCB_API bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk);
  * until llmcb_op_free. Never NULL. */
 LLMCB_API const llmcb_result *llmcb_op_result(const llmcb_op *op);
 
-/* The same for prompt i of a batch, with its own error and run. */
+/* The same for prompt i of a batch, with its own error and run. Of other
+ * operations 0 is what the op itself has. */
 LLMCB_API size_t llmcb_op_n_prompts(const llmcb_op *op);
 LLMCB_API const llmcb_result *llmcb_op_result_at(const llmcb_op *op, size_t i);
 LLMCB_API const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i);
@@ -1306,7 +1321,8 @@ typedef struct llmcb_tool {
     const char *description; /* for the model; may be NULL */
     /* JSON schema of the arguments, an object; NULL: there are none. What it
      * says of types, of required members and of additional ones is checked,
-     * on the first level, before the tool is called. */
+     * on the first level, before the tool is called. An integer must fit into
+     * an int64_t, a number into a double. */
     const char *parameters;
     /* One of the two. A blocking function, on the thread pool; or a coroutine
      * on the loop, with `user` at t->self and frame_size bytes at t->frame.
@@ -1416,8 +1432,8 @@ typedef struct llmcb_run_record {
 } llmcb_run_record;
 
 /* Collects all runs, in the order of their starts. The array is valid until
- * the next event; clear forgets what has finished. Both on the loop's
- * thread. */
+ * the next event of any loop that it serves; clear forgets what has
+ * finished. */
 LLMCB_API llmcb_handler *llmcb_collector(llmcb_loop *loop);
 LLMCB_API const llmcb_run_record *llmcb_collector_runs(llmcb_handler *h,
                                                        size_t *n);
@@ -2041,6 +2057,9 @@ typedef volatile unsigned char llmcbi_flag;
 #define LLMCBI_FLAG_SET(f, v) (*(f) = (unsigned char)(v))
 #define LLMCBI_FLAG_GET(f) (*(f))
 #endif
+
+/* The end of time, on any loop's clock. */
+#define LLMCBI_LAST_MS (INT64_MAX / 2)
 
 /* A span of time that can be added to any moment. */
 static int64_t llmcbi_span(int64_t ms)
@@ -2984,6 +3003,7 @@ struct llmcb_loop {
     llmcb_op *ops;       /* all, done or not */
     size_t n_alive;      /* operations that are not done */
     llmcb_transport *transports, *default_transport;
+    llmcb_transport none; /* for a recording that there was no memory for */
     uint64_t last_identity;
     void *scratch;              /* shared read buffer of the socket transport */
     llmcbi_cursor *unpublished; /* whose news the pool must be told */
@@ -3178,12 +3198,11 @@ static void llmcbi_timer_start(llmcb_loop *loop, llmcbi_timer *t, int64_t ms)
     llmcbi_sleep s;
 
     if (ms < 0) ms = 0;
-    if (ms > INT64_MAX / 2) ms = INT64_MAX / 2;
     llmcbi_timer_stop(loop, t);
     /* never too early: counted from this moment and not from the turn's
      * beginning, and the clock is cut to whole milliseconds */
-    s.due = loop->virtual_clock ? loop->now + ms
-                                : llmcbi_clock_ms() + ms + (ms > 0);
+    s.due = loop->virtual_clock ? loop->now : llmcbi_clock_ms() + (ms > 0);
+    s.due = ms < LLMCBI_LAST_MS - s.due ? s.due + ms : LLMCBI_LAST_MS;
     s.seq = ++loop->timer_seq;
     s.timer = t;
     llmcbi_heap_up(loop, ++loop->n_timers, s);
@@ -3550,7 +3569,6 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
     if (loop->n_timers) {
         ms = loop->heap[1].due - loop->now;
         if (ms <= 0) return 0;
-        if (ms > INT_MAX) ms = INT_MAX; /* poll takes no more */
     }
     llmcbi_lock(loop);
     if (loop->posts || loop->progress_due ||
@@ -3569,7 +3587,7 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
     }
     loop->sleeping = true;
     llmcbi_unlock(loop);
-    return ms;
+    return ms < INT_MAX ? ms : INT_MAX; /* poll takes no more */
 }
 
 static void llmcbi_process(llmcb_loop *loop, bool woken)
@@ -3609,6 +3627,7 @@ static void llmcbi_turn(llmcb_loop *loop, int64_t max_ms)
     if (max_ms >= 0 && (ms < 0 || ms > max_ms))
         ms = max_ms < INT_MAX ? max_ms : INT_MAX;
     llmcbi_process(loop, llmcbi_poller_wait(loop, (int)ms));
+    llmcbi_host_update(loop);
 }
 
 static llmcb_code llmcbi_may_turn(llmcb_loop *loop)
@@ -3658,7 +3677,7 @@ LLMCBI_DEF llmcb_code llmcb_clock_advance(llmcb_loop *loop, int64_t ms)
 
     if (code != LLMCB_OK) return code;
     if (!loop->virtual_clock) return LLMCB_ESTATE;
-    if (ms < 0 || ms > INT64_MAX / 2 - loop->now) return LLMCB_EINVAL;
+    if (ms < 0 || ms > LLMCBI_LAST_MS - loop->now) return LLMCB_EINVAL;
     loop->now += ms;
     if (!loop->turning) llmcbi_host_update(loop);
     return LLMCB_OK;
@@ -4194,11 +4213,12 @@ static void llmcbi_task_cancel(llmcbi_task *t)
     }
 }
 
-/* The beginning of every await. NULL: it has ended already. */
+/* The beginning of every await. NULL: it has ended already, or never began. */
 static llmcbi_task *llmcbi_await(llmcb_task *pub)
 {
     llmcbi_task *t = (llmcbi_task *)(void *)pub;
 
+    if (!t) return NULL;
     llmcbi_task_disarm(t);
     llmcbi_unready(&t->ready); /* an await that was given up for this one */
     t->armed = true;
@@ -8466,6 +8486,7 @@ static size_t llmcbi_transfer_data(char *ptr, size_t one, size_t len,
     return len;
 }
 
+/* The request is about to be sent. */
 #if LIBCURL_VERSION_NUM >= 0x075000
 static int llmcbi_transfer_connected(void *user, char *remote, char *local,
                                      int remote_port, int local_port)
@@ -8478,6 +8499,18 @@ static int llmcbi_transfer_connected(void *user, char *remote, char *local,
     (void)local_port;
     llmcb_exchange_connected(t->x);
     return CURL_PREREQFUNC_OK;
+}
+#else
+static int llmcbi_transfer_connected(CURL *easy, curl_infotype type, char *data,
+                                     size_t len, void *user)
+{
+    llmcbi_transfer *t = (llmcbi_transfer *)user;
+
+    (void)easy;
+    (void)data;
+    (void)len;
+    if (type == CURLINFO_HEADER_OUT) llmcb_exchange_connected(t->x);
+    return 0;
 }
 #endif
 
@@ -8799,6 +8832,10 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
     LLMCBI_OPT(CURLOPT_MAXLIFETIME_CONN, 600L);
     LLMCBI_OPT(CURLOPT_PREREQFUNCTION, llmcbi_transfer_connected);
     LLMCBI_OPT(CURLOPT_PREREQDATA, t);
+#else
+    LLMCBI_OPT(CURLOPT_DEBUGFUNCTION, llmcbi_transfer_connected);
+    LLMCBI_OPT(CURLOPT_DEBUGDATA, t);
+    LLMCBI_OPT(CURLOPT_VERBOSE, 1L); /* to that function, and nowhere else */
 #endif
     LLMCBI_OPT(CURLOPT_TCP_KEEPALIVE, 1L);
     LLMCBI_OPT(CURLOPT_OPENSOCKETFUNCTION, llmcbi_curl_open);
@@ -8983,6 +9020,24 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
 }
 
 /* ==== [REPLAY] recordings: play them, make them ======================== */
+
+static llmcb_code llmcbi_no_start(llmcb_transport *tr, llmcb_exchange *x,
+                                  const llmcb_request *request)
+{
+    (void)tr;
+    (void)x;
+    (void)request;
+    return LLMCB_ENOMEM;
+}
+
+/* Instead of a transport that there was no memory for: with NULL a chat would
+ * go to the network. */
+static llmcb_transport *llmcbi_no_transport(llmcb_loop *loop)
+{
+    loop->none.loop = loop;
+    loop->none.start = llmcbi_no_start;
+    return &loop->none;
+}
 
 /* One response to play, owned by the transport. */
 typedef struct llmcbi_tape {
@@ -9380,7 +9435,7 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
 
     if (llmcbi_enter(loop) != LLMCB_OK || !desc) return NULL;
     r = (llmcbi_replay *)llmcbi_alloc(&loop->alloc, sizeof *r);
-    if (!r) return NULL;
+    if (!r) return llmcbi_no_transport(loop);
     r->base.loop = loop;
     r->base.state_size = sizeof(llmcbi_player);
     r->base.start = llmcbi_replay_start;
@@ -9404,7 +9459,7 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
     }
     if (!ok || r->failed) {
         llmcbi_replay_free(&r->base);
-        return NULL;
+        return llmcbi_no_transport(loop);
     }
     llmcb_transport_init(loop, &r->base);
     return &r->base;
@@ -9667,12 +9722,12 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 
     if (llmcbi_enter(loop) != LLMCB_OK || !inner || !path) return NULL;
     r = (llmcbi_recorder *)llmcbi_alloc(&loop->alloc, sizeof *r);
-    if (!r) return NULL;
+    if (!r) return llmcbi_no_transport(loop);
     r->path_size = strlen(path) + 1;
     r->path = (char *)llmcbi_alloc(&loop->alloc, r->path_size);
     if (!r->path) {
         llmcbi_free(&loop->alloc, r, sizeof *r);
-        return NULL;
+        return llmcbi_no_transport(loop);
     }
     memcpy(r->path, path, r->path_size);
     r->inner = inner;
@@ -13293,8 +13348,8 @@ static llmcbi_call *llmcbi_call_of(const llmcb_op *op)
                : NULL;
 }
 
-/* The call whose chunks an op has; an agent has none. */
-static llmcbi_call *llmcbi_chunks_of(const llmcb_op *op)
+/* The call that an op is; an agent only shows the result of one. */
+static llmcbi_call *llmcbi_own_call(const llmcb_op *op)
 {
     return op && !op->answer ? llmcbi_call_of(op) : NULL;
 }
@@ -13329,7 +13384,7 @@ static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
 LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
 {
     const llmcb_chunk *got = NULL;
-    llmcbi_call *c = llmcbi_chunks_of(op);
+    llmcbi_call *c = llmcbi_own_call(op);
 
     if (chunk) *chunk = NULL;
     if (!c || !c->n || llmcbi_enter(op->loop) != LLMCB_OK) return false;
@@ -13351,7 +13406,7 @@ LLMCBI_DEF bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk)
 LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *t, llmcb_op *op)
 {
     llmcbi_task *task = llmcbi_await(t);
-    llmcbi_call *c = llmcbi_chunks_of(op);
+    llmcbi_call *c = llmcbi_own_call(op);
     llmcb_code code;
 
     if (!task) return LLMCB_WAIT;
@@ -13388,9 +13443,9 @@ LLMCBI_DEF const llmcb_result *llmcb_op_result(const llmcb_op *op)
 
 LLMCBI_DEF const llmcb_error *llmcb_op_error_at(const llmcb_op *op, size_t i)
 {
-    const llmcbi_call *c = llmcbi_call_of(op);
+    const llmcbi_call *c = llmcbi_own_call(op);
 
-    if (!c || op->answer || i >= c->n || !op->done || !c->prompts[i].outcome)
+    if (!c || i >= c->n || !op->done || !c->prompts[i].outcome)
         return llmcb_op_error(op);
     return c->prompts[i].outcome;
 }
@@ -13417,9 +13472,10 @@ LLMCBI_DEF llmcb_run *llmcb_op_run(const llmcb_op *op)
 
 LLMCBI_DEF llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i)
 {
-    llmcbi_call *c = llmcbi_call_of(op);
+    llmcbi_call *c = llmcbi_own_call(op);
 
-    return c && i < c->n ? &c->prompts[i].run.pub : NULL;
+    if (!c) return i ? NULL : llmcb_op_run(op);
+    return i < c->n ? &c->prompts[i].run.pub : NULL;
 }
 
 /* Adds one usage to a sum that begins as known. */
@@ -14168,31 +14224,29 @@ LLMCBI_DEF bool llmcb_tool_int(llmcb_tool_use *use, const char *name,
            llmcbi_json_int(&j, value);
 }
 
-LLMCBI_DEF bool llmcb_tool_number(llmcb_tool_use *use, const char *name,
-                                  double *value)
+/* The last number, if it is one that a double can hold. */
+static bool llmcbi_json_double(const llmcbi_json *j, double *value)
 {
     char digits[400 + 24], exponent[24], *to = digits, *end;
     bool fraction = false, negative;
     int64_t e = 0, places = 0;
-    llmcbi_json j;
     size_t i;
     double v;
 
-    if (!llmcbi_use_value(use, name, &j, LLMCBI_JSON_NUMBER) || j.len >= 400)
-        return false;
+    if (j->len >= 400) return false;
     /* without a point, which is another one in another locale */
-    for (i = 0; i < j.len && j.str[i] != 'e' && j.str[i] != 'E'; i++) {
-        if (j.str[i] == '.') {
+    for (i = 0; i < j->len && j->str[i] != 'e' && j->str[i] != 'E'; i++) {
+        if (j->str[i] == '.') {
             fraction = true;
             continue;
         }
-        *to++ = j.str[i];
+        *to++ = j->str[i];
         places += fraction;
     }
-    negative = i + 1 < j.len && j.str[i + 1] == '-';
-    for (i++; i < j.len; i++)
-        if (j.str[i] >= '0' && j.str[i] <= '9' && e < 100000)
-            e = e * 10 + (j.str[i] - '0');
+    negative = i + 1 < j->len && j->str[i + 1] == '-';
+    for (i++; i < j->len; i++)
+        if (j->str[i] >= '0' && j->str[i] <= '9' && e < 100000)
+            e = e * 10 + (j->str[i] - '0');
     *to++ = 'e';
     strcpy(to, llmcbi_decimal(exponent, (negative ? -e : e) - places));
     v = strtod(digits, &end);
@@ -14201,25 +14255,38 @@ LLMCBI_DEF bool llmcb_tool_number(llmcb_tool_use *use, const char *name,
     return true;
 }
 
+LLMCBI_DEF bool llmcb_tool_number(llmcb_tool_use *use, const char *name,
+                                  double *value)
+{
+    llmcbi_json j;
+
+    return llmcbi_use_value(use, name, &j, LLMCBI_JSON_NUMBER) &&
+           llmcbi_json_double(&j, value);
+}
+
 LLMCBI_DEF bool llmcb_tool_bool(llmcb_tool_use *use, const char *name,
                                 bool *value)
 {
     llmcbi_json j;
+    bool yes = llmcbi_use_value(use, name, &j, LLMCBI_JSON_TRUE);
 
-    *value = llmcbi_use_value(use, name, &j, LLMCBI_JSON_TRUE);
-    return *value || llmcbi_use_value(use, name, &j, LLMCBI_JSON_FALSE);
+    if (!yes && !llmcbi_use_value(use, name, &j, LLMCBI_JSON_FALSE))
+        return false;
+    *value = yes;
+    return true;
 }
 
 LLMCBI_DEF bool llmcb_tool_json(llmcb_tool_use *use, const char *name,
                                 llmcb_str *value)
 {
+    llmcbi_use *u = (llmcbi_use *)(void *)use;
     llmcbi_json j;
 
-    if (!use || !llmcbi_member(use->arguments, llmcb_text(name), &j))
+    if (!u || !llmcbi_member(use->arguments, llmcb_text(name), &j))
         return false;
     llmcbi_json_raw(&j);
-    *value = llmcbi_slice(j.str, j.len);
-    return true;
+    *value = llmcbi_arena_str(u->alloc, &u->arena, llmcbi_slice(j.str, j.len));
+    return !u->arena.failed;
 }
 
 LLMCBI_DEF llmcb_code llmcb_tool_answer(llmcb_tool_use *use, llmcb_str text)
@@ -14255,15 +14322,29 @@ static bool llmcbi_is_whole(const llmcbi_json *j)
     return true;
 }
 
+/* Whether no C type that the tool can ask for holds the last number. */
+static bool llmcbi_out_of_range(const llmcbi_json *j)
+{
+    int64_t whole;
+    double number;
+
+    return llmcbi_is_whole(j) ? !llmcbi_json_int(j, &whole)
+                              : !llmcbi_json_double(j, &number);
+}
+
 /* Whether a value, whose first token j has just read, is of a schema's
  * type. A type that is not known allows all. */
 static bool llmcbi_is_of_type(const llmcbi_json *j, llmcbi_json_type value,
                               const llmcbi_json *type)
 {
+    int64_t whole;
+    double number;
+
     if (llmcbi_json_is(type, "string")) return value == LLMCBI_JSON_STRING;
-    if (llmcbi_json_is(type, "number")) return value == LLMCBI_JSON_NUMBER;
+    if (llmcbi_json_is(type, "number"))
+        return value == LLMCBI_JSON_NUMBER && llmcbi_json_double(j, &number);
     if (llmcbi_json_is(type, "integer"))
-        return value == LLMCBI_JSON_NUMBER && llmcbi_is_whole(j);
+        return value == LLMCBI_JSON_NUMBER && llmcbi_json_int(j, &whole);
     if (llmcbi_json_is(type, "boolean"))
         return value == LLMCBI_JSON_TRUE || value == LLMCBI_JSON_FALSE;
     if (llmcbi_json_is(type, "array")) return value == LLMCBI_JSON_ARRAY;
@@ -14350,7 +14431,11 @@ static bool llmcbi_arguments_check(llmcbi_use *u)
         } else if (llmcbi_json_raw(&p) == LLMCBI_JSON_OBJECT &&
                    !llmcbi_fits(&j, value, llmcbi_slice(p.str, p.len))) {
             return llmcbi_arguments_wrong(why, cap,
-                                          "argument of the wrong type: ", &key);
+                                          value == LLMCBI_JSON_NUMBER &&
+                                                  llmcbi_out_of_range(&j)
+                                              ? "argument out of range: "
+                                              : "argument of the wrong type: ",
+                                          &key);
         }
         llmcbi_json_skip(&j, value);
     }
@@ -15468,18 +15553,27 @@ LLMCBI_DEF const llmcb_run_record *llmcb_collector_runs(llmcb_handler *h,
                                                         size_t *n)
 {
     llmcbi_kit *k = (llmcbi_kit *)(void *)h;
+    const llmcb_run_record *records;
 
-    if (n) *n = k ? k->n_records : 0;
-    return k ? k->records : NULL;
+    if (n) *n = 0;
+    if (!k) return NULL;
+    pthread_mutex_lock(&k->mutex);
+    records = k->records;
+    if (n) *n = k->n_records;
+    pthread_mutex_unlock(&k->mutex);
+    return records;
 }
 
 LLMCBI_DEF void llmcb_collector_clear(llmcb_handler *h)
 {
     llmcbi_kit *k = (llmcbi_kit *)(void *)h;
-    size_t i = k ? k->n_records : 0;
+    size_t i;
 
-    while (i--)
+    if (!k) return;
+    pthread_mutex_lock(&k->mutex);
+    for (i = k->n_records; i-- > 0;)
         if (k->records[i].finished) llmcbi_record_drop(k, i);
+    pthread_mutex_unlock(&k->mutex);
 }
 
 #ifndef LLMCB_NO_STDIO

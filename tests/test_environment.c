@@ -926,13 +926,14 @@ TEST_ON_ALL(fault_105_no_memory)
             server_script s[2] = { script(HELLO, SERVER_CLOSE),
                                    script(CLEAN_KEPT, SERVER_KEEP) };
             int before = test_failures_here;
-            bool used;
+            bool used, no_tape;
             trial t;
 
             trial_begin(&t, transport, s, 2);
             t.heap.fail_at = i;
             t.heap.for_ever = ever != 0;
             trial_open(&t);
+            no_tape = transport == REPLAY && t.heap.calls >= i;
             trial_ask(&t);
             trial_wait(&t);
             used = t.heap.calls >= i;
@@ -947,7 +948,7 @@ TEST_ON_ALL(fault_105_no_memory)
             if (t.chat) {
                 trial_forget(&t);
                 trial_ask(&t);
-                trial_finish(&t, NULL, LLMCB_OK);
+                trial_finish(&t, NULL, no_tape ? LLMCB_ENOMEM : LLMCB_OK);
             }
             t.no_clean = true;
             trial_end(&t);
@@ -1520,6 +1521,40 @@ TEST(recorded_while_a_handler_is_slow_replay)
     unlink(file);
     unlink(scratch_path("x.segments.json"));
     CHECK_INT(rmdir(scratch), 0);
+}
+
+/* Where there was no memory for a recording, the server gets no request. */
+TEST(no_memory_for_a_recording_is_no_way_to_the_network)
+{
+    server_script s = script(CLEAN, SERVER_CLOSE);
+    llmcb_transport *failed;
+    char file[64];
+    trial t;
+    int i;
+
+    strcpy(scratch, "build/none");
+    strcpy(file, scratch_path("x.http"));
+    for (i = 0; i < 4; i++) {
+        trial_begin(&t, SOCK, &s, 1);
+        t.tapes[0].bytes = CLEAN;
+        t.tapes[0].len = strlen(CLEAN);
+        t.n_tapes = 1;
+        t.loop = llmcb_loop_new(&t.ld);
+        t.tr = llmcb_socket_transport(t.loop);
+        t.transport = REPLAY; /* what is made now; the server stays */
+        t.heap.fail_at = t.heap.calls + 1 + i % 2;
+        failed = i < 2 ? trial_transport(&t)
+                       : llmcb_record_new(t.loop, t.tr, file);
+        t.heap.fail_at = 0;
+        CHECK(failed != NULL);
+        t.cd.transport = failed;
+        t.chat = llmcb_chat_new(t.loop, &t.cd);
+        trial_ask(&t);
+        trial_finish(&t, "start|error:ENOMEM", LLMCB_ENOMEM);
+        CHECK_INT(server_requests(t.server), 0);
+        t.no_clean = true;
+        trial_end(&t);
+    }
 }
 
 /* ... and one that is cancelled has recorded what came so far: played, it is
