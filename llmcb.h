@@ -88,7 +88,8 @@
  *   6. Exactly one finish for every run that started: also on cancel,
  *      timeout, a raising handler, no memory, or the loop being freed. Only
  *      a handler that never returns keeps it from the others, if there is
- *      no handler_ms and llmcb_loop_free gives up on it.
+ *      no handler_ms and llmcb_loop_free gives up on it. A handler that took
+ *      longer than handler_ms is told nothing more of that run.
  *   7. No allocation a token in steady state.
  *
  * RULES
@@ -106,7 +107,8 @@
  *   Memory     Descriptors are read during the call and their strings are
  *              copied. Handlers are the caller's structs and must outlive
  *              the runs that use them; after llmcb_op_free of a live
- *              operation, until llmcb_loop_free has returned LLMCB_OK.
+ *              operation, or of one that gave up on a handler (handler_ms),
+ *              until llmcb_loop_free has returned LLMCB_OK.
  *              Event payloads are valid until the handler is done with that
  *              event: a coroutine until it ends.
  *   Errors     LLMCB_OK is 0, the rest is negative. Every function takes
@@ -212,7 +214,7 @@
  *   LLMCB_NO_SOCKETS   no plain-socket transport
  *   LLMCB_NO_EPOLL     poll(2) on Linux too
  *   LLMCB_NO_AGENT     no [AGENT]; define it wherever included
- *   LLMCB_NO_KIT       no [KIT]; likewise
+ *   LLMCB_NO_KIT       no [KIT], recorder, limiter and cache; likewise
  *   LLMCB_NO_STDIO     no llmcb_result_print and llmcb_str_print, no files
  *                      in [REPLAY] and [KIT]; define it wherever included
  *   LLMCB_ALLOW_INSECURE_TLS   makes llmcb_chat_desc.insecure_tls work
@@ -372,7 +374,7 @@ typedef struct llmcb_loop_desc {
     int64_t shutdown_ms;       /* how long llmcb_loop_free waits for blocking
                                   functions; default 5000 */
     /* Told of what would else be lost, such as a failing handler: one line,
-     * no newline. Loop thread. */
+     * no newline. Loop thread. NULL: nobody is. */
     void (*log)(void *user, const char *line);
     void *log_user;
 } llmcb_loop_desc;
@@ -406,7 +408,8 @@ LLMCB_API llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc);
  * fork: closes the loop's own descriptors, tells nobody, LLMCB_EFORK. */
 LLMCB_API llmcb_code llmcb_loop_free(llmcb_loop *loop);
 
-/* Runs until no operation is left under way or llmcb_loop_stop was called. */
+/* Runs until no operation is left under way or llmcb_loop_stop was called. A
+ * llmcb_chat_stream that nobody reads stays under way at its window. */
 LLMCB_API llmcb_code llmcb_loop_run(llmcb_loop *loop);
 
 /* Runs until `op` is done; its result, as llmcb_op_wait. */
@@ -481,9 +484,10 @@ LLMCB_API llmcb_code llmcb_op_wait(llmcb_op *op);
 /* Whether op is done. NULL is done. */
 LLMCB_API bool llmcb_op_done(const llmcb_op *op);
 
-/* Asks op to end with LLMCB_ECANCELLED in the loop's next turn; what is done
- * stays as it is. A blocking function that runs already is not stopped.
- * Any thread, signal-safe; op must not be freed meanwhile. */
+/* Asks op to end with LLMCB_ECANCELLED in the loop's next turn, up to which
+ * its handlers may be told more; what is done stays as it is. A blocking
+ * function that runs already is not stopped. Any thread, signal-safe; op must
+ * not be freed meanwhile. */
 LLMCB_API void llmcb_op_cancel(llmcb_op *op);
 
 /* Frees op. One that is under way is cancelled and detached: its handlers
@@ -493,8 +497,8 @@ LLMCB_API void llmcb_op_free(llmcb_op *op);
 /* The code alone; LLMCB_EBUSY while op is under way. */
 LLMCB_API llmcb_code llmcb_op_code(const llmcb_op *op);
 
-/* What went wrong; code LLMCB_OK if nothing did. Valid until llmcb_op_free.
- * Never NULL. */
+/* What went wrong; code LLMCB_OK if nothing did, or op is still under way.
+ * Valid until llmcb_op_free. Never NULL. */
 LLMCB_API const llmcb_error *llmcb_op_error(const llmcb_op *op);
 
 /* What a step function returns. */
@@ -506,9 +510,11 @@ typedef int llmcb_step;
 typedef struct llmcb_task {
     uint32_t at;       /* resume point, 0 at the first step */
     llmcb_code result; /* how the last await ended */
-    void *frame;       /* frame_size zeroed bytes that survive awaits */
+    void *frame;       /* frame_size zeroed bytes that survive awaits; NULL if
+                          that is 0 */
     void *self;        /* what was given to llmcb_task_start */
-    size_t index;      /* which one ended llmcb_await_any */
+    size_t index;      /* which one ended llmcb_await_any; n: none of them, but
+                          its time or a cancel */
 } llmcb_task;
 
 /* A step function runs on the loop's thread until it awaits or ends. Locals
@@ -518,8 +524,9 @@ typedef llmcb_step (*llmcb_task_fn)(llmcb_task *t);
 /* The body of a step function stands between BEGIN and END; an AWAIT in
  * between returns and comes back when the awaited thing has ended, with its
  * code in t->result. One await a line, and none inside a switch of yours: a
- * lost resume point ends the task with LLMCB_ESTATE. A step function can do
- * without the macros: it switches on t->at, which it sets itself. */
+ * lost resume point ends the task with LLMCB_ESTATE. In C++ declare locals
+ * before BEGIN. A step function can do without the macros: it switches on
+ * t->at, which it sets itself. */
 /* clang-format off */
 #define LLMCB_BEGIN(t)  \
     switch ((t)->at) {  \
@@ -588,8 +595,10 @@ LLMCB_API llmcb_step llmcb_await_blocking(llmcb_task *t, int (*fn)(void *arg),
 
 /* ==== [EXEC] the thread pool =========================================== */
 
-/* Runs fn(arg) on the pool; the code of the op is what it returned, 0 or
- * negative. NULL: no memory. No thread could be started: LLMCB_ESYS. */
+/* Runs fn(arg) on the pool; the code of the op is what it returned: 0 or a
+ * llmcb_code (-1 is LLMCB_ENOMEM), anything else is LLMCB_EHANDLER. NULL: no
+ * memory, or not on the loop's thread. No thread could be started:
+ * LLMCB_ESYS. */
 LLMCB_API llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
                                   void *arg);
 
@@ -771,8 +780,10 @@ typedef struct llmcb_generation {
 
 /* The answer to one conversation, or what there was of it. */
 typedef struct llmcb_result {
-    bool complete;                       /* false: partial, beside an error */
-    bool sentinel;                       /* the stream's [DONE] was seen */
+    bool complete; /* the server said that it ended, by [DONE] or a finish
+                      reason of each choice, "length" among them. false:
+                      partial, beside an error */
+    bool sentinel; /* the stream's [DONE] was seen */
     const llmcb_generation *generations; /* one a choice */
     size_t n_generations;
     llmcb_str model_name; /* the model that served it */
@@ -942,8 +953,8 @@ typedef struct llmcb_limits {
  * llmcb_exchange_sent. */
 typedef struct llmcb_request {
     const char *method;
-    const char *url; /* http://, https:// or unix:/path:/target */
-    const llmcb_pair *headers;
+    const char *url;           /* http://, https:// or unix:/path:/target */
+    const llmcb_pair *headers; /* all but Host and those of the framing */
     size_t n_headers;
     const char *body;
     size_t body_len;
@@ -968,8 +979,11 @@ typedef enum llmcb_ending {
     LLMCB_BROKEN   /* any other failure: see the code */
 } llmcb_ending;
 
-/* A transport: put this struct first in one of yours. All functions are
- * called on the loop's thread, outside the transport's own calls. */
+/* A transport: put this struct first in one of yours, zeroed. All functions
+ * are called on the loop's thread, and none while the transport is inside a
+ * llmcb_exchange function. Of release, cancel and llmcb_exchange_end an
+ * exchange sees one, once; what you do later, such as with llmcb_loop_post,
+ * must not point into it. */
 struct llmcb_transport {
     /* Bytes of llmcb_exchange_state, zeroed for each exchange. */
     size_t state_size;
@@ -991,8 +1005,9 @@ struct llmcb_transport {
     llmcb_transport *next; /* likewise */
 };
 
-/* Gives a transport of yours to a loop, which calls its free function when
- * it is freed itself. */
+/* Gives a transport of yours to a loop, which calls its free function, if it
+ * has one, when it is freed itself. LLMCB_EINVAL: another function is missing,
+ * or the loop has it already. */
 LLMCB_API llmcb_code llmcb_transport_init(llmcb_loop *loop,
                                           llmcb_transport *tr);
 
@@ -1076,6 +1091,7 @@ typedef struct llmcb_replay_desc {
 LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
                                             const llmcb_replay_desc *desc);
 
+#ifndef LLMCB_NO_KIT
 /* A transport that hands everything to `inner` and writes each response to
  * path, NAME-2.http, ... with NAME.segments.json beside it, mode 0600, in a
  * form that llmcb_replay_new plays. Of the request nothing is written, of the
@@ -1083,6 +1099,7 @@ LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
  * with LLMCB_ENOMEM. NULL: bad arguments, or not the loop's thread. */
 LLMCB_API llmcb_transport *
 llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path);
+#endif
 
 /* ==== [CHAT] chat calls ================================================ */
 
@@ -1094,12 +1111,6 @@ typedef struct llmcb_chat llmcb_chat;
  * is to be freed before the loop. Starts empty. */
 typedef struct llmcb_limiter llmcb_limiter;
 
-/* burst: what the bucket holds at most, 0 for 1. NULL: no memory, or
- * per_minute is 0. */
-LLMCB_API llmcb_limiter *llmcb_limiter_new(llmcb_loop *loop,
-                                           unsigned per_minute, unsigned burst);
-LLMCB_API void llmcb_limiter_free(llmcb_limiter *limiter);
-
 /* Answers by the request that brought them, in memory. A call whose address
  * and request are the same to the byte gets the answer without any request,
  * after its start event: no tokens, then the end event with result->cached.
@@ -1109,10 +1120,18 @@ LLMCB_API void llmcb_limiter_free(llmcb_limiter *limiter);
  * they do. */
 typedef struct llmcb_cache llmcb_cache;
 
+#ifndef LLMCB_NO_KIT
+/* burst: what the bucket holds at most, 0 for 1. NULL: no memory, or
+ * per_minute is 0. */
+LLMCB_API llmcb_limiter *llmcb_limiter_new(llmcb_loop *loop,
+                                           unsigned per_minute, unsigned burst);
+LLMCB_API void llmcb_limiter_free(llmcb_limiter *limiter);
+
 /* max_bytes of requests and answers, 0 for 16 MiB; the oldest go first.
  * NULL: no memory. */
 LLMCB_API llmcb_cache *llmcb_cache_new(llmcb_loop *loop, size_t max_bytes);
 LLMCB_API void llmcb_cache_free(llmcb_cache *cache);
+#endif
 
 /* Zero is the default of every member. */
 typedef struct llmcb_chat_desc {
@@ -1133,8 +1152,10 @@ typedef struct llmcb_chat_desc {
     int64_t first_byte_ms;    /* 600,000 */
     int64_t idle_ms;          /* 120,000; between events with data */
     int64_t total_ms;         /* none; of each prompt from its turn to be sent
-                                 on, with the wait for a limiter and retries.
-                                 LLMCB_FOREVER for none in all four */
+                                 on, with the wait for a limiter and retries,
+                                 but not while handlers or the reader of its
+                                 chunks hold it. LLMCB_FOREVER for none in all
+                                 four */
     int64_t handler_ms;       /* none; how long a call waits for one event of a
                                  handler, other runs of it that come first
                                  included, before it fails */
@@ -1173,7 +1194,8 @@ LLMCB_API void llmcb_chat_free(llmcb_chat *chat);
 
 /* Asks for the next message of one conversation; n messages, copied. The
  * answer comes whole; with `streaming` its tokens are told to handlers as
- * they come. config may be NULL. NULL: no memory. */
+ * they come. config may be NULL. NULL: no memory, or not on the loop's
+ * thread, as of all functions that start something. */
 LLMCB_API llmcb_op *llmcb_chat_generate(llmcb_chat *chat,
                                         const llmcb_message *messages, size_t n,
                                         const llmcb_config *config);
@@ -1201,8 +1223,8 @@ LLMCB_API llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
 
 /* The next chunk of a llmcb_chat_stream op, valid until the next call on op;
  * runs the loop until there is one. false: there is none any more, and the
- * op is done. Inside a callback it does not wait: false with *chunk NULL
- * also means none now; llmcb_await_chunk waits. */
+ * op is done. Inside a callback it does not wait: false with an op that is not
+ * done means none now; llmcb_await_chunk waits. */
 LLMCB_API bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk);
 
 /* The result, whole or partial, of an agent that of its last model call; of
@@ -1223,7 +1245,7 @@ LLMCB_API llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i);
 LLMCB_API const llmcb_output *llmcb_op_output(const llmcb_op *op);
 
 /* The text of that, or of a chat call its first answer: what there is of it
- * after an error. Valid until llmcb_op_free. */
+ * after an error, "" while it is under way. Valid until llmcb_op_free. */
 LLMCB_API llmcb_str llmcb_op_text(const llmcb_op *op);
 
 /* The op's own run, of a batch the first; NULL: it has none. Valid until
@@ -1326,7 +1348,8 @@ typedef struct llmcb_tool {
     const char *parameters;
     /* One of the two. A blocking function, on the thread pool; or a coroutine
      * on the loop, with `user` at t->self and frame_size bytes at t->frame.
-     * Not 0: it failed, see llmcb_tool_fail. */
+     * Not 0: it failed, with that llmcb_code (-1 is LLMCB_ENOMEM) or, as with
+     * llmcb_tool_fail, LLMCB_ETOOL. */
     int (*call)(llmcb_tool_use *use);
     llmcb_step (*step)(llmcb_task *t, llmcb_tool_use *use);
     size_t frame_size;
@@ -4329,6 +4352,7 @@ static llmcb_step llmcbi_await_many(llmcb_task *pub, llmcb_op *const *ops,
     if (n && !ops) return llmcbi_await_over(t, LLMCB_EINVAL);
     for (i = 0; i < n; i++) {
         code = llmcbi_awaitable(t, ops[i]);
+        t->pub.index = i;
         if (code != LLMCB_OK) return llmcbi_await_over(t, code);
     }
     t->any = any;
@@ -4444,7 +4468,7 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
     o->task.finish = llmcbi_task_op_finish;
     o->task.home = &o->op;
     o->task.pub.self = self;
-    o->task.pub.frame = (char *)o + head;
+    if (frame_size) o->task.pub.frame = (char *)o + head;
     if (!llmcbi_task_init(loop, &o->task)) {
         llmcbi_free(&loop->alloc, o, o->size);
         return NULL;
@@ -6009,7 +6033,7 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
         t->home = run->home;
         t->owner = c;
         t->pub.self = h->user;
-        t->pub.frame = (char *)t + frame;
+        if (h->frame_size) t->pub.frame = (char *)t + frame;
         if (!llmcbi_task_init(loop, t)) return LLMCB_ENOMEM;
     }
     if (llmcbi_any_sync(h) && !(h->flags & LLMCB_INLINE)) {
@@ -6735,9 +6759,13 @@ LLMCBI_DEF void *llmcb_exchange_state(llmcb_exchange *x)
 LLMCBI_DEF llmcb_code llmcb_transport_init(llmcb_loop *loop,
                                            llmcb_transport *tr)
 {
+    const llmcb_transport *known;
+
     if (!loop || !tr) return LLMCB_ENOMEM;
     if (!tr->start || !tr->resume || !tr->release || !tr->cancel)
         return LLMCB_EINVAL;
+    for (known = loop->transports; known; known = known->next)
+        if (known == tr) return LLMCB_EINVAL;
     tr->loop = loop;
     tr->next = loop->transports;
     loop->transports = tr;
@@ -9283,6 +9311,7 @@ static bool llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
     return true;
 }
 
+#if !defined(LLMCB_NO_STDIO) || !defined(LLMCB_NO_KIT)
 /* NAME.http, NAME-2.http ..., NAME.segments.json ...: stem, number, ending */
 static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
                              const char *path, size_t number,
@@ -9299,6 +9328,7 @@ static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
     }
     llmcbi_buf_text(a, b, ending);
 }
+#endif
 
 #ifndef LLMCB_NO_STDIO
 #define LLMCBI_APPEND (O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW)
@@ -9465,6 +9495,7 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
     return &r->base;
 }
 
+#ifndef LLMCB_NO_KIT
 /* -- the recorder */
 
 typedef struct llmcbi_recorder {
@@ -9720,7 +9751,9 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 {
     llmcbi_recorder *r;
 
-    if (llmcbi_enter(loop) != LLMCB_OK || !inner || !path) return NULL;
+    if (llmcbi_enter(loop) != LLMCB_OK || !inner || inner->loop != loop ||
+        !path)
+        return NULL;
     r = (llmcbi_recorder *)llmcbi_alloc(&loop->alloc, sizeof *r);
     if (!r) return llmcbi_no_transport(loop);
     r->path_size = strlen(path) + 1;
@@ -9746,6 +9779,7 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
     llmcb_transport_init(loop, &r->base);
     return &r->base;
 }
+#endif /* LLMCB_NO_KIT */
 
 /* ==== [WIRE] the OpenAI dialect: request body, answer ================== */
 
@@ -10541,6 +10575,7 @@ static void llmcbi_wire_prompt(const llmcb_allocator *a, llmcbi_buf *b,
     }
 }
 
+#ifndef LLMCB_NO_KIT
 /* -- an answer that is kept */
 
 static void llmcbi_wire_text(const llmcb_allocator *a, llmcbi_buf *b,
@@ -10602,9 +10637,13 @@ static void llmcbi_wire_result(const llmcb_allocator *a, llmcbi_buf *b,
     }
     llmcbi_buf_text(a, b, i ? "]}" : "}");
 }
+#endif
 
 /* ==== [CHAT] generate, batch, stream, cancel =========================== */
 
+typedef struct llmcbi_prompt llmcbi_prompt;
+
+#ifndef LLMCB_NO_KIT
 /* -- answers by request */
 
 /* The key and then the answer stand behind it. */
@@ -10711,8 +10750,6 @@ static void llmcbi_cache_keep(llmcb_cache *c, llmcb_str key, llmcb_str answer)
 
 /* -- requests a minute */
 
-typedef struct llmcbi_prompt llmcbi_prompt;
-
 /* One token is 60,000 units, so that a millisecond brings per_minute. */
 #define LLMCBI_TOKEN 60000
 
@@ -10772,6 +10809,7 @@ static int64_t llmcbi_limiter_take(llmcb_limiter *l)
     l->level -= LLMCBI_TOKEN;
     return 0;
 }
+#endif /* LLMCB_NO_KIT */
 
 /* -- chats */
 
@@ -11068,6 +11106,9 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     if (!llmcbi_secret_ok(d->organization))
         llmcbi_chat_refuse(chat, LLMCB_EINVAL,
                            "organization holds a bad character");
+    if (d->transport && d->transport->loop != chat->loop)
+        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
+                           "the transport belongs to another loop, or to none");
     if (no_address && !*d->api_key && !d->transport)
         llmcbi_chat_refuse(chat, LLMCB_EINVAL,
                            "no API key: set OPENAI_API_KEY, or api_key, or "
@@ -11088,6 +11129,7 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     llmcbi_chat_set_headers(chat);
     llmcbi_chat_copy_lists(chat);
     d->api_key = NULL; /* the caller's; ours is in auth */
+#ifndef LLMCB_NO_KIT
     if (d->limiter && d->limiter->loop != chat->loop) {
         d->limiter = NULL;
         llmcbi_chat_refuse(chat, LLMCB_EINVAL,
@@ -11100,6 +11142,7 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     }
     if (d->limiter) d->limiter->refs++;
     if (d->cache) d->cache->refs++;
+#endif
 }
 
 static void llmcbi_pattern_unref(const llmcb_allocator *a, llmcbi_pattern *q)
@@ -11118,8 +11161,10 @@ static void llmcbi_chat_unref(llmcb_chat *chat)
         llmcbi_pattern_unref(a, chat->patterns[i]);
     if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
     llmcbi_free(a, chat->auth, chat->auth_size);
+#ifndef LLMCB_NO_KIT
     llmcb_limiter_free(chat->d.limiter);
     llmcb_cache_free(chat->d.cache);
+#endif
     /* further headers may be keys too, such as api-key */
     for (b = chat->arena.blocks; b; b = b->next)
         llmcbi_wipe(b + 1, b->size - sizeof *b);
@@ -11338,7 +11383,9 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
 /* A character that was cut in two and will not be completed becomes one
  * last token. */
 static void llmcbi_prompt_flush_carries(llmcbi_prompt *p);
+#ifndef LLMCB_NO_KIT
 static void llmcbi_prompt_unlimit(llmcbi_prompt *p);
+#endif
 static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e);
 
 /* The one place where an outcome becomes known. code LLMCB_OK: success. */
@@ -11349,7 +11396,9 @@ static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e)
     if (llmcbi_prompt_retry(p, e)) return;
     if (e->code != LLMCB_ECANCELLED && p->run.state == LLMCBI_RUN_OPEN)
         llmcbi_prompt_flush_carries(p);
+#ifndef LLMCB_NO_KIT
     if (p->limited) llmcbi_prompt_unlimit(p);
+#endif
     p->outcome = llmcbi_error_keep(llmcbi_prompt_alloc(p), e);
     p->over = true;
     llmcbi_timer_stop(p->chat->loop, &p->timer);
@@ -12520,6 +12569,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     llmcbi_prompt_fail(p, code, NULL);
 }
 
+#ifndef LLMCB_NO_KIT
 /* Waits for a token of the limiter, behind the others. */
 static void llmcbi_prompt_limit(llmcbi_prompt *p)
 {
@@ -12617,6 +12667,7 @@ static void llmcbi_prompt_keep_answer(llmcbi_prompt *p)
     llmcbi_buf_free(a, &key);
     llmcbi_buf_free(a, &answer);
 }
+#endif /* LLMCB_NO_KIT */
 
 /* The first attempt, if one is needed. */
 static void llmcbi_prompt_go(llmcbi_prompt *p)
@@ -12624,15 +12675,20 @@ static void llmcbi_prompt_go(llmcbi_prompt *p)
     const llmcb_chat *chat = p->chat;
 
     p->launched = true;
+#ifndef LLMCB_NO_KIT
     if (llmcbi_prompt_cached(p)) return;
+#endif
     if (chat->d.total_ms > 0) {
         p->total_due = p->chat->loop->now + chat->d.total_ms;
         llmcbi_prompt_arm(p);
     }
-    if (chat->d.limiter)
+#ifndef LLMCB_NO_KIT
+    if (chat->d.limiter) {
         llmcbi_prompt_limit(p);
-    else
-        llmcbi_prompt_launch(p);
+        return;
+    }
+#endif
+    llmcbi_prompt_launch(p);
 }
 
 static bool llmcbi_prompt_retryable(const llmcbi_prompt *p,
@@ -12840,7 +12896,9 @@ static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
 
     p->answer.result.sentinel = p->sentinel;
     llmcbi_answer_show(&p->answer, ok);
+#ifndef LLMCB_NO_KIT
     if (ok) llmcbi_prompt_keep_answer(p);
+#endif
     llmcbi_prompt_forget_asked(p); /* the exchange is gone */
     llmcbi_run_finish(&p->run, &p->answer.result, NULL, p->outcome);
 }

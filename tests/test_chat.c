@@ -1268,6 +1268,39 @@ TEST(a_transport_needs_its_four_functions)
     talk_end(&t);
 }
 
+/* One that a loop does not know is refused, and so is one that it knows. */
+TEST(a_transport_belongs_to_one_loop_once)
+{
+    llmcb_loop *other = llmcb_loop_new(NULL);
+    llmcb_chat_desc desc;
+    mute m[2];
+    talk t;
+    int i;
+
+    talk_init(&t, true);
+    memset(m, 0, sizeof m);
+    memset(&desc, 0, sizeof desc);
+    m[0].base.start = mute_start;
+    m[0].base.resume = m[0].base.release = mute_nothing;
+    m[0].base.cancel = mute_cancel;
+    CHECK_INT(llmcb_transport_init(other, &m[0].base), LLMCB_OK);
+    CHECK_INT(llmcb_transport_init(other, &m[0].base), LLMCB_EINVAL);
+    for (i = 0; i < 2; i++) { /* another loop's, none's */
+        llmcb_chat *chat;
+        desc.transport = &m[i].base;
+        chat = llmcb_chat_new(t.loop, &desc);
+        CHECK_INT(llmcb_chat_error(chat)->code, LLMCB_EINVAL);
+        CHECK(strstr(llmcb_chat_error(chat)->message, "transport"));
+        t.op = llmcb_chat_generate(chat, &question, 1, NULL);
+        CHECK_INT(llmcb_op_wait(t.op), LLMCB_EINVAL);
+        llmcb_op_free(t.op);
+        t.op = NULL;
+        llmcb_chat_free(chat);
+    }
+    CHECK_INT(llmcb_loop_free(other), LLMCB_OK);
+    talk_end(&t);
+}
+
 static void say(llmcb_exchange *x, const char *bytes)
 {
     llmcb_exchange_data(x, bytes, strlen(bytes));

@@ -3,7 +3,7 @@
  * batches, events of the program, configurations and the pull interface.
  * test_call.c has the scene's first tests and the regressions. Names
  * case_NNN are rows of LangChain's rules as llmcb keeps or changes them. */
-/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_SOCKETS */
 #include "scene.h"
 #include <sched.h>
 #include <sys/wait.h>

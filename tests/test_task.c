@@ -474,6 +474,25 @@ TEST(cancel_before_the_first_step_of_one_that_never_awaits)
     llmcb_loop_free(loop);
 }
 
+static llmcb_step has_no_frame(llmcb_task *t)
+{
+    *(bool *)t->self = t->frame == NULL;
+    return LLMCB_DONE;
+}
+
+/* A frame that was forgotten is NULL, and no memory of somebody else. */
+TEST(no_frame_is_null)
+{
+    llmcb_loop *loop = virtual_loop();
+    bool none = false;
+    llmcb_op *op = llmcb_task_start(loop, has_no_frame, 0, &none);
+
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    CHECK(none);
+    llmcb_op_free(op);
+    llmcb_loop_free(loop);
+}
+
 /* ---- await_fd ----------------------------------------------------------- */
 
 typedef struct fd_row {
@@ -827,14 +846,15 @@ TEST(await_all_and_any)
         { ALL, 2, { 10, 50 }, { LLMCB_EIO, LLMCB_OK }, 20, LLMCB_ETIMEDOUT,
           0, 20 },
         { ALL, 2, { 10, 19 }, { LLMCB_OK }, 20, LLMCB_OK, 0, 19 },
-        { ANY, 2, { 40, 50 }, { LLMCB_OK }, 20, LLMCB_ETIMEDOUT, -1, 20 },
+        { ANY, 2, { 40, 50 }, { LLMCB_OK }, 20, LLMCB_ETIMEDOUT, 2, 20 },
         { ANY, 2, { 40, 19 }, { LLMCB_OK }, 20, LLMCB_OK, 1, 19 },
         { ALL, 2, { 40, 50 }, { LLMCB_OK }, 0, LLMCB_ETIMEDOUT, 0, 0 },
         { ALL, 2, { DONE, DONE }, { LLMCB_OK }, 0, LLMCB_OK, 0, 0 },
         { ANY, 2, { 40, DONE }, { LLMCB_OK }, 0, LLMCB_OK, 1, 0 },
         /* arguments */
         { ALL, 2, { 10, NOP }, { LLMCB_OK }, -1, LLMCB_ENOMEM, 0, 0 },
-        { ANY, 2, { NOP, DONE }, { LLMCB_OK }, -1, LLMCB_ENOMEM, -1, 0 },
+        { ANY, 2, { NOP, DONE }, { LLMCB_OK }, -1, LLMCB_ENOMEM, 0, 0 },
+        { ANY, 3, { 10, DONE, NOP }, { LLMCB_OK }, -1, LLMCB_ENOMEM, 2, 0 },
         { ALL, 3, { 10, SAME, SAME }, { LLMCB_EIO }, -1, LLMCB_EIO, 0, 10 },
         { ANY, 3, { 10, SAME, SAME }, { LLMCB_EIO }, -1, LLMCB_EIO, -1, 10 },
     };
