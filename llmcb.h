@@ -2324,18 +2324,6 @@ static uint32_t llmcbi_hex4(const char *s)
 #define LLMCBI_LITTLE_ENDIAN 0
 #endif
 
-/* Of eight bytes read as one word, the first whose top bit is set, if that
- * can be told at once; else 0. */
-static size_t llmcbi_first_byte(uint64_t tops)
-{
-#if LLMCBI_LITTLE_ENDIAN && defined(__GNUC__)
-    return (size_t)__builtin_ctzll(tops) / 8;
-#else
-    (void)tops;
-    return 0;
-#endif
-}
-
 /* Skips plain ASCII text, eight bytes at a time: no quote, no backslash, none
  * below 0x20 or above 0x7F. */
 static inline const char *llmcbi_json_plain(const char *p, const char *end)
@@ -2349,10 +2337,12 @@ static inline const char *llmcbi_json_plain(const char *p, const char *end)
         q = w ^ ones * '"';
         b = w ^ ones * '\\';
         q = ((w - ones * 0x20) | (q - ones) | (b - ones) | w) & tops;
-        if (q) {
-            p += llmcbi_first_byte(q);
-            break;
-        }
+        if (!q) continue;
+#if LLMCBI_LITTLE_ENDIAN && defined(__GNUC__)
+        return p + __builtin_ctzll(q) / 8; /* no borrow comes from below it */
+#else
+        break;
+#endif
     }
     for (; p < end; p++) {
         c = (unsigned char)*p;
@@ -11943,18 +11933,18 @@ static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
 /* Most events of a stream differ from the one before in nothing but their
  * text, and in padding that OpenAI adds. If all around is equal, byte for
  * byte, and these are JSON strings, then the whole event has been read
- * before. Takes as many such events as there are and as have room; false:
- * none. */
-static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
+ * before. Takes as many such events as there are and as have room, from
+ * *pieces on, which goes with them; false: none. */
+static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
                                      const llmcb_str *stop)
 {
     const llmcbi_pattern *q = p->pattern;
     const char *like = (const char *)(q + 1);
-    const char *own = p->own ? p->own : like;
-    size_t n_own = p->n_own, head = q->head, mid = q->mid;
-    size_t tail = q->len - head - mid;
+    size_t len = q->len, n_own = p->n_own, head = q->head, mid = q->mid;
+    size_t tail = len - head - mid, most = p->chat->d.limits.event;
     uint64_t until = llmcbi_run_until(&p->run);
-    bool direct, any = false;
+    llmcb_str *piece = *pieces;
+    bool direct, more, any = false;
 
     while (llmcbi_run_serve_inline(&p->run)) {
     } /* then tokens may pass the log by */
@@ -11962,7 +11952,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
     do {
         const char *s = piece->ptr, *end = s + piece->len;
         llmcbi_raw raw;
-        if (piece->len < q->len || memcmp(s, own, n_own) != 0 ||
+        if (piece->len < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
             memcmp(s + n_own, like + n_own, head - n_own) != 0)
             break;
         raw.ptr = s + head;
@@ -11985,13 +11975,15 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
                 break;
             s += tail;
         }
-        if ((size_t)(s - piece->ptr) - 2 > p->chat->d.limits.event) break;
+        if ((size_t)(s - piece->ptr) - 2 > most) break;
         *piece = llmcbi_slice(s, (size_t)(end - s));
         llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
         any = true;
-        if (!piece->len) piece++;
-    } while (piece < stop && !p->outcome && p->run.head < until &&
+        more = piece->len || piece + 1 < stop;
+        if (!piece->len && more) piece++;
+    } while (more && !p->outcome && p->run.head < until &&
              p->run.held <= p->run.rules->window_bytes);
+    *pieces = piece;
     if (any) p->last_data = p->chat->loop->now;
     return any;
 }
@@ -12200,7 +12192,7 @@ static void llmcbi_prompt_stream(llmcbi_prompt *p, llmcb_str *piece,
             continue;
         }
         if (at == end) return;
-        if (p->alike && llmcbi_prompt_same_again(p, piece, stop)) continue;
+        if (p->alike && llmcbi_prompt_same_again(p, &piece, stop)) continue;
         p->alike = false;
         status =
             llmcbi_sse_next(llmcbi_prompt_alloc(p), &p->sse, &at, end, &data);
