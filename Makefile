@@ -39,16 +39,18 @@ GLIB := $(shell pkg-config --cflags --libs glib-2.0 2>/dev/null)
 EXAMPLES := $(filter-out $(if $(UV),,embed_uv) $(if $(GLIB),,embed_glib), \
 	$(patsubst examples/%.c,%,$(wildcard examples/*.c)))
 TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
-# Programs that ThreadSanitizer cannot run or that have no threads; libcurl,
-# which it does not see into, closes descriptors that a server then has anew.
-NO_TSAN := test_base test_json test_sse test_http test_wire test_walk test_curl
+# Programs that ThreadSanitizer cannot run, or that have no threads of their
+# own; libcurl, which it does not see into, closes descriptors that a server
+# then has anew.
+NO_TSAN := test_base test_json test_sse test_http test_wire test_walk \
+	test_curl test_chat_small test_faults_small
 # Those that run with it in make check alone, for time: their threads are
 # those of others.
 LATE_TSAN := test_loop_poll test_task_poll test_syscalls test_security \
 	test_tls test_load test_scenarios test_sock test_faults \
 	test_environment
-# A program that runs in make check alone: it is another with poll(2).
-LATE := test_syscalls_poll
+# Programs that run in make check alone: they are others in another form.
+LATE := test_syscalls_poll test_faults_small
 export NO_TSAN LATE_TSAN LATE
 TSANS := $(filter-out $(NO_TSAN),$(TESTS))
 # The sanitizers; tests/run.sh empties one that the compiler lacks.
