@@ -14373,12 +14373,15 @@ LLMCBI_DEF bool llmcb_tool_json(llmcb_tool_use *use, const char *name,
 {
     llmcbi_use *u = (llmcbi_use *)(void *)use;
     llmcbi_json j;
+    llmcb_str copy;
 
     if (!u || !llmcbi_member(use->arguments, llmcb_text(name), &j))
         return false;
     llmcbi_json_raw(&j);
-    *value = llmcbi_arena_str(u->alloc, &u->arena, llmcbi_slice(j.str, j.len));
-    return !u->arena.failed;
+    copy = llmcbi_arena_str(u->alloc, &u->arena, llmcbi_slice(j.str, j.len));
+    if (u->arena.failed) return false;
+    *value = copy;
+    return true;
 }
 
 LLMCBI_DEF llmcb_code llmcb_tool_answer(llmcb_tool_use *use, llmcb_str text)
@@ -14414,51 +14417,60 @@ static bool llmcbi_is_whole(const llmcbi_json *j)
     return true;
 }
 
-/* Whether no C type that the tool can ask for holds the last number. */
-static bool llmcbi_out_of_range(const llmcbi_json *j)
+/* How a value suits a schema's type. */
+typedef enum llmcbi_fit {
+    LLMCBI_FIT_NOT,
+    LLMCBI_FIT_RANGE, /* no C type that the tool can ask for holds it */
+    LLMCBI_FIT
+} llmcbi_fit;
+
+static llmcbi_fit llmcbi_number_fits(const llmcbi_json *j, bool integer)
 {
     int64_t whole;
     double number;
 
-    return llmcbi_is_whole(j) ? !llmcbi_json_int(j, &whole)
-                              : !llmcbi_json_double(j, &number);
+    if (integer && !llmcbi_is_whole(j)) return LLMCBI_FIT_NOT;
+    if (integer ? llmcbi_json_int(j, &whole) : llmcbi_json_double(j, &number))
+        return LLMCBI_FIT;
+    return LLMCBI_FIT_RANGE;
 }
 
-/* Whether a value, whose first token j has just read, is of a schema's
- * type. A type that is not known allows all. */
-static bool llmcbi_is_of_type(const llmcbi_json *j, llmcbi_json_type value,
-                              const llmcbi_json *type)
+/* A value, whose first token j has just read, and one type. A type that is
+ * not known allows all. */
+static llmcbi_fit llmcbi_fits_type(const llmcbi_json *j, llmcbi_json_type value,
+                                   const llmcbi_json *type)
 {
-    int64_t whole;
-    double number;
+    bool integer = llmcbi_json_is(type, "integer"), fits = true;
 
-    if (llmcbi_json_is(type, "string")) return value == LLMCBI_JSON_STRING;
-    if (llmcbi_json_is(type, "number"))
-        return value == LLMCBI_JSON_NUMBER && llmcbi_json_double(j, &number);
-    if (llmcbi_json_is(type, "integer"))
-        return value == LLMCBI_JSON_NUMBER && llmcbi_json_int(j, &whole);
+    if (integer || llmcbi_json_is(type, "number"))
+        return value == LLMCBI_JSON_NUMBER ? llmcbi_number_fits(j, integer)
+                                           : LLMCBI_FIT_NOT;
+    if (llmcbi_json_is(type, "string")) fits = value == LLMCBI_JSON_STRING;
     if (llmcbi_json_is(type, "boolean"))
-        return value == LLMCBI_JSON_TRUE || value == LLMCBI_JSON_FALSE;
-    if (llmcbi_json_is(type, "array")) return value == LLMCBI_JSON_ARRAY;
-    if (llmcbi_json_is(type, "object")) return value == LLMCBI_JSON_OBJECT;
-    if (llmcbi_json_is(type, "null")) return value == LLMCBI_JSON_NULL;
-    return true;
+        fits = value == LLMCBI_JSON_TRUE || value == LLMCBI_JSON_FALSE;
+    if (llmcbi_json_is(type, "array")) fits = value == LLMCBI_JSON_ARRAY;
+    if (llmcbi_json_is(type, "object")) fits = value == LLMCBI_JSON_OBJECT;
+    if (llmcbi_json_is(type, "null")) fits = value == LLMCBI_JSON_NULL;
+    return fits ? LLMCBI_FIT : LLMCBI_FIT_NOT;
 }
 
-/* Whether a value fits a schema's "type", which may be a list. */
-static bool llmcbi_fits(const llmcbi_json *j, llmcbi_json_type value,
-                        llmcb_str schema)
+/* A value and a schema's "type", which may be a list: the best of it. */
+static llmcbi_fit llmcbi_fits(const llmcbi_json *j, llmcbi_json_type value,
+                              llmcb_str schema)
 {
+    llmcbi_fit fit, best = LLMCBI_FIT_NOT;
     llmcbi_json type;
     llmcbi_json_type t;
 
-    if (!llmcbi_member(schema, llmcb_text("type"), &type)) return true;
+    if (!llmcbi_member(schema, llmcb_text("type"), &type)) return LLMCBI_FIT;
     t = llmcbi_json_next(&type);
-    if (t == LLMCBI_JSON_STRING) return llmcbi_is_of_type(j, value, &type);
-    if (t != LLMCBI_JSON_ARRAY) return true;
-    while (llmcbi_json_next(&type) == LLMCBI_JSON_STRING)
-        if (llmcbi_is_of_type(j, value, &type)) return true;
-    return false;
+    if (t == LLMCBI_JSON_STRING) return llmcbi_fits_type(j, value, &type);
+    if (t != LLMCBI_JSON_ARRAY) return LLMCBI_FIT;
+    while (llmcbi_json_next(&type) == LLMCBI_JSON_STRING) {
+        fit = llmcbi_fits_type(j, value, &type);
+        if (fit > best) best = fit;
+    }
+    return best;
 }
 
 static bool llmcbi_arguments_wrong(char *why, size_t cap, const char *text,
@@ -14489,6 +14501,7 @@ static bool llmcbi_arguments_check(llmcbi_use *u)
     llmcb_str arguments = u->pub.arguments, name;
     size_t cap = sizeof u->why;
     llmcbi_json j, s, p;
+    llmcbi_fit fit;
     char *why = u->why;
     bool closed;
 
@@ -14520,14 +14533,14 @@ static bool llmcbi_arguments_check(llmcbi_use *u)
             if (closed)
                 return llmcbi_arguments_wrong(why, cap,
                                               "unknown argument: ", &key);
-        } else if (llmcbi_json_raw(&p) == LLMCBI_JSON_OBJECT &&
-                   !llmcbi_fits(&j, value, llmcbi_slice(p.str, p.len))) {
-            return llmcbi_arguments_wrong(why, cap,
-                                          value == LLMCBI_JSON_NUMBER &&
-                                                  llmcbi_out_of_range(&j)
-                                              ? "argument out of range: "
-                                              : "argument of the wrong type: ",
-                                          &key);
+        } else if (llmcbi_json_raw(&p) == LLMCBI_JSON_OBJECT) {
+            fit = llmcbi_fits(&j, value, llmcbi_slice(p.str, p.len));
+            if (fit == LLMCBI_FIT_RANGE)
+                return llmcbi_arguments_wrong(why, cap,
+                                              "argument out of range: ", &key);
+            if (fit == LLMCBI_FIT_NOT)
+                return llmcbi_arguments_wrong(
+                    why, cap, "argument of the wrong type: ", &key);
         }
         llmcbi_json_skip(&j, value);
     }
