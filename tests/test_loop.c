@@ -689,6 +689,58 @@ TEST(clock_advance)
     close(fds[1]);
 }
 
+/* Sleeps for ever, again and again. */
+static llmcb_step ages_step(llmcb_task *t)
+{
+    int *slept = (int *)t->self;
+
+    LLMCB_BEGIN(t);
+    while (*slept < 8) {
+        LLMCB_AWAIT(t, llmcb_sleep(t, INT64_MAX));
+        if (t->result != LLMCB_OK) return t->result;
+        ++*slept;
+    }
+    LLMCB_END(t);
+}
+
+/* The end of time: nothing overflows, and no clock goes back. */
+TEST(virtual_clock_has_an_end)
+{
+    static const int64_t years = (int64_t)50 * 365 * 86400 * 1000;
+    llmcb_loop *loop = virtual_loop();
+    int slept = 0, more = 0, i;
+    llmcb_op *op = llmcb_task_start(loop, ages_step, 0, &slept);
+    llmcb_op *late = NULL;
+    int64_t before = 0, now;
+    sleeper s;
+
+    for (i = 0; i < 30; i++) {
+        if (i == 10) late = llmcb_task_start(loop, ages_step, 0, &more);
+        if (i > 20) llmcb_clock_advance(loop, i == 25 ? INT64_MAX : years);
+        llmcb_loop_wakeup(loop); /* where there is nothing left to come */
+        CHECK_INT(llmcb_loop_run_once(loop, LLMCB_FOREVER), LLMCB_OK);
+        now = llmcb_loop_now(loop);
+        if (now < before || now > INT64_MAX / 2)
+            TEST_FAIL("turn %d: from %lld to %lld", i, (long long)before,
+                      (long long)now);
+        before = now;
+    }
+    CHECK(slept > 0);
+    /* what is cancelled there ends, and a sleep of 0 */
+    sleeper_set(&s, NULL, 0);
+    llmcb_op_cancel(op);
+    llmcb_op_cancel(late);
+    llmcb_op_wait(op);
+    llmcb_op_wait(late);
+    llmcb_op_free(op);
+    op = llmcb_task_start(loop, sleeper_step, 0, &s);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    CHECK_INT(s.woke, before);
+    llmcb_op_free(op);
+    llmcb_op_free(late);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+}
+
 /* ---- posts and wake-ups ------------------------------------------------- */
 
 enum { POSTERS = 4, POSTS = 400 };
