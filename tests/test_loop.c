@@ -2121,6 +2121,63 @@ TEST(push_embedding_is_told_of_every_change)
     close(fds[1]);
 }
 
+/* The program may run the loop itself in between: what was armed or has gone
+ * off meanwhile changes what the host has to wait for. */
+TEST(push_embedding_is_told_of_what_the_program_runs_itself)
+{
+    int how;
+
+    for (how = 0; how < 4; how++) {
+        push_host h;
+        llmcb_host host;
+        llmcb_loop *loop;
+        llmcb_op *first, *later;
+        sleeper s[2];
+        int timers;
+
+        fake_begin(0, 0);
+        loop = llmcb_loop_new(NULL);
+        push_init(&h, &host);
+        CHECK_INT(llmcb_loop_set_host(loop, &host), LLMCB_OK);
+        sleeper_set(&s[0], NULL, 100);
+        sleeper_set(&s[1], NULL, 1000);
+        first = llmcb_task_start(loop, sleeper_step, 0, &s[0]);
+        later = llmcb_task_start(loop, sleeper_step, 0, &s[1]);
+        CHECK_INT(h.last_ms, 0);
+        switch (how) {
+        case 0: /* both are armed in here, for 101 and 1001 */
+            CHECK_INT(llmcb_loop_run_once(loop, 0), LLMCB_OK);
+            CHECK_INT(h.last_ms, 101);
+            push_round(&h, loop);
+            CHECK(llmcb_op_done(first));
+            break;
+        case 1: CHECK_INT(llmcb_op_wait(first), LLMCB_OK); break;
+        case 2: CHECK_INT(llmcb_loop_run_until(loop, first), LLMCB_OK); break;
+        default:
+            while (!llmcb_op_done(first))
+                llmcb_loop_run_once(loop, LLMCB_FOREVER);
+        }
+        CHECK_INT(h.last_ms, 900); /* until the other, from now on */
+        CHECK(!llmcb_op_done(later));
+        timers = h.timers;
+        push_round(&h, loop);
+        CHECK(llmcb_op_done(later));
+        CHECK_INT(h.last_ms, -1);
+        /* run to its end there is nothing left for the host */
+        llmcb_op_free(later);
+        sleeper_set(&s[1], NULL, 50);
+        later = llmcb_task_start(loop, sleeper_step, 0, &s[1]);
+        CHECK_INT(h.last_ms, 0);
+        CHECK_INT(llmcb_loop_run(loop), LLMCB_OK);
+        CHECK_INT(h.last_ms, -1);
+        CHECK(h.timers > timers);
+        llmcb_op_free(first);
+        llmcb_op_free(later);
+        CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+        fake_end();
+    }
+}
+
 /* A host that is dismissed, or whose loop is freed, must not be left with a
  * timer that calls into a loop that is gone. */
 TEST(push_embedding_ends_without_a_timer)
