@@ -1538,6 +1538,68 @@ TEST(two_awaits_in_one_step)
     llmcb_loop_free(loop);
 }
 
+/* ---- without a coroutine ------------------------------------------------- */
+
+static int never_run;
+
+static int never(void *arg)
+{
+    (void)arg;
+    return ++never_run;
+}
+
+/* NULL for the coroutine: each await says what it always says, and nothing
+ * else comes of it. */
+TEST(awaits_of_no_coroutine)
+{
+    counter c;
+    llmcb_loop *loop;
+    llmcb_op *ops[2];
+    part p[2];
+    int fds[2], i;
+
+    REQUIRE(pipe(fds) == 0);
+    counter_init(&c);
+    loop = loop_with(&c, true, 2);
+    for (i = 0; i < 2; i++) {
+        part_set(&p[i], 10, LLMCB_OK);
+        ops[i] = llmcb_task_start(loop, part_step, 0, &p[i]);
+    }
+    never_run = 0;
+    for (i = 0; i < 3; i++) { /* before them, while they sleep, when done */
+        CHECK_INT(llmcb_sleep(NULL, 0), LLMCB_WAIT);
+        CHECK_INT(llmcb_sleep(NULL, 5), LLMCB_WAIT);
+        CHECK_INT(llmcb_sleep(NULL, LLMCB_FOREVER), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_fd(NULL, fds[0], LLMCB_READ, 5), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_fd(NULL, -1, 0, LLMCB_FOREVER), LLMCB_WAIT);
+        CHECK_INT(llmcb_await(NULL, ops[0]), LLMCB_WAIT);
+        CHECK_INT(llmcb_await(NULL, NULL), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_all(NULL, ops, 2, LLMCB_FOREVER), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_all(NULL, NULL, 0, 5), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_any(NULL, ops, 2, 5), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_any(NULL, NULL, 2, 5), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_chunk(NULL, ops[0]), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_chunk(NULL, NULL), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_run(NULL, NULL), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_run(NULL, llmcb_op_run(ops[0])), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_blocking(NULL, never, NULL), LLMCB_WAIT);
+        CHECK_INT(llmcb_await_blocking(NULL, NULL, NULL), LLMCB_WAIT);
+        if (i == 0) CHECK_INT(llmcb_loop_run_once(loop, 0), LLMCB_OK);
+        if (i == 1) CHECK_INT(llmcb_op_wait(ops[1]), LLMCB_OK);
+    }
+    CHECK_INT(llmcb_op_wait(ops[0]), LLMCB_OK);
+    CHECK_INT(llmcb_loop_now(loop), 10);
+    for (i = 0; i < 2; i++) {
+        CHECK_INT(p[i].result, LLMCB_OK);
+        llmcb_op_free(ops[i]);
+    }
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    CHECK_INT(never_run, 0);
+    CHECK_INT(c.live, 0);
+    close(fds[0]);
+    close(fds[1]);
+}
+
 /* ---- the life of operations --------------------------------------------- */
 
 typedef struct suicide {
