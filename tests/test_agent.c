@@ -757,6 +757,117 @@ TEST(what_an_agent_brings)
     }
 }
 
+/* An op of an agent, a run or a tool has the one run that is its own, however
+ * many it has within it; at any time. */
+static unsigned own_asked;
+
+static void own_run(llmcb_op *op)
+{
+    own_asked++;
+    CHECK(llmcb_op_run(op) != NULL);
+    CHECK(llmcb_op_run_at(op, 0) == llmcb_op_run(op));
+    CHECK(llmcb_op_run_at(op, 1) == NULL);
+    CHECK(llmcb_op_run_at(op, SIZE_MAX) == NULL);
+    CHECK(llmcb_op_error_at(op, 0) == llmcb_op_error(op));
+}
+
+static int own_act(wit *w, const llmcb_event *ev)
+{
+    (void)ev;
+    if (*w->op) own_run(*w->op);
+    return 0;
+}
+
+TEST(run_at_of_an_agent_is_its_own)
+{
+    static const llmcb_code codes[] = { LLMCB_OK, LLMCB_ETOOL, LLMCB_EHTTP,
+                                        LLMCB_ECANCELLED };
+    static const mode modes[] = { INLINE, ASYNC };
+    size_t i;
+    int k;
+
+    for (i = 0; i < sizeof codes / sizeof *codes; i++)
+        for (k = 0; k < 2; k++) {
+            seen_run *root;
+            stage st;
+
+            stage_init(&st, modes[k]);
+            st.w->act = own_act;
+            own_asked = 0;
+            st.s.cd.max_retries = -1;
+            if (codes[i] == LLMCB_ETOOL)
+                says(&st, TC("0", "c1", "add", "{\\\"a\\\":1}") TCEND);
+            else
+                says(&st, TWO_TOOLS);
+            if (codes[i] == LLMCB_EHTTP)
+                scene_tape(&st.s, "HTTP/1.1 400 Bad Request\r\n\r\n", "", 0,
+                           LLMCB_REPLAY_CLOSE);
+            else
+                says(&st, SAYS("do|ne"));
+            CHECK(stage_open(&st));
+            st.op = ask(&st);
+            own_run(st.op);
+            if (codes[i] == LLMCB_ECANCELLED) {
+                while (!st.w->count[LLMCB_TOOL_START])
+                    llmcb_loop_run_once(st.s.loop, LLMCB_FOREVER);
+                llmcb_op_cancel(st.op);
+            }
+            CHECK_INT(llmcb_op_wait(st.op), codes[i]);
+            own_run(st.op);
+            root = run_named(st.w, "AgentExecutor", 0);
+            CHECK_STR(llmcb_op_run_at(st.op, 0) ? llmcb_op_run_at(st.op, 0)->id
+                                                : NULL,
+                      root->id);
+            CHECK_INT(llmcb_op_error_at(st.op, 0)->code, codes[i]);
+            CHECK(own_asked > 8);
+            finish(&st);
+        }
+    CHECK(llmcb_op_run_at(NULL, 0) == NULL);
+}
+
+static llmcb_step own_step(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 5));
+    LLMCB_END(t);
+}
+
+TEST(run_at_of_a_run_or_a_tool_is_its_own)
+{
+    int what;
+
+    for (what = 0; what < 4; what++) {
+        llmcb_tool_call call;
+        llmcb_run_desc d;
+        stage st;
+
+        stage_init(&st, INLINE);
+        st.w->act = own_act;
+        own_asked = 0;
+        says(&st, "x" DONE);
+        CHECK(stage_open(&st));
+        memset(&d, 0, sizeof d);
+        memset(&call, 0, sizeof call);
+        call.arguments = llmcb_text(what == 2 ? "{\"ms\":5}" : "[]");
+        if (what == 0) d.body = own_step;
+        if (what < 2)
+            st.op = llmcb_run_start(st.s.loop, &d, &st.config);
+        else /* one that is called, and one that is refused */
+            st.op = llmcb_tool_start(st.s.loop, &st.tools[1], &call,
+                                     &st.config);
+        own_run(st.op);
+        llmcb_loop_run_once(st.s.loop, 0);
+        own_run(st.op);
+        if (what == 1) llmcb_run_end(llmcb_op_run(st.op), llmcb_text("end"));
+        CHECK_INT(llmcb_op_wait(st.op), what == 3 ? LLMCB_ETOOL : LLMCB_OK);
+        own_run(st.op);
+        CHECK_STR(st.w->runs[0].id, llmcb_op_run(st.op)->id);
+        CHECK_INT(st.w->n, 1);
+        CHECK_INT(own_asked, 5); /* two events, three times */
+        finish(&st);
+    }
+}
+
 /* Only what all turns said is known. */
 TEST(usage_is_known_if_all_turns_told)
 {
