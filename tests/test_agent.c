@@ -1225,6 +1225,11 @@ static llmcb_op *use(stage *st, const llmcb_tool *tool, const char *arguments)
     return llmcb_tool_start(st->s.loop, tool, &call, &st->config);
 }
 
+#define ZEROS_10 "0000000000"
+#define ZEROS_100 \
+    ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 \
+        ZEROS_10 ZEROS_10
+
 static const struct schema_case {
     const char *schema, *arguments, *error; /* NULL: they are right */
 } schema_cases[] = {
@@ -1391,10 +1396,6 @@ TEST(long_names_in_messages)
 
 /* ---- arguments: the getters ---------------------------------------------- */
 
-#define ZEROS_10 "0000000000"
-#define ZEROS_100 \
-    ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 ZEROS_10 \
-        ZEROS_10 ZEROS_10
 static const char *const getter_arguments =
     "{\"t\":\"a\\u00e9\\ud83d\\ude00\\n\\/\",\"half\":\"x\\ud83dy\","
     "\"low\":\"\\ude00\",\"end\":\"z\\ud83d\",\"nul\":\"a\\u0000b\","
@@ -1506,6 +1507,193 @@ TEST(arguments_by_name)
     CHECK_INT(llmcb_tool_answer(NULL, llmcb_text("x")), LLMCB_ENOMEM);
     CHECK_INT(llmcb_tool_fail(NULL, "x"), LLMCB_ETOOL);
     CHECK_INT(llmcb_tool_fail(NULL, NULL), LLMCB_ETOOL);
+}
+
+/* What is no boolean leaves the caller's default as it was. */
+static int default_call(llmcb_tool_use *u)
+{
+    static const char *const names[] = { "null", "int", "t",  "obj",
+                                         "arr",  "gone", "", "frac" };
+    size_t i;
+    int k;
+
+    for (i = 0; i < sizeof names / sizeof *names; i++)
+        for (k = 0; k < 2; k++) {
+            bool b = k;
+            if (llmcb_tool_bool(u, names[i], &b) || b != (bool)k)
+                return llmcb_tool_fail(u, names[i]);
+            if (llmcb_tool_bool(NULL, "yes", &b) || b != (bool)k)
+                return llmcb_tool_fail(u, "NULL");
+            b = k;
+            if (!llmcb_tool_bool(u, "yes", &b) || !b)
+                return llmcb_tool_fail(u, "yes");
+            b = k;
+            if (!llmcb_tool_bool(u, "no", &b) || b)
+                return llmcb_tool_fail(u, "no");
+        }
+    return llmcb_tool_answer(u, llmcb_text("all right"));
+}
+
+TEST(a_boolean_that_is_not_there_leaves_the_default)
+{
+    llmcb_tool tool = echo_tool;
+    stage st;
+
+    tool.step = NULL;
+    tool.call = default_call;
+    stage_init(&st, INLINE);
+    says(&st, "x" DONE);
+    CHECK(stage_open(&st));
+    st.op = use(&st, &tool, getter_arguments);
+    llmcb_op_wait(st.op);
+    CHECK_STR(llmcb_op_error(st.op)->message, "no error");
+    CHECK_STR(llmcb_op_output(st.op)->text.ptr, "all right");
+    finish(&st);
+}
+
+/* The values of members as JSON, all of one call at once. */
+static const char *const json_names[] = { "obj", "arr", "exp", "null", "half",
+                                          "yes", "longest", "plus", "empty",
+                                          "int", "esc" };
+static const char *const json_values[] = {
+    "{\"t\":\"inner\",\"a\":[1, 2]}", "[ 1 , \"]\" ]", "1e3", "null",
+    "\"x\\ud83dy\"", "true", "1" ZEROS_100 ZEROS_100 ZEROS_100, "1e+5",
+    "\"\"", "-42", NULL
+};
+#define N_JSON (sizeof json_names / sizeof *json_names)
+
+typedef struct json_frame {
+    llmcb_str got[N_JSON];
+} json_frame;
+
+static const char *json_get(llmcb_tool_use *u, llmcb_str *got)
+{
+    size_t i;
+
+    for (i = 0; i < N_JSON; i++) {
+        got[i] = llmcb_text("as it was");
+        if (llmcb_tool_json(u, json_names[i], &got[i]) != !!json_values[i])
+            return json_names[i];
+    }
+    return NULL;
+}
+
+static const char *json_look(const llmcb_str *got)
+{
+    size_t i;
+
+    for (i = 0; i < N_JSON; i++) {
+        const char *want = json_values[i] ? json_values[i] : "as it was";
+        if (got[i].len != strlen(want) || got[i].ptr[got[i].len] ||
+            strcmp(got[i].ptr, want) != 0)
+            return json_names[i];
+    }
+    return NULL;
+}
+
+static llmcb_step json_step(llmcb_task *t, llmcb_tool_use *u)
+{
+    json_frame *f = (json_frame *)t->frame;
+    const char *wrong;
+    llmcb_str again;
+
+    LLMCB_BEGIN(t);
+    wrong = json_get(u, f->got);
+    if (!wrong) wrong = json_look(f->got);
+    if (wrong) return llmcb_tool_fail(u, wrong);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 5));
+    if (!llmcb_tool_text(u, "t", &again) || !llmcb_tool_json(u, "t", &again))
+        return llmcb_tool_fail(u, "again");
+    wrong = json_look(f->got);
+    if (wrong) return llmcb_tool_fail(u, wrong);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 5));
+    wrong = json_look(f->got);
+    if (wrong) return llmcb_tool_fail(u, wrong);
+    return llmcb_tool_answer(u, f->got[0]);
+    LLMCB_END(t);
+}
+
+static int json_call(llmcb_tool_use *u)
+{
+    llmcb_str got[N_JSON];
+    const char *wrong = json_get(u, got);
+
+    if (!wrong) wrong = json_look(got);
+    if (wrong) return llmcb_tool_fail(u, wrong);
+    return llmcb_tool_answer(u, got[0]);
+}
+
+/* So that it can be given to strtod, or to a parser of JSON. */
+TEST(the_json_of_an_argument_ends_with_a_nul)
+{
+    int blocking;
+
+    for (blocking = 0; blocking < 2; blocking++) {
+        llmcb_tool tool = echo_tool;
+        stage st;
+
+        tool.step = blocking ? NULL : json_step;
+        tool.call = blocking ? json_call : NULL;
+        tool.frame_size = sizeof(json_frame);
+        stage_init(&st, INLINE);
+        says(&st, "x" DONE);
+        CHECK(stage_open(&st));
+        st.op = use(&st, &tool, getter_arguments);
+        llmcb_op_wait(st.op);
+        CHECK_STR(llmcb_op_error(st.op)->message, "no error");
+        CHECK_STR(llmcb_op_output(st.op)->text.ptr, json_values[0]);
+        finish(&st);
+    }
+}
+
+/* No memory for it: it is not there, and the value stays as it was. */
+static unsigned json_missing;
+
+static llmcb_step poor_step(llmcb_task *t, llmcb_tool_use *u)
+{
+    heap *h = &on_stage->s.heap;
+    llmcb_str value = llmcb_text("as it was");
+    bool got;
+
+    (void)t;
+    h->fail_at = h->calls + 1;
+    h->for_ever = true;
+    got = llmcb_tool_json(u, "big", &value);
+    h->fail_at = 0;
+    h->for_ever = false;
+    if (got) {
+        if (value.len != 6000 || value.ptr[6000])
+            return llmcb_tool_fail(u, "not the whole");
+    } else {
+        json_missing++;
+        if (value.len != 9 || strcmp(value.ptr, "as it was") != 0)
+            return llmcb_tool_fail(u, "not as it was");
+    }
+    return llmcb_tool_answer(u, llmcb_text("all right"));
+}
+
+TEST(no_memory_for_the_json_of_an_argument)
+{
+    static char arguments[7000];
+    llmcb_tool tool = echo_tool;
+    size_t n = (size_t)sprintf(arguments, "{\"big\":\"");
+    stage st;
+
+    memset(arguments + n, 'x', 5998);
+    strcpy(arguments + n + 5998, "\",\"more\":1}");
+    tool.step = poor_step;
+    stage_init(&st, INLINE);
+    says(&st, "x" DONE);
+    CHECK(stage_open(&st));
+    st.op = use(&st, &tool, arguments);
+    json_missing = 0;
+    llmcb_op_wait(st.op);
+    if (llmcb_op_code(st.op) != LLMCB_ENOMEM) {
+        CHECK_STR(llmcb_op_error(st.op)->message, "no error");
+        CHECK_STR(llmcb_op_output(st.op)->text.ptr, "all right");
+    }
+    CHECK_INT(json_missing, 1);
+    finish(&st);
 }
 
 /* A tool that fails without a word has failed all the same. */
