@@ -1317,6 +1317,47 @@ static const struct schema_case {
       "{\"caf\\u00E9\":1}", "wrong type: caf\xC3\xA9" },
     { "{\"additionalProperties\":false,\"properties\":{\"a/b\":{}}}",
       "{\"a\\/b\":1}", NULL },
+    /* what no double and no int64_t holds */
+    { P("\"number\""), "{\"v\":1e308}", NULL },
+    { P("\"number\""), "{\"v\":-1.7976931348623157e308}", NULL },
+    { P("\"number\""), "{\"v\":1e-999}", NULL },
+    { P("\"number\""), "{\"v\":0e999}", NULL },
+    { P("\"number\""), "{\"v\":1e999}", "argument out of range: v" },
+    { P("\"number\""), "{\"v\":-1E+309}", "argument out of range: v" },
+    { P("\"number\""), "{\"v\":1e99999999999999999999}",
+      "argument out of range: v" },
+    { P("\"number\""),
+      "{\"v\":1" ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 "}",
+      "argument out of range: v" },
+    { P("\"number\""),
+      "{\"v\":-1" ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ".5}",
+      "argument out of range: v" },
+    { P("\"integer\""), "{\"v\":9223372036854775807}", NULL },
+    { P("\"integer\""), "{\"v\":-9223372036854775808}", NULL },
+    { P("\"integer\""), "{\"v\":-9223372036854775808.0}", NULL },
+    { P("\"integer\""), "{\"v\":9223372036854775808}",
+      "argument out of range: v" },
+    { P("\"integer\""), "{\"v\":9223372036854775808.00}",
+      "argument out of range: v" },
+    { P("\"integer\""), "{\"v\":-9223372036854775809}",
+      "argument out of range: v" },
+    { P("\"integer\""),
+      "{\"v\":1" ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 "}",
+      "argument out of range: v" },
+    { P("\"number\""), "{\"v\":1e999,\"v\":1}", "argument out of range: v" },
+    { P("\"number\""), "{\"v\":1,\"v\":1e999}", "argument out of range: v" },
+    { P("\"number\""), "{\"w\":1e999,\"v\":1}", NULL },
+    { P("\"number\""), "{\"w\":{\"v\":1e999},\"v\":1}", NULL },
+    { P("[\"null\",\"number\"]"), "{\"v\":1e999}", "argument out of range: v" },
+    { P("[\"null\",\"integer\"]"), "{\"v\":9223372036854775808}",
+      "argument out of range: v" },
+    { P("\"string\""), "{\"v\":1e999}", "wrong type: v" },
+    { P("\"array\""), "{\"v\":[1e999]}", NULL },
+    { "{\"properties\":{\"v\":{}}}", "{\"v\":1e999}", NULL },
+    { "{\"properties\":{\"caf\\u00e9\":{\"type\":\"number\"}}}",
+      "{\"caf\xC3\xA9\":1e999}", "argument out of range: caf\xC3\xA9" },
+    { "{\"required\":[\"v\"],\"properties\":{\"v\":{\"type\":\"integer\"}}}",
+      "{\"v\":9223372036854775808}", "argument out of range: v" },
     /* escapes longer than a short name's */
     { "{\"required\":[\"\xE3\x81\x82\xE3\x81\x82\xE3\x81\x82\xE3\x81\x82"
       "\xE3\x81\x82\xE3\x81\x82\xE3\x81\x82\xE3\x81\x82\"]}",
@@ -1694,6 +1735,106 @@ TEST(no_memory_for_the_json_of_an_argument)
     }
     CHECK_INT(json_missing, 1);
     finish(&st);
+}
+
+/* Reads both, which its schema requires; it can rely on them. */
+static unsigned sure_calls;
+static double sure_number;
+static int64_t sure_int;
+
+static llmcb_step sure_step(llmcb_task *t, llmcb_tool_use *u)
+{
+    (void)t;
+    sure_calls++;
+    if (!llmcb_tool_number(u, "n", &sure_number))
+        return llmcb_tool_fail(u, "no number");
+    if (!llmcb_tool_int(u, "i", &sure_int))
+        return llmcb_tool_fail(u, "no integer");
+    return llmcb_tool_answer(u, llmcb_text("both"));
+}
+
+#define THREES_10 "3333333333"
+#define THREES_100 \
+    THREES_10 THREES_10 THREES_10 THREES_10 THREES_10 THREES_10 THREES_10 \
+        THREES_10 THREES_10 THREES_10
+TEST(required_numbers_can_be_read)
+{
+    enum { CALLED, REFUSED, EITHER };
+    static const struct {
+        const char *n, *i;
+        int what;
+        double number;
+        int64_t integer;
+    } rows[] = {
+        { "1.5", "7", CALLED, 1.5, 7 },
+        { "-7", "-7.00", CALLED, -7, -7 },
+        { "1e308", "9223372036854775807", CALLED, 1e308, INT64_MAX },
+        { "-1e308", "-9223372036854775808", CALLED, -1e308, INT64_MIN },
+        { "1e-999", "9223372036854775807.0", CALLED, 0, INT64_MAX },
+        { "0e999", "-0", CALLED, 0, 0 },
+        { "0.0e-99999999999999999999", "0.000", CALLED, 0, 0 },
+        { "0e99999999999999999999", "1", CALLED, 0, 1 },
+        { "9223372036854775808", "1", CALLED, 9223372036854775808.0, 1 },
+        { "1e999", "1", REFUSED, 0, 0 },
+        { "-1e999", "1", REFUSED, 0, 0 },
+        { "1e309", "1", REFUSED, 0, 0 },
+        { "1", "9223372036854775808", REFUSED, 0, 0 },
+        { "1", "-9223372036854775809.0", REFUSED, 0, 0 },
+        { "1" ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100, "1", REFUSED,
+          0, 0 },
+        { "1", "1" ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100, REFUSED,
+          0, 0 },
+        /* long, but a double is near, and an integer */
+        { "1" ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 "e-400", "1", EITHER, 1,
+          1 },
+        { "0." THREES_100 THREES_100 THREES_100 THREES_100 THREES_100, "1",
+          EITHER, 1.0 / 3, 1 },
+        { "3." ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100, "1", EITHER,
+          3, 1 },
+        { "0." ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 "1", "1",
+          EITHER, 0, 1 },
+        { "1", "7." ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100 ZEROS_100, EITHER,
+          1, 7 },
+    };
+    llmcb_tool tool = echo_tool;
+    char arguments[2000];
+    size_t k;
+    int handled;
+
+    tool.step = sure_step;
+    tool.parameters = "{\"type\":\"object\",\"required\":[\"n\",\"i\"],"
+                      "\"properties\":{\"n\":{\"type\":\"number\"},"
+                      "\"i\":{\"type\":\"integer\"}}}";
+    for (k = 0; k < sizeof rows / sizeof *rows; k++)
+        for (handled = 0; handled < 2; handled++) {
+            const char *said;
+            char want[40];
+            stage st;
+
+            sprintf(want, "argument out of range: %c",
+                    strcmp(rows[k].n, "1") ? 'n' : 'i');
+            snprintf(arguments, sizeof arguments, "{\"n\":%s,\"i\":%s}",
+                     rows[k].n, rows[k].i);
+            tool.handle_errors = handled;
+            stage_init(&st, INLINE);
+            says(&st, "x" DONE);
+            CHECK(stage_open(&st));
+            sure_calls = 0;
+            st.op = use(&st, &tool, arguments);
+            llmcb_op_wait(st.op);
+            said = llmcb_op_code(st.op) == LLMCB_OK
+                       ? llmcb_op_output(st.op)->text.ptr
+                       : llmcb_op_error(st.op)->message;
+            if (rows[k].what == CALLED) CHECK_INT(sure_calls, 1);
+            if (rows[k].what == REFUSED) CHECK_INT(sure_calls, 0);
+            if (strcmp(said, sure_calls ? "both" : want) != 0)
+                TEST_FAIL("%.60s: %s", arguments, said);
+            if (sure_calls && (sure_number != rows[k].number ||
+                               sure_int != rows[k].integer))
+                TEST_FAIL("%.60s: %g and %lld", arguments, sure_number,
+                          (long long)sure_int);
+            finish(&st);
+        }
 }
 
 /* A tool that fails without a word has failed all the same. */
