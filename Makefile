@@ -43,7 +43,7 @@ TESTS := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 # own; libcurl, which it does not see into, closes descriptors that a server
 # then has anew.
 NO_TSAN := test_base test_json test_sse test_http test_wire test_walk \
-	test_curl test_chat_small test_faults_small
+	test_curl test_curl_old test_chat_small test_faults_small
 # Those that run with it in make check alone, for time: their threads are
 # those of others.
 LATE_TSAN := test_loop_poll test_task_poll test_syscalls test_security \
@@ -95,6 +95,7 @@ endef
 programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
 build/tests/%: tests/%.c $(SHARED)
 	$(call compile,$(ASAN))
+build/tests/test_curl_old: tests/test_curl.c
 build/tests/%.o: tests/%.c $(SHARED)
 	$(call compile,$(ASAN))
 build/tsan/%: tests/%.c $(SHARED)

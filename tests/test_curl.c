@@ -20,7 +20,14 @@ int main(int argc, char **argv)
     return test_main(argc, argv);
 }
 #else
+#ifdef OLD_CURL /* what a libcurl of 2020 has */
+#define CURL_DISABLE_DEPRECATION
+#endif
 #include <curl/curl.h>
+#ifdef OLD_CURL
+#undef LIBCURL_VERSION_NUM
+#define LIBCURL_VERSION_NUM 0x074400
+#endif
 #include <signal.h>
 #include <stdarg.h>
 #include <string.h>
@@ -393,6 +400,72 @@ TEST(no_limit_on_connecting)
         trial_finish(&t, "start|clean|end", LLMCB_OK);
         trial_end(&t);
     }
+}
+
+/* Once there is a connection its limit is over, however long the answer takes:
+ * on a new connection, and on one that was kept. */
+TEST(connect_ms_ends_with_the_connection)
+{
+    server_segment hold = { 0, SERVER_HOLD };
+    server_script s = script(CLEAN_KEPT, SERVER_KEEP);
+    size_t i;
+    int k;
+    trial t;
+
+    s.segments = &hold;
+    s.n_segments = 1;
+    trial_begin(&t, CURL_T, &s, 1);
+    t.cd.connect_ms = 5000;
+    t.cd.first_byte_ms = t.cd.idle_ms = LLMCB_FOREVER;
+    trial_open(&t);
+    for (i = 1; i <= 2; i++) {
+        trial_forget(&t);
+        trial_ask(&t);
+        for (k = 0; k < 20000 && server_requests(t.server) < i; k++)
+            llmcb_loop_run_once(t.loop, 1);
+        CHECK_INT(server_requests(t.server), i);
+        CHECK(server_wait_held(t.server, i));
+        for (k = 0; k < 3; k++) llmcb_loop_run_once(t.loop, 0);
+        pass_ms(&t, 20000);
+        if (llmcb_op_done(t.op))
+            TEST_FAIL("request %d: %s", (int)i,
+                      llmcb_op_error(t.op)->message);
+        server_go(t.server);
+        trial_finish(&t, "start|clean|end", LLMCB_OK);
+        llmcb_op_free(t.op);
+        t.op = NULL;
+    }
+    CHECK_INT(server_connections(t.server), 1);
+    t.no_clean = true;
+    trial_end(&t);
+}
+
+/* A TCP connection is none yet where there is to be TLS. */
+TEST(connect_ms_goes_on_without_tls)
+{
+    server_script s = script("", SERVER_STALL);
+    char base[128];
+    bool without;
+    trial t;
+
+    s.at_accept = 1;
+    trial_begin(&t, CURL_T, &s, 1);
+    snprintf(base, sizeof base, "https://127.0.0.1:%d/v1",
+             server_port(t.server));
+    t.cd.base_url = base;
+    t.cd.connect_ms = 100;
+    t.cd.first_byte_ms = t.cd.idle_ms = LLMCB_FOREVER;
+    trial_open(&t);
+    trial_ask(&t);
+    trial_wait(&t);
+    without = llmcb_op_code(t.op) == LLMCB_ETLS;
+    if (!without) {
+        trial_finish(&t, "start|error:ETIMEDOUT", LLMCB_ETIMEDOUT);
+        CHECK_INT(llmcb_op_error(t.op)->detail, LLMCB_DETAIL_CONNECT);
+    }
+    t.no_clean = true;
+    trial_end(&t);
+    if (without) SKIP("libcurl has no authorities to trust");
 }
 
 /* A chat that names no transport has libcurl; and plain sockets, which do
