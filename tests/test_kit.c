@@ -1807,6 +1807,144 @@ TEST(collector_collects)
     scene_close(&s);
 }
 
+/* Two threads with a loop each, whose runs one collector is told of, while a
+ * third uses it in between its own. */
+#define TOLD 300
+#define AFTER 10
+
+typedef struct teller {
+    pthread_t thread;
+    llmcb_handler *h;
+    gate *done, *over; /* it has told TOLD runs; nothing is cleared any more */
+    llmcb_code code;
+} teller;
+
+/* A run that brings its name. */
+static llmcb_code tell(llmcb_loop *loop, const char *name,
+                       const llmcb_config *config)
+{
+    llmcb_op *op = run_new(loop, LLMCB_RUN_CHAIN, name, config);
+    llmcb_code code;
+
+    llmcb_run_end(llmcb_op_run(op), llmcb_text(name));
+    code = llmcb_op_wait(op);
+    llmcb_op_free(op);
+    return code;
+}
+
+static void *teller_main(void *arg)
+{
+    teller *t = (teller *)arg;
+    llmcb_config c = config_of(&t->h, 1);
+    llmcb_loop_desc ld;
+    llmcb_loop *loop;
+    llmcb_op *root;
+    int i;
+
+    memset(&ld, 0, sizeof ld);
+    ld.virtual_clock = true;
+    loop = llmcb_loop_new(&ld);
+    root = begun(loop, run_new(loop, LLMCB_RUN_CHAIN, "root", &c));
+    for (i = 0; i < TOLD && t->code == LLMCB_OK; i++)
+        t->code = tell(loop, "between", &c);
+    gate_let(t->done, 1);
+    gate_pass(t->over);
+    for (i = 0; i < AFTER && t->code == LLMCB_OK; i++)
+        t->code = tell(loop, "after", &c);
+    llmcb_run_end(llmcb_op_run(root), llmcb_text("root"));
+    if (t->code == LLMCB_OK) t->code = llmcb_op_wait(root);
+    llmcb_op_free(root);
+    if (llmcb_loop_free(loop) != LLMCB_OK) t->code = LLMCB_ESTATE;
+    return NULL;
+}
+
+static unsigned gate_may(gate *g)
+{
+    unsigned n;
+
+    pthread_mutex_lock(&g->m);
+    n = g->may;
+    pthread_mutex_unlock(&g->m);
+    return n;
+}
+
+static void collector_shared(bool clears)
+{
+    gate done = GATE, over = GATE;
+    const llmcb_run_record *r;
+    unsigned roots = 0, between = 0, after = 0, own = 0, told = 0;
+    llmcb_config c;
+    llmcb_handler *h;
+    teller tellers[2];
+    size_t i, n, least = 0;
+    scene s;
+
+    scene_init(&s);
+    scene_tape(&s, OK_HEAD, "a" DONE, 0, LLMCB_REPLAY_KEEP);
+    scene_begin(&s);
+    h = llmcb_collector(s.loop);
+    c = config_of(&h, 1);
+    memset(tellers, 0, sizeof tellers);
+    for (i = 0; i < 2; i++) {
+        tellers[i].h = h;
+        tellers[i].done = &done;
+        tellers[i].over = &over;
+        if (pthread_create(&tellers[i].thread, NULL, teller_main, &tellers[i]))
+            abort();
+    }
+    /* seldom asks whether they are done, since asking is a lock, too */
+    while (told < 20 || gate_may(&done) < 2) {
+        for (i = 0; i < 20; i++, told++) {
+            CHECK_INT(tell(s.loop, "own", &c), LLMCB_OK);
+            llmcb_collector_runs(h, &n);
+            if (!clears && n <= least) TEST_FAIL("a run was forgotten");
+            least = n;
+            if (clears) llmcb_collector_clear(h);
+        }
+    }
+    gate_let(&over, ALL);
+    for (i = 0; i < 2; i++) {
+        pthread_join(tellers[i].thread, NULL);
+        CHECK_INT(tellers[i].code, LLMCB_OK);
+    }
+    r = llmcb_collector_runs(h, &n);
+    for (i = 0; i < n; i++) {
+        roots += strcmp(r[i].name, "root") == 0;
+        between += strcmp(r[i].name, "between") == 0;
+        after += strcmp(r[i].name, "after") == 0;
+        own += strcmp(r[i].name, "own") == 0;
+        CHECK(r[i].finished);
+        CHECK_INT(r[i].code, LLMCB_OK);
+        CHECK_STR(r[i].output, r[i].name);
+        CHECK_INT(strlen(r[i].id), 36);
+    }
+    CHECK_INT(roots, 2); /* open at every clear */
+    CHECK_INT(after, 2 * AFTER);
+    if (clears) {
+        CHECK_INT(own, 0);
+        CHECK(between <= 2); /* what was not finished at the last */
+    } else {
+        CHECK_INT(own, told);
+        CHECK_INT(between, 2 * TOLD);
+    }
+    CHECK_INT(n, roots + between + after + own);
+    llmcb_collector_clear(h);
+    llmcb_collector_runs(h, &n);
+    CHECK_INT(n, 0);
+    llmcb_handler_free(h);
+    scene_close(&s);
+}
+
+TEST(collector_is_read_while_other_loops_tell)
+{
+    collector_shared(false);
+}
+
+TEST(collector_is_cleared_while_other_loops_tell)
+{
+    collector_shared(true);
+}
+
 /* "Before or after the loop". */
 TEST(handlers_go_after_their_loop)
 {
