@@ -95,7 +95,14 @@ endef
 programs: $(TESTS:%=build/tests/%) $(TSANS:%=build/tsan/%) build/tests/serve
 build/tests/%: tests/%.c $(SHARED)
 	$(call compile,$(ASAN))
+# What another program includes.
+build/tests/test_chat_small: tests/test_chat.c
 build/tests/test_curl_old: tests/test_curl.c
+build/tests/test_faults_small: tests/test_faults.c
+build/tests/test_loop_poll build/tsan/test_loop_poll: tests/test_loop.c
+build/tests/test_task_poll build/tsan/test_task_poll: tests/test_task.c
+build/tests/test_syscalls_poll build/tsan/test_syscalls_poll: \
+	tests/test_syscalls.c
 build/tests/%.o: tests/%.c $(SHARED)
 	$(call compile,$(ASAN))
 build/tsan/%: tests/%.c $(SHARED)
