@@ -1582,26 +1582,28 @@ LLMCBI_DEF const char *llmcb_version(void)
     X(LLMCB_EFORK, "the loop belongs to the parent process")           \
     X(LLMCB_ETOOL, "a tool failed")
 
+/* The codes count down from 0 in the order of this list. */
+static bool llmcbi_code_known(int code)
+{
+    return code <= LLMCB_OK && code >= LLMCB_ETOOL;
+}
+
 LLMCBI_DEF const char *llmcb_code_name(llmcb_code code)
 {
-#define LLMCBI_CASE(name, text) \
-    case name: return #name;
-    switch (code) {
-        LLMCBI_CODES(LLMCBI_CASE)
-    default: return "LLMCB_UNKNOWN";
-    }
-#undef LLMCBI_CASE
+#define LLMCBI_ENTRY(name, text) #name,
+    static const char *const names[] = { LLMCBI_CODES(LLMCBI_ENTRY) };
+#undef LLMCBI_ENTRY
+
+    return llmcbi_code_known(code) ? names[-code] : "LLMCB_UNKNOWN";
 }
 
 LLMCBI_DEF const char *llmcb_code_text(llmcb_code code)
 {
-#define LLMCBI_CASE(name, text) \
-    case name: return text;
-    switch (code) {
-        LLMCBI_CODES(LLMCBI_CASE)
-    default: return "unknown error";
-    }
-#undef LLMCBI_CASE
+#define LLMCBI_ENTRY(name, text) text,
+    static const char *const texts[] = { LLMCBI_CODES(LLMCBI_ENTRY) };
+#undef LLMCBI_ENTRY
+
+    return llmcbi_code_known(code) ? texts[-code] : "unknown error";
 }
 
 LLMCBI_DEF llmcb_str llmcb_text(const char *s)
@@ -1991,16 +1993,14 @@ static const llmcb_error *llmcbi_error_const(llmcb_code code)
     { name, LLMCB_DETAIL_NONE, 0, 0, 0, -1, "", "", "", text, 0 },
     static const llmcb_error table[] = { LLMCBI_CODES(LLMCBI_ENTRY) };
 #undef LLMCBI_ENTRY
-    size_t i = (size_t)(0 - (int64_t)code);
 
-    return &table[i < sizeof table / sizeof *table ? i : 1];
+    return &table[llmcbi_code_known(code) ? -code : 1];
 }
 
 /* What a function of the program returned, if it is one of our codes. */
 static llmcb_code llmcbi_code_of(int value)
 {
-    return value <= LLMCB_OK && value >= LLMCB_ETOOL ? (llmcb_code)value
-                                                     : LLMCB_EHANDLER;
+    return llmcbi_code_known(value) ? (llmcb_code)value : LLMCB_EHANDLER;
 }
 
 /* A copy on the heap, or the constant of its code. */
@@ -2146,21 +2146,12 @@ static char *llmcbi_put_replacement(char *out)
 
 static char *llmcbi_put_utf8(char *out, uint32_t cp)
 {
-    if (cp < 0x80) {
-        *out++ = (char)cp;
-    } else if (cp < 0x800) {
-        *out++ = (char)(0xC0 | cp >> 6);
-        *out++ = (char)(0x80 | (cp & 63));
-    } else if (cp < 0x10000) {
-        *out++ = (char)(0xE0 | cp >> 12);
-        *out++ = (char)(0x80 | (cp >> 6 & 63));
-        *out++ = (char)(0x80 | (cp & 63));
-    } else {
-        *out++ = (char)(0xF0 | cp >> 18);
-        *out++ = (char)(0x80 | (cp >> 12 & 63));
-        *out++ = (char)(0x80 | (cp >> 6 & 63));
-        *out++ = (char)(0x80 | (cp & 63));
-    }
+    static const unsigned char first[] = { 0, 0xC0, 0xE0, 0xF0 };
+    int more = (cp >= 0x80) + (cp >= 0x800) + (cp >= 0x10000);
+
+    *out++ = (char)(first[more] | cp >> 6 * more);
+    while (more--)
+        *out++ = (char)(0x80 | (cp >> 6 * more & 63));
     return out;
 }
 
@@ -2272,7 +2263,7 @@ static uint32_t llmcbi_hex4(const char *s)
     int i;
 
     for (i = 0; i < 4; i++)
-        v = v << 4 | (uint32_t)llmcbi_hex(s[i]);
+        v = v << 4 | ((uint32_t)(s[i] & 15) + (s[i] > '9' ? 9 : 0));
     return v;
 }
 
@@ -2319,10 +2310,14 @@ static inline const char *llmcbi_json_plain(const char *p, const char *end)
     return p;
 }
 
-/* The rest of a string behind its opening quote. */
+/* The letters behind a backslash, and what they stand for. */
+static const char llmcbi_json_letters[] = "\"\\/bfnrt";
+static const char llmcbi_json_meant[] = "\"\\/\b\f\n\r\t";
+
+/* A string, whose opening quote is there. */
 static bool llmcbi_json_string(llmcbi_json *j)
 {
-    const char *p = j->p, *end = j->end;
+    const char *p = j->p + 1, *end = j->end;
 
     j->str = p;
     j->escaped = j->high = false;
@@ -2343,7 +2338,7 @@ static bool llmcbi_json_string(llmcbi_json *j)
             if (end - p < 4) return false;
             for (i = 0; i < 4; i++)
                 if (llmcbi_hex(*p++) < 0) return false;
-        } else if (!memchr("\"\\/bfnrt", c, 8)) {
+        } else if (!memchr(llmcbi_json_letters, c, 8)) {
             return false;
         }
     }
@@ -2434,10 +2429,9 @@ static llmcbi_json_type llmcbi_json_value(llmcbi_json *j)
     bool ok;
 
     switch (*j->p) {
-    case '{': j->p++; return llmcbi_json_open(j, true);
-    case '[': j->p++; return llmcbi_json_open(j, false);
+    case '{':
+    case '[': return llmcbi_json_open(j, *j->p++ == '{');
     case '"':
-        j->p++;
         type = LLMCBI_JSON_STRING;
         ok = llmcbi_json_string(j);
         break;
@@ -2465,9 +2459,7 @@ static llmcbi_json_type llmcbi_json_value(llmcbi_json *j)
 
 static llmcbi_json_type llmcbi_json_key(llmcbi_json *j)
 {
-    if (*j->p != '"') return llmcbi_json_fail(j);
-    j->p++;
-    if (!llmcbi_json_string(j)) return llmcbi_json_fail(j);
+    if (*j->p != '"' || !llmcbi_json_string(j)) return llmcbi_json_fail(j);
     llmcbi_json_space(j);
     if (j->p == j->end || *j->p != ':') return llmcbi_json_fail(j);
     j->p++;
@@ -2572,17 +2564,12 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
             continue;
         }
         b = (unsigned char)*s++;
-        switch (b) {
-        case 'b': cp = '\b'; break;
-        case 'f': cp = '\f'; break;
-        case 'n': cp = '\n'; break;
-        case 'r': cp = '\r'; break;
-        case 't': cp = '\t'; break;
-        case 'u':
+        if (b == 'u') {
             cp = llmcbi_hex4(s);
             s += 4;
-            break;
-        default: cp = b; break;
+        } else {
+            const char *letter = (const char *)memchr(llmcbi_json_letters, b, 8);
+            cp = (unsigned char)llmcbi_json_meant[letter - llmcbi_json_letters];
         }
         if (c->high && cp >= 0xDC00 && cp < 0xE000) {
             cp = 0x10000 + ((uint32_t)(c->high - 0xD800) << 10) + (cp - 0xDC00);
@@ -2676,21 +2663,6 @@ static void llmcbi_json_clean(char *out, size_t cap, const llmcbi_json *j)
     }
 }
 
-/* The letter that stands for a character behind a backslash, or 0. */
-static char llmcbi_json_letter(unsigned char c)
-{
-    switch (c) {
-    case '"': return '"';
-    case '\\': return '\\';
-    case '\n': return 'n';
-    case '\r': return 'r';
-    case '\t': return 't';
-    case '\b': return 'b';
-    case '\f': return 'f';
-    default: return 0;
-    }
-}
-
 /* The inside of a JSON string. Bytes must be UTF-8. */
 static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
                                const char *s, size_t len)
@@ -2701,15 +2673,15 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
         char esc[6] = { '\\', 'u', '0', '0', 0, 0 };
-        char letter;
+        const char *meant;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
         llmcbi_buf_add(a, b, s + plain, i - plain);
         plain = i + 1;
-        letter = llmcbi_json_letter(c);
-        if (letter) esc[1] = letter;
+        meant = (const char *)memchr(llmcbi_json_meant, c, 8);
+        if (meant) esc[1] = llmcbi_json_letters[meant - llmcbi_json_meant];
         esc[4] = hex[c >> 4];
         esc[5] = hex[c & 15];
-        llmcbi_buf_add(a, b, esc, letter ? 2 : 6);
+        llmcbi_buf_add(a, b, esc, meant ? 2 : 6);
     }
     if (len) llmcbi_buf_add(a, b, s + plain, len - plain);
 }
