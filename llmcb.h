@@ -1484,6 +1484,7 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
@@ -2535,15 +2536,22 @@ static bool llmcbi_json_whole(llmcbi_json *j)
     return llmcbi_json_next(j) == LLMCBI_JSON_END;
 }
 
-/* Whether the program's text is one JSON value of a type, or NULL. */
-static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
+/* Whether a text is one JSON value of a type. */
+static bool llmcbi_json_is_one(llmcb_str s, llmcbi_json_type type)
 {
     llmcbi_json j;
 
-    if (!text) return true;
-    llmcbi_json_init(&j, text, strlen(text));
-    return llmcbi_json_raw(&j) == type && llmcbi_json_whole(&j) &&
-           llmcbi_utf8_valid(text, strlen(text));
+    llmcbi_json_init(&j, s.ptr, s.len);
+    return llmcbi_json_raw(&j) == type && llmcbi_json_whole(&j);
+}
+
+/* The same of the program's text, which must be UTF-8, or NULL. */
+static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
+{
+    llmcb_str s = llmcb_text(text);
+
+    return !text || (llmcbi_json_is_one(s, type) &&
+                     llmcbi_utf8_valid(s.ptr, s.len));
 }
 
 /* Decodes the inside of a JSON string to UTF-8. Writes at most
@@ -2586,24 +2594,34 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
     return (size_t)(o - out);
 }
 
+/* Decodes a byte or an escape at *s. */
+static size_t llmcbi_json_unit(char *out, const char **s, llmcbi_carry *c)
+{
+    size_t len = **s != '\\' ? 1 : (*s)[1] == 'u' ? 6 : 2;
+
+    *s += len;
+    return llmcbi_json_decode(out, *s - len, len, c);
+}
+
 /* Whether the last key or string is `text`. */
 static bool llmcbi_json_is_text(const llmcbi_json *j, llmcb_str text)
 {
     const char *s = j->str, *end = s + j->len;
     char plain[3 * 6 + 6];
     llmcbi_carry c;
-    size_t n, unit;
+    bool whole = false;
 
-    if (!j->escaped)
-        return j->len == text.len && memcmp(j->str, text.ptr, text.len) == 0;
+    if (!j->escaped) return llmcbi_str_equal(llmcbi_slice(s, j->len), text);
     memset(&c, 0, sizeof c);
-    for (; s < end; s += unit) { /* a byte or an escape at a time */
-        unit = *s != '\\' ? 1 : s[1] == 'u' ? 6 : 2;
-        n = llmcbi_json_decode(plain, s, unit, &c);
+    while (!whole) {
+        size_t n;
+        whole = s == end;
+        n = whole ? (size_t)(llmcbi_carry_flush(plain, &c) - plain)
+                  : llmcbi_json_unit(plain, &s, &c);
         if (n > text.len || memcmp(plain, text.ptr, n) != 0) return false;
         text = llmcbi_slice(text.ptr + n, text.len - n);
     }
-    return !c.n && !c.high && !text.len;
+    return !text.len;
 }
 
 /* The same with a literal, whose length the compiler knows. */
@@ -2643,19 +2661,17 @@ static void llmcbi_json_text(const llmcb_allocator *a, llmcbi_buf *b,
     b->ptr[b->len] = '\0';
 }
 
-/* The same into a small array, cut and cleaned for people. */
-static void llmcbi_json_clean(char *out, size_t cap, const llmcbi_json *j)
+/* The inside of a string into a small array, cut and cleaned for people. */
+static void llmcbi_json_clean(char *out, size_t cap, llmcb_str in)
 {
-    const char *s = j->str, *end = s + (j->len < 256 ? j->len : 256);
+    const char *s = in.ptr, *end = s + (in.len < 256 ? in.len : 256);
     char plain[3 * 6 + 6];
-    size_t n, unit;
     llmcbi_carry c;
 
     memset(&c, 0, sizeof c);
     *out = '\0';
-    for (; s < end; s += unit) { /* a byte or an escape at a time */
-        unit = *s != '\\' ? 1 : s[1] == 'u' ? 6 : 2;
-        n = llmcbi_json_decode(plain, s, unit, &c);
+    while (s < end) {
+        size_t n = llmcbi_json_unit(plain, &s, &c);
         llmcbi_copy_clean(out, cap, plain, n);
         if (strlen(out) < n) return;
         out += n;
@@ -2686,12 +2702,36 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
     if (len) llmcbi_buf_add(a, b, s + plain, len - plain);
 }
 
-static void llmcbi_json_quote(const llmcb_allocator *a, llmcbi_buf *b,
-                              const char *s, size_t len)
+/* Appends a text in which %s stands for a C string, %S for a llmcb_str (given
+ * as a pointer), %j and %J for the same as the inside of a JSON string, and %d
+ * for an int64_t. */
+static void llmcbi_buf_print(const llmcb_allocator *a, llmcbi_buf *b,
+                             const char *format, ...)
 {
-    llmcbi_buf_add(a, b, "\"", 1);
-    llmcbi_json_escape(a, b, s, len);
-    llmcbi_buf_add(a, b, "\"", 1);
+    va_list args;
+
+    va_start(args, format);
+    for (;; format += 2) {
+        size_t n = strcspn(format, "%");
+        char digits[24], kind;
+        const void *p;
+        llmcb_str s;
+        llmcbi_buf_add(a, b, format, n);
+        format += n;
+        if (!*format) break;
+        kind = format[1];
+        if (kind == 'd')
+            p = llmcbi_decimal(digits, va_arg(args, int64_t));
+        else
+            p = va_arg(args, const void *);
+        s = kind == 'S' || kind == 'J' ? *(const llmcb_str *)p
+                                       : llmcb_text((const char *)p);
+        if (kind == 'j' || kind == 'J')
+            llmcbi_json_escape(a, b, s.ptr, s.len);
+        else
+            llmcbi_buf_add(a, b, s.ptr, s.len);
+    }
+    va_end(args);
 }
 
 /* ==== [SSE] event-stream framer ======================================== */
@@ -9666,11 +9706,13 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 
 /* ==== [WIRE] the OpenAI dialect: request body, answer ================== */
 
-/* A string of the answer as it stands in the JSON text. */
+/* A value of the answer as it stands in the JSON text: a string without its
+ * quotes. */
 typedef struct llmcbi_raw {
     const char *ptr; /* NULL: absent or null */
     size_t len;
-    bool plain; /* ASCII without escapes */
+    bool plain;  /* ASCII without escapes */
+    bool object; /* not a string */
 } llmcbi_raw;
 
 /* One element of "choices". */
@@ -9678,9 +9720,9 @@ typedef struct llmcbi_wire_choice {
     int64_t index;
     bool has_delta; /* or a message */
     llmcbi_raw text, refusal, reasoning, finish_reason;
-    llmcb_str tool_calls;    /* JSON array */
-    llmcb_str function_call; /* JSON object, the old form */
-    llmcb_str logprobs;      /* JSON object */
+    llmcbi_raw tool_calls;    /* JSON array */
+    llmcbi_raw function_call; /* JSON object, the old form */
+    llmcbi_raw logprobs;      /* JSON object */
 } llmcbi_wire_choice;
 
 /* One event of a stream, or a whole answer. The first choice is read with
@@ -9691,125 +9733,176 @@ typedef struct llmcbi_wire_event {
     llmcbi_json rest;
     llmcb_usage usage;
     llmcbi_raw model, id, fingerprint;
-    llmcb_str error; /* its JSON text; len 0: none */
+    llmcbi_raw error; /* its JSON text; len 0: none */
 } llmcbi_wire_event;
 
-static void llmcbi_wire_string(llmcbi_json *j, llmcbi_raw *out)
+/* A member that is wanted of an object. */
+typedef struct llmcbi_wanted {
+    uint8_t level;  /* 0: of the object, others: of an object in it */
+    uint8_t opens;  /* the level of its own members, if they are wanted */
+    uint16_t types; /* of its value, as bits; 0: the caller reads it */
+    uint16_t at;    /* where it goes: a number to an int64_t, others to a
+                       llmcbi_raw; that it opened a level to a bool */
+    uint8_t len;
+    char name[26]; /* "": the end of the list */
+} llmcbi_wanted;
+
+#define LLMCBI_WANTED(level, opens, types, at, name) \
+    { level, opens, types, (uint16_t)(at), sizeof(name) - 1, name }
+#define LLMCBI_A_NUMBER (1 << LLMCBI_JSON_NUMBER)
+#define LLMCBI_A_STRING (1 << LLMCBI_JSON_STRING)
+#define LLMCBI_AN_OBJECT (1 << LLMCBI_JSON_OBJECT)
+#define LLMCBI_AN_ARRAY (1 << LLMCBI_JSON_ARRAY)
+/* Without a number there is -1, not 0; a text that is empty is as none. */
+#define LLMCBI_OR_NONE 1
+
+/* Keeps the value that j has just passed and that begins at `start`. */
+static void llmcbi_wire_keep(const llmcbi_json *j, llmcbi_json_type type,
+                             const char *start, unsigned types, void *to)
 {
-    llmcbi_json_type type = llmcbi_json_next(j);
-
-    out->ptr = NULL;
-    out->len = 0;
-    if (type == LLMCBI_JSON_STRING) {
-        out->ptr = j->str;
-        out->len = j->len;
-        out->plain = !j->escaped && !j->high;
-    } else {
-        llmcbi_json_skip(j, type);
-    }
-}
-
-static llmcb_str llmcbi_wire_raw(llmcbi_json *j, llmcbi_json_type want)
-{
-    llmcbi_json_type type = llmcbi_json_raw(j);
-
-    return type == want ? llmcbi_slice(j->str, j->len) : llmcbi_slice("", 0);
-}
-
-static void llmcbi_wire_delta(llmcbi_json *j, llmcbi_wire_choice *c)
-{
-    llmcbi_json_type type = llmcbi_json_next(j);
-    llmcbi_raw reasoning;
-
-    if (type != LLMCBI_JSON_OBJECT) {
-        llmcbi_json_skip(j, type);
-        return;
-    }
-    c->has_delta = true;
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "content")) {
-            llmcbi_wire_string(j, &c->text);
-        } else if (llmcbi_json_is(j, "refusal")) {
-            llmcbi_wire_string(j, &c->refusal);
-        } else if (llmcbi_json_is(j, "reasoning_content") ||
-                   llmcbi_json_is(j, "reasoning")) {
-            llmcbi_wire_string(j, &reasoning); /* some send both */
-            if (reasoning.len) c->reasoning = reasoning;
-        } else if (llmcbi_json_is(j, "tool_calls")) {
-            c->tool_calls = llmcbi_wire_raw(j, LLMCBI_JSON_ARRAY);
-        } else if (llmcbi_json_is(j, "function_call")) {
-            c->function_call = llmcbi_wire_raw(j, LLMCBI_JSON_OBJECT);
-        } else {
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-        }
-    }
-}
-
-static int64_t llmcbi_wire_int(llmcbi_json *j, int64_t otherwise)
-{
-    llmcbi_json_type type = llmcbi_json_next(j);
+    const int64_t most = INT64_MAX >> 20; /* so that no sum overflows */
+    llmcbi_raw *raw = (llmcbi_raw *)to;
+    bool fits = (types >> type & 1) != 0;
     int64_t v;
 
-    if (type == LLMCBI_JSON_NUMBER && llmcbi_json_int(j, &v)) return v;
-    llmcbi_json_skip(j, type);
-    return otherwise;
+    if (types & LLMCBI_A_NUMBER) {
+        if (!fits || !llmcbi_json_int(j, &v) || v < 0)
+            v = -(int64_t)(types & LLMCBI_OR_NONE);
+        *(int64_t *)to = v < most ? v : most;
+    } else if (fits && type != LLMCBI_JSON_STRING) {
+        raw->ptr = start;
+        raw->len = (size_t)(j->p - start);
+        raw->object = true;
+    } else if (!(types & LLMCBI_OR_NONE) || (fits && j->len)) {
+        raw->ptr = fits ? j->str : NULL;
+        raw->len = fits ? j->len : 0;
+        raw->plain = !j->escaped && !j->high;
+        raw->object = false;
+    }
+}
+
+/* Reads the wanted members of an object, whose brace has been read, into
+ * `out`. true: it stands in front of a value that the caller reads before it
+ * calls again. */
+static bool llmcbi_wire_object(llmcbi_json *j, const llmcbi_wanted *all,
+                               unsigned level, void *out)
+{
+    llmcbi_json_type type;
+
+    while ((type = llmcbi_json_next(j)) == LLMCBI_JSON_KEY ||
+           (type == LLMCBI_JSON_OBJECT_END && level)) {
+        const llmcbi_wanted *m = all;
+        const char *start;
+        char *to;
+        if (type == LLMCBI_JSON_OBJECT_END) {
+            while (m->opens != level)
+                m++;
+            level = m->level;
+            continue;
+        }
+        while (m->len && (m->level != level ||
+                          (m->len != j->len && !j->escaped) ||
+                          !llmcbi_json_is_text(
+                              j, llmcbi_slice(m->name, m->len))))
+            m++;
+        if (m->len && !m->types) return true;
+        type = llmcbi_json_next(j);
+        start = j->p - 1;
+        to = (char *)out + m->at;
+        if (m->opens && type == LLMCBI_JSON_OBJECT) {
+            level = m->opens;
+            *(bool *)to = true;
+            continue;
+        }
+        llmcbi_json_skip(j, type);
+        if (m->types & ~1u) llmcbi_wire_keep(j, type, start, m->types, to);
+    }
+    return false;
+}
+
+/* Comes to the next object of an array; false: there is none. */
+static bool llmcbi_wire_element(llmcbi_json *j)
+{
+    llmcbi_json_type type;
+
+    while ((type = llmcbi_json_next(j)) != LLMCBI_JSON_OBJECT) {
+        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
+            return false;
+        llmcbi_json_skip(j, type);
+    }
+    return true;
 }
 
 /* The next element of "choices"; false: there is none. */
 static bool llmcbi_wire_next_choice(llmcbi_json *j, llmcbi_wire_choice *c)
 {
-    llmcbi_json_type type = llmcbi_json_next(j);
+#define LLMCBI_AT(m) offsetof(llmcbi_wire_choice, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(index), "index"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_delta), "delta"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_delta), "message"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(finish_reason),
+                      "finish_reason"),
+        LLMCBI_WANTED(0, 0, LLMCBI_AN_OBJECT, LLMCBI_AT(logprobs), "logprobs"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(text), "content"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(refusal), "refusal"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+                      LLMCBI_AT(reasoning), "reasoning_content"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+                      LLMCBI_AT(reasoning), "reasoning"), /* some send both */
+        LLMCBI_WANTED(1, 0, LLMCBI_AN_ARRAY, LLMCBI_AT(tool_calls),
+                      "tool_calls"),
+        LLMCBI_WANTED(1, 0, LLMCBI_AN_OBJECT, LLMCBI_AT(function_call),
+                      "function_call"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
 
-    while (type != LLMCBI_JSON_OBJECT) {
-        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
-            return false;
-        llmcbi_json_skip(j, type);
-        type = llmcbi_json_next(j);
-    }
+    if (!llmcbi_wire_element(j)) return false;
     memset(c, 0, sizeof *c);
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "delta") || llmcbi_json_is(j, "message"))
-            llmcbi_wire_delta(j, c);
-        else if (llmcbi_json_is(j, "index"))
-            c->index = llmcbi_wire_int(j, 0);
-        else if (llmcbi_json_is(j, "finish_reason"))
-            llmcbi_wire_string(j, &c->finish_reason);
-        else if (llmcbi_json_is(j, "logprobs"))
-            c->logprobs = llmcbi_wire_raw(j, LLMCBI_JSON_OBJECT);
-        else
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-    }
+    llmcbi_wire_object(j, members, 0, c);
     return true;
 }
 
-static int64_t llmcbi_wire_count(llmcbi_json *j)
-{
-    int64_t v = llmcbi_wire_int(j, 0), most = INT64_MAX >> 20;
-
-    return v < 0 ? 0 : v < most ? v : most; /* so that sums are none either */
-}
-
-/* A "..._details" object of usage: one number of it. */
-static int64_t llmcbi_wire_detail(llmcbi_json *j, const char *name)
+static void llmcbi_wire_choices(llmcbi_json *j, llmcbi_wire_event *ev)
 {
     llmcbi_json_type type = llmcbi_json_next(j);
-    int64_t v = 0;
+    uint32_t depth = j->depth;
 
-    if (type != LLMCBI_JSON_OBJECT) {
+    if (type != LLMCBI_JSON_ARRAY) {
         llmcbi_json_skip(j, type);
-        return 0;
+        return;
     }
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is_text(j, llmcb_text(name)))
-            v = llmcbi_wire_count(j);
-        else
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-    }
-    return v;
+    ev->has_choice = llmcbi_wire_next_choice(j, &ev->choice);
+    if (!ev->has_choice) return;
+    ev->rest = *j;
+    type = llmcbi_json_next(j);
+    ev->more = type != LLMCBI_JSON_ARRAY_END;
+    while (j->depth >= depth && type != LLMCBI_JSON_ERROR)
+        type = llmcbi_json_next(j);
 }
 
 static void llmcbi_wire_usage(llmcbi_json *j, llmcb_usage *u)
 {
+#define LLMCBI_AT(m) offsetof(llmcb_usage, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(input_tokens),
+                      "prompt_tokens"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(output_tokens),
+                      "completion_tokens"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(total_tokens),
+                      "total_tokens"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(known),
+                      "prompt_tokens_details"),
+        LLMCBI_WANTED(0, 2, LLMCBI_OR_NONE, LLMCBI_AT(known),
+                      "completion_tokens_details"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_NUMBER, LLMCBI_AT(cached_tokens),
+                      "cached_tokens"),
+        LLMCBI_WANTED(2, 0, LLMCBI_A_NUMBER, LLMCBI_AT(reasoning_tokens),
+                      "reasoning_tokens"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
     llmcbi_json_type type = llmcbi_json_next(j);
 
     if (type != LLMCBI_JSON_OBJECT) {
@@ -9818,69 +9911,41 @@ static void llmcbi_wire_usage(llmcbi_json *j, llmcb_usage *u)
     }
     memset(u, 0, sizeof *u);
     u->known = true;
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "prompt_tokens"))
-            u->input_tokens = llmcbi_wire_count(j);
-        else if (llmcbi_json_is(j, "completion_tokens"))
-            u->output_tokens = llmcbi_wire_count(j);
-        else if (llmcbi_json_is(j, "total_tokens"))
-            u->total_tokens = llmcbi_wire_count(j);
-        else if (llmcbi_json_is(j, "prompt_tokens_details"))
-            u->cached_tokens = llmcbi_wire_detail(j, "cached_tokens");
-        else if (llmcbi_json_is(j, "completion_tokens_details"))
-            u->reasoning_tokens = llmcbi_wire_detail(j, "reasoning_tokens");
-        else
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-    }
+    llmcbi_wire_object(j, members, 0, u);
     if (!u->total_tokens) u->total_tokens = u->input_tokens + u->output_tokens;
-}
-
-static void llmcbi_wire_choices(llmcbi_json *j, llmcbi_wire_event *ev)
-{
-    llmcbi_json_type type = llmcbi_json_next(j);
-    uint32_t depth = j->depth;
-    llmcbi_json look;
-
-    if (type != LLMCBI_JSON_ARRAY) {
-        llmcbi_json_skip(j, type);
-        return;
-    }
-    ev->has_choice = llmcbi_wire_next_choice(j, &ev->choice);
-    if (!ev->has_choice) return;
-    look = *j;
-    ev->rest = *j;
-    ev->more = llmcbi_json_next(&look) != LLMCBI_JSON_ARRAY_END;
-    while (j->depth >= depth && type != LLMCBI_JSON_ERROR)
-        type = llmcbi_json_next(j);
 }
 
 /* Reads one event. false: it is not one whole JSON object. */
 static bool llmcbi_wire_read(const char *ptr, size_t len, llmcbi_wire_event *ev,
                              bool *too_deep)
 {
+#define LLMCBI_AT(m) offsetof(llmcbi_wire_event, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, 0, 0, "choices"),
+        LLMCBI_WANTED(0, 0, 0, 0, "usage"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(model), "model"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(id), "id"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(fingerprint),
+                      "system_fingerprint"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_AN_OBJECT,
+                      LLMCBI_AT(error), "error"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
     llmcbi_json j;
 
     memset(ev, 0, sizeof *ev);
     llmcbi_json_init(&j, ptr, len);
     if (llmcbi_json_next(&j) != LLMCBI_JSON_OBJECT) return false;
-    while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(&j, "choices")) {
-            llmcbi_wire_choices(&j, ev);
-        } else if (llmcbi_json_is(&j, "usage")) {
+    while (llmcbi_wire_object(&j, members, 0, ev)) {
+        if (llmcbi_json_is(&j, "usage"))
             llmcbi_wire_usage(&j, &ev->usage);
-        } else if (llmcbi_json_is(&j, "model")) {
-            llmcbi_wire_string(&j, &ev->model);
-        } else if (llmcbi_json_is(&j, "id")) {
-            llmcbi_wire_string(&j, &ev->id);
-        } else if (llmcbi_json_is(&j, "system_fingerprint")) {
-            llmcbi_wire_string(&j, &ev->fingerprint);
-        } else if (llmcbi_json_is(&j, "error")) {
-            llmcbi_json_type type = llmcbi_json_raw(&j);
-            if (type == LLMCBI_JSON_OBJECT || type == LLMCBI_JSON_STRING)
-                ev->error = llmcbi_slice(j.str, j.len);
-        } else {
-            llmcbi_json_skip(&j, llmcbi_json_next(&j));
-        }
+        else
+            llmcbi_wire_choices(&j, ev);
+    }
+    if (ev->error.ptr && !ev->error.object) { /* with its quotes */
+        ev->error.ptr--;
+        ev->error.len += 2;
     }
     *too_deep = j.too_deep;
     return llmcbi_json_whole(&j);
@@ -9898,31 +9963,30 @@ static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
     type = llmcbi_json_next(&j);
     *message = '\0';
     if (type == LLMCBI_JSON_STRING)
-        llmcbi_json_clean(message, sizeof message, &j);
+        llmcbi_json_clean(message, sizeof message, llmcbi_slice(j.str, j.len));
     while (type == LLMCBI_JSON_OBJECT &&
            llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
         bool is_error = llmcbi_json_is(&j, "error");
-        bool is_message = llmcbi_json_is(&j, "message");
-        bool is_type = llmcbi_json_is(&j, "type");
         bool is_code = llmcbi_json_is(&j, "code");
-        llmcbi_json_type value = llmcbi_json_raw(&j);
-        llmcbi_json inner;
-        if (is_error && value == LLMCBI_JSON_OBJECT) { /* that alone counts */
-            llmcbi_json_init(&j, j.str, j.len);
-            type = llmcbi_json_next(&j);
+        char *to = is_error || llmcbi_json_is(&j, "message") ? message
+                   : llmcbi_json_is(&j, "type")              ? e->type
+                   : is_code ? e->provider_code
+                             : NULL;
+        size_t cap = to == message   ? sizeof message
+                     : to == e->type ? sizeof e->type
+                                     : sizeof e->provider_code;
+        llmcbi_json value = j;
+        type = llmcbi_json_raw(&j);
+        llmcbi_json_next(&value);
+        if (is_error && type == LLMCBI_JSON_OBJECT) { /* that alone counts */
+            j = value;
             *message = '\0';
             continue;
         }
-        llmcbi_json_init(&inner, j.str, j.len);
-        value = llmcbi_json_next(&inner);
-        if (value == LLMCBI_JSON_STRING && (is_message || is_error))
-            llmcbi_json_clean(message, sizeof message, &inner);
-        if (value == LLMCBI_JSON_STRING && is_type)
-            llmcbi_json_clean(e->type, sizeof e->type, &inner);
-        if ((value == LLMCBI_JSON_STRING || value == LLMCBI_JSON_NUMBER) &&
-            is_code)
-            llmcbi_json_clean(e->provider_code, sizeof e->provider_code,
-                              &inner);
+        if (to && (type == LLMCBI_JSON_STRING ||
+                   (type == LLMCBI_JSON_NUMBER && is_code)))
+            llmcbi_json_clean(to, cap, llmcbi_slice(value.str, value.len));
+        type = LLMCBI_JSON_OBJECT;
     }
     if (!*message) return;
     llmcbi_error_add(e, ": ", 2);
@@ -10066,14 +10130,6 @@ static llmcbi_choice *llmcbi_answer_choice(const llmcb_allocator *a,
     return &w->choices[index];
 }
 
-static bool llmcbi_whole_object(llmcb_str s)
-{
-    llmcbi_json j;
-
-    llmcbi_json_init(&j, s.ptr, s.len);
-    return llmcbi_json_raw(&j) == LLMCBI_JSON_OBJECT && llmcbi_json_whole(&j);
-}
-
 /* Makes w->result show what has come. Allocates nothing. */
 static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
 {
@@ -10099,7 +10155,7 @@ static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
             call->arguments = llmcbi_buf_str(&r->tools[k].arguments);
             call->valid =
                 call->name.len &&
-                (!call->arguments.len || llmcbi_whole_object(call->arguments));
+                (!call->arguments.len || llmcbi_json_is_one(call->arguments, LLMCBI_JSON_OBJECT));
         }
     }
     w->result.complete = complete;
@@ -10131,77 +10187,48 @@ static bool llmcbi_answer_note(const llmcb_allocator *a, llmcb_str *to,
 /* One element of "tool_calls". */
 typedef struct llmcbi_tool_piece {
     int64_t index; /* -1: none that can be used */
-    llmcbi_raw id, name, arguments;
-    bool object; /* the arguments are JSON itself, not a string */
+    llmcbi_raw id, name;
+    llmcbi_raw arguments; /* as a string, or JSON itself */
+    bool has_function;
 } llmcbi_tool_piece;
 
-static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p)
+static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p,
+                                 unsigned level)
 {
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "name")) {
-            llmcbi_wire_string(j, &p->name);
-        } else if (llmcbi_json_is(j, "arguments")) {
-            llmcbi_json before = *j;
-            llmcbi_json_type type = llmcbi_json_raw(j);
-            if (type == LLMCBI_JSON_STRING) {
-                *j = before;
-                llmcbi_wire_string(j, &p->arguments);
-            } else if (type == LLMCBI_JSON_OBJECT) {
-                p->object = true;
-                p->arguments.ptr = j->str;
-                p->arguments.len = j->len;
-                p->arguments.plain = false;
-            }
-        } else {
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-        }
-    }
+#define LLMCBI_AT(m) offsetof(llmcbi_tool_piece, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER | LLMCBI_OR_NONE, LLMCBI_AT(index),
+                      "index"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(id), "id"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_function), "function"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(name), "name"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_AN_OBJECT,
+                      LLMCBI_AT(arguments), "arguments"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
+
+    memset(p, 0, sizeof *p);
+    p->index = -1;
+    llmcbi_wire_object(j, members, level, p);
 }
 
 static bool llmcbi_wire_next_tool(llmcbi_json *j, llmcbi_tool_piece *p)
 {
-    llmcbi_json_type type = llmcbi_json_next(j);
-
-    while (type != LLMCBI_JSON_OBJECT) {
-        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
-            return false;
-        llmcbi_json_skip(j, type);
-        type = llmcbi_json_next(j);
-    }
-    memset(p, 0, sizeof *p);
-    p->index = -1;
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "index")) {
-            p->index = llmcbi_wire_int(j, -1);
-        } else if (llmcbi_json_is(j, "id")) {
-            llmcbi_wire_string(j, &p->id);
-        } else if (llmcbi_json_is(j, "function")) {
-            type = llmcbi_json_next(j);
-            if (type == LLMCBI_JSON_OBJECT)
-                llmcbi_wire_function(j, p);
-            else
-                llmcbi_json_skip(j, type);
-        } else {
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-        }
-    }
+    if (!llmcbi_wire_element(j)) return false;
+    llmcbi_wire_function(j, p, 0);
     return true;
 }
 
 /* Whether a decoded text is that of a JSON string. */
 static bool llmcbi_buf_is_raw(const llmcbi_buf *b, const llmcbi_raw *raw)
 {
-    char plain[3 * 128 + 12];
-    llmcbi_carry c;
-    size_t n;
+    llmcbi_json j;
 
-    if (raw->plain || raw->len > 128)
-        return llmcbi_str_equal(llmcbi_buf_str(b),
-                                llmcbi_slice(raw->ptr, raw->len));
-    memset(&c, 0, sizeof c);
-    n = llmcbi_json_decode(plain, raw->ptr, raw->len, &c);
-    n = (size_t)(llmcbi_carry_flush(plain + n, &c) - plain);
-    return llmcbi_str_equal(llmcbi_buf_str(b), llmcbi_slice(plain, n));
+    j.str = raw->ptr;
+    j.len = raw->len;
+    j.escaped = !raw->plain;
+    return llmcbi_json_is_text(&j, llmcbi_buf_str(b));
 }
 
 /* The last call with that number, or with that id; n_tools: none. */
@@ -10242,7 +10269,7 @@ static size_t llmcbi_tool_find(const llmcbi_rarity *r,
     if (p->id.len && s->id.len)
         return llmcbi_buf_is_raw(&s->id, &p->id) ? found : r->n_tools;
     return !llmcbi_buf_is_raw(&s->name, &p->name) ||
-                   llmcbi_whole_object(llmcbi_buf_str(&s->arguments))
+                   llmcbi_json_is_one(llmcbi_buf_str(&s->arguments), LLMCBI_JSON_OBJECT)
                ? r->n_tools
                : found;
 }
@@ -10251,23 +10278,29 @@ static size_t llmcbi_tool_find(const llmcbi_rarity *r,
 
 LLMCBI_DEF const char *llmcb_role_name(llmcb_role role)
 {
-    switch (role) {
-    case LLMCB_USER: return "user";
-    case LLMCB_ASSISTANT: return "assistant";
-    case LLMCB_SYSTEM: return "system";
-    case LLMCB_DEVELOPER: return "developer";
-    case LLMCB_TOOL: return "tool";
-    default: return NULL;
-    }
+    static const char *const names[] = { "user", "assistant", "system",
+                                         "developer", "tool" };
+
+    return (unsigned)role <= LLMCB_TOOL ? names[role] : NULL;
+}
+
+/* The content of a message, whose length the program may leave out. */
+static llmcb_str llmcbi_message_text(const llmcb_message *m)
+{
+    return m->content && m->content_len
+               ? llmcbi_slice(m->content, m->content_len)
+               : llmcb_text(m->content);
+}
+
+static bool llmcbi_str_valid(llmcb_str s)
+{
+    return llmcbi_utf8_valid(s.ptr, s.len);
 }
 
 /* What is wrong with a message, or LLMCB_OK. */
 static llmcb_code llmcbi_message_check(const llmcb_message *m, const char **why)
 {
-    size_t i, len = m->content
-                        ? m->content_len ? m->content_len : strlen(m->content)
-                        : 0;
-    llmcbi_json j;
+    size_t i;
 
     *why = NULL;
     if (!llmcb_role_name(m->role)) *why = "a message has an unknown role";
@@ -10275,64 +10308,45 @@ static llmcb_code llmcbi_message_check(const llmcb_message *m, const char **why)
         *why = "a message has n_tool_calls but no tool_calls";
     if (m->role == LLMCB_TOOL && !m->tool_call_id)
         *why = "a tool message has no tool_call_id";
-    if (m->parts) {
-        llmcbi_json_init(&j, m->parts, strlen(m->parts));
-        if (llmcbi_json_raw(&j) != LLMCBI_JSON_ARRAY || !llmcbi_json_whole(&j))
-            *why = "the parts of a message are not a JSON array";
-    }
+    if (m->parts && !llmcbi_json_is_one(llmcb_text(m->parts), LLMCBI_JSON_ARRAY))
+        *why = "the parts of a message are not a JSON array";
     if (*why) return LLMCB_EINVAL;
-    if (!llmcbi_utf8_valid(m->content ? m->content : "", len) ||
-        (m->parts && !llmcbi_utf8_valid(m->parts, strlen(m->parts))) ||
-        (m->name && !llmcbi_utf8_valid(m->name, strlen(m->name))) ||
-        (m->tool_call_id &&
-         !llmcbi_utf8_valid(m->tool_call_id, strlen(m->tool_call_id))))
+    if (!llmcbi_str_valid(llmcbi_message_text(m)) ||
+        !llmcbi_str_valid(llmcb_text(m->parts)) ||
+        !llmcbi_str_valid(llmcb_text(m->name)) ||
+        !llmcbi_str_valid(llmcb_text(m->tool_call_id)))
         *why = "a message is not valid UTF-8";
     for (i = 0; i < m->n_tool_calls; i++) {
         const llmcb_tool_call *c = &m->tool_calls[i];
-        if (!llmcbi_utf8_valid(c->id.ptr, c->id.len) ||
-            !llmcbi_utf8_valid(c->name.ptr, c->name.len) ||
-            !llmcbi_utf8_valid(c->arguments.ptr, c->arguments.len))
+        if (!llmcbi_str_valid(c->id) || !llmcbi_str_valid(c->name) ||
+            !llmcbi_str_valid(c->arguments))
             *why = "a tool call is not valid UTF-8";
     }
     return *why ? LLMCB_EUTF8 : LLMCB_OK;
 }
 
-static void llmcbi_wire_member(const llmcb_allocator *a, llmcbi_buf *b,
-                               const char *name, const char *text)
-{
-    if (!text) return;
-    llmcbi_buf_text(a, b, name);
-    llmcbi_json_quote(a, b, text, strlen(text));
-}
-
 static void llmcbi_wire_message(const llmcb_allocator *a, llmcbi_buf *b,
                                 const llmcb_message *m)
 {
+    llmcb_str text = llmcbi_message_text(m);
     size_t i;
 
-    llmcbi_buf_text(a, b, "{\"role\":\"");
-    llmcbi_buf_text(a, b, llmcb_role_name(m->role));
-    llmcbi_buf_text(a, b, "\",\"content\":");
-    if (m->parts) {
-        llmcbi_buf_text(a, b, m->parts);
-    } else if (m->content && !(m->n_tool_calls && !*m->content)) {
-        llmcbi_json_quote(a, b, m->content,
-                          m->content_len ? m->content_len : strlen(m->content));
-    } else {
-        llmcbi_buf_text(a, b, m->n_tool_calls ? "null" : "\"\"");
-    }
-    llmcbi_wire_member(a, b, ",\"name\":", m->name);
-    llmcbi_wire_member(a, b, ",\"tool_call_id\":", m->tool_call_id);
+    llmcbi_buf_print(a, b, "{\"role\":\"%s\",\"content\":",
+                     llmcb_role_name(m->role));
+    if (m->parts || (m->n_tool_calls && !*text.ptr))
+        llmcbi_buf_text(a, b, m->parts ? m->parts : "null");
+    else
+        llmcbi_buf_print(a, b, "\"%J\"", &text);
+    if (m->name) llmcbi_buf_print(a, b, ",\"name\":\"%j\"", m->name);
+    if (m->tool_call_id)
+        llmcbi_buf_print(a, b, ",\"tool_call_id\":\"%j\"", m->tool_call_id);
     for (i = 0; i < m->n_tool_calls; i++) {
         const llmcb_tool_call *c = &m->tool_calls[i];
-        llmcbi_buf_text(a, b, i ? "," : ",\"tool_calls\":[");
-        llmcbi_buf_text(a, b, "{\"type\":\"function\",\"id\":");
-        llmcbi_json_quote(a, b, c->id.ptr, c->id.len);
-        llmcbi_buf_text(a, b, ",\"function\":{\"name\":");
-        llmcbi_json_quote(a, b, c->name.ptr, c->name.len);
-        llmcbi_buf_text(a, b, ",\"arguments\":");
-        llmcbi_json_quote(a, b, c->arguments.ptr, c->arguments.len);
-        llmcbi_buf_text(a, b, "}}");
+        llmcbi_buf_print(a, b,
+                         "%s{\"type\":\"function\",\"id\":\"%J\",\"function\":"
+                         "{\"name\":\"%J\",\"arguments\":\"%J\"}}",
+                         i ? "," : ",\"tool_calls\":[", &c->id, &c->name,
+                         &c->arguments);
     }
     llmcbi_buf_text(a, b, m->n_tool_calls ? "]}" : "}");
 }
@@ -10352,72 +10366,66 @@ static bool llmcbi_has_member(const char *object, const char *name)
     return false;
 }
 
-/* Appends the members of a JSON object but for those that `except` has. */
+/* Appends the members of a JSON object but for those that x or y has. */
 static void llmcbi_wire_members(const llmcb_allocator *a, llmcbi_buf *b,
-                                const char *object, const char *except)
+                                const char *object, const char *x,
+                                const char *y)
 {
     llmcbi_json j;
+    llmcbi_buf name;
 
     if (!object) return;
+    memset(&name, 0, sizeof name);
     llmcbi_json_init(&j, object, strlen(object));
     llmcbi_json_next(&j);
     while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        llmcb_str key = llmcbi_slice(j.str, j.len);
-        llmcbi_buf name;
-        bool again;
-        memset(&name, 0, sizeof name);
+        llmcb_str key = llmcbi_slice(j.str, j.len), value;
+        name.len = 0;
         llmcbi_json_text(a, &name, &j);
-        if (name.failed) b->failed = true;
-        again = name.ptr && llmcbi_has_member(except, name.ptr);
-        llmcbi_buf_free(a, &name);
         llmcbi_json_raw(&j);
-        if (again) continue;
-        llmcbi_buf_text(a, b, b->len > 1 ? ",\"" : "\"");
-        llmcbi_buf_add(a, b, key.ptr, key.len);
-        llmcbi_buf_text(a, b, "\":");
-        llmcbi_buf_add(a, b, j.str, j.len);
+        value = llmcbi_slice(j.str, j.len);
+        if (name.failed)
+            b->failed = true;
+        else if (!llmcbi_has_member(x, name.ptr) &&
+                 !llmcbi_has_member(y, name.ptr))
+            llmcbi_buf_print(a, b, "%s\"%S\":%S", b->len > 1 ? "," : "", &key,
+                             &value);
     }
-}
-
-/* Appends the name of a member, unless the program's members x and y have
- * it. */
-static bool llmcbi_wire_own(const llmcb_allocator *a, llmcbi_buf *b,
-                            const char *name, const char *x, const char *y)
-{
-    if (llmcbi_has_member(x, name) || llmcbi_has_member(y, name)) return false;
-    llmcbi_buf_text(a, b, b->len > 1 ? ",\"" : "\"");
-    llmcbi_buf_text(a, b, name);
-    llmcbi_buf_text(a, b, "\":");
-    return true;
+    llmcbi_buf_free(a, &name);
 }
 
 /* The members of the request but the messages, as a JSON object; y are those
- * of the call. */
+ * of the call. What the program says wins over what we would say. */
 static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
                                const llmcb_chat_desc *d, bool openai,
                                bool stream, const char *y)
 {
-    const char *x = d->extra;
-    const char *limit = openai ? "max_completion_tokens" : "max_tokens";
-    const char *other = openai ? "max_tokens" : "max_completion_tokens";
+    static const char *const limits[] = { "max_tokens",
+                                          "max_completion_tokens" };
+    const char *x = d->extra, *other = limits[!openai];
+    llmcbi_buf ours;
 
-    llmcbi_buf_text(a, b, "{");
-    if (llmcbi_wire_own(a, b, "model", x, y))
-        llmcbi_json_quote(a, b, d->model, strlen(d->model));
-    if (llmcbi_wire_own(a, b, "stream", x, y))
-        llmcbi_buf_text(a, b, stream ? "true" : "false");
-    if (stream && !d->no_usage && llmcbi_wire_own(a, b, "stream_options", x, y))
-        llmcbi_buf_text(a, b, "{\"include_usage\":true}");
+    memset(&ours, 0, sizeof ours);
+    llmcbi_buf_print(a, &ours, "{\"model\":\"%j\",\"stream\":%s", d->model,
+                     stream ? "true" : "false");
+    if (stream && !d->no_usage)
+        llmcbi_buf_text(a, &ours, ",\"stream_options\":{\"include_usage\":true}");
     if (d->max_tokens > 0 && !llmcbi_has_member(x, other) &&
-        !llmcbi_has_member(y, other) && llmcbi_wire_own(a, b, limit, x, y))
-        llmcbi_buf_int(a, b, d->max_tokens);
-    if (d->n > 1 && llmcbi_wire_own(a, b, "n", x, y))
-        llmcbi_buf_int(a, b, d->n);
-    if (d->tools && llmcbi_wire_own(a, b, "tools", x, y))
-        llmcbi_buf_text(a, b, d->tools);
-    llmcbi_wire_members(a, b, x, y);
-    llmcbi_wire_members(a, b, y, NULL);
+        !llmcbi_has_member(y, other))
+        llmcbi_buf_print(a, &ours, ",\"%s\":%d", limits[openai],
+                         (int64_t)d->max_tokens);
+    if (d->n > 1) llmcbi_buf_print(a, &ours, ",\"n\":%d", (int64_t)d->n);
+    if (d->tools) llmcbi_buf_print(a, &ours, ",\"tools\":%s", d->tools);
+    llmcbi_buf_text(a, &ours, "}");
+    llmcbi_buf_text(a, b, "{");
+    if (ours.failed)
+        b->failed = true;
+    else
+        llmcbi_wire_members(a, b, ours.ptr, x, y);
+    llmcbi_wire_members(a, b, x, y, NULL);
+    llmcbi_wire_members(a, b, y, NULL, NULL);
     llmcbi_buf_text(a, b, "}");
+    llmcbi_buf_free(a, &ours);
 }
 
 /* The whole body: the messages, then the members of `params`. */
@@ -10460,20 +10468,6 @@ static void llmcbi_wire_prompt(const llmcb_allocator *a, llmcbi_buf *b,
 
 /* -- an answer that is kept */
 
-static void llmcbi_wire_text(const llmcb_allocator *a, llmcbi_buf *b,
-                             const char *name, llmcb_str s)
-{
-    llmcbi_buf_text(a, b, name);
-    llmcbi_json_quote(a, b, s.ptr, s.len);
-}
-
-static void llmcbi_wire_number(const llmcb_allocator *a, llmcbi_buf *b,
-                               const char *name, int64_t v)
-{
-    llmcbi_buf_text(a, b, name);
-    llmcbi_buf_int(a, b, v);
-}
-
 /* Writes a result as the completion that brings it. */
 static void llmcbi_wire_result(const llmcb_allocator *a, llmcbi_buf *b,
                                const llmcb_result *r)
@@ -10481,39 +10475,33 @@ static void llmcbi_wire_result(const llmcb_allocator *a, llmcbi_buf *b,
     const llmcb_usage *u = &r->usage;
     size_t i, k;
 
-    llmcbi_wire_text(a, b, "{\"id\":", r->id);
-    llmcbi_wire_text(a, b, ",\"model\":", r->model_name);
-    llmcbi_wire_text(a, b, ",\"system_fingerprint\":", r->system_fingerprint);
-    if (u->known) {
-        llmcbi_wire_number(a, b,
-                           ",\"usage\":{\"prompt_tokens\":", u->input_tokens);
-        llmcbi_wire_number(a, b, ",\"completion_tokens\":", u->output_tokens);
-        llmcbi_wire_number(a, b, ",\"total_tokens\":", u->total_tokens);
-        llmcbi_wire_number(
+    llmcbi_buf_print(a, b, "{\"id\":\"%J\",\"model\":\"%J\",\"system_fingerprint\":\"%J\"",
+                     &r->id, &r->model_name, &r->system_fingerprint);
+    if (u->known)
+        llmcbi_buf_print(
             a, b,
-            ",\"prompt_tokens_details\":{\"cached_tokens\":", u->cached_tokens);
-        llmcbi_wire_number(
-            a, b, "},\"completion_tokens_details\":{\"reasoning_tokens\":",
-            u->reasoning_tokens);
-        llmcbi_buf_text(a, b, "}}");
-    }
+            ",\"usage\":{\"prompt_tokens\":%d,\"completion_tokens\":%d,"
+            "\"total_tokens\":%d,\"prompt_tokens_details\":"
+            "{\"cached_tokens\":%d},\"completion_tokens_details\":"
+            "{\"reasoning_tokens\":%d}}",
+            u->input_tokens, u->output_tokens, u->total_tokens,
+            u->cached_tokens, u->reasoning_tokens);
     for (i = 0; i < r->n_generations; i++) {
         const llmcb_generation *g = &r->generations[i];
-        llmcbi_wire_number(
-            a, b, i ? ",{\"index\":" : ",\"choices\":[{\"index\":", (int64_t)i);
-        llmcbi_wire_text(a, b, ",\"finish_reason\":", g->finish_reason);
-        llmcbi_wire_text(a, b, ",\"message\":{\"content\":", g->text);
-        llmcbi_wire_text(a, b, ",\"refusal\":", g->refusal);
-        llmcbi_wire_text(a, b, ",\"reasoning_content\":", g->reasoning);
+        llmcbi_buf_print(a, b,
+                         "%s{\"index\":%d,\"finish_reason\":\"%J\",\"message\":"
+                         "{\"content\":\"%J\",\"refusal\":\"%J\","
+                         "\"reasoning_content\":\"%J\"",
+                         i ? "," : ",\"choices\":[", (int64_t)i,
+                         &g->finish_reason, &g->text, &g->refusal,
+                         &g->reasoning);
         for (k = 0; k < g->n_tool_calls; k++) {
             const llmcb_tool_call *call = &g->tool_calls[k];
-            llmcbi_wire_number(
-                a, b, k ? ",{\"index\":" : ",\"tool_calls\":[{\"index\":",
-                (int64_t)k);
-            llmcbi_wire_text(a, b, ",\"id\":", call->id);
-            llmcbi_wire_text(a, b, ",\"function\":{\"name\":", call->name);
-            llmcbi_wire_text(a, b, ",\"arguments\":", call->arguments);
-            llmcbi_buf_text(a, b, "}}");
+            llmcbi_buf_print(a, b,
+                             "%s{\"index\":%d,\"id\":\"%J\",\"function\":"
+                             "{\"name\":\"%J\",\"arguments\":\"%J\"}}",
+                             k ? "," : ",\"tool_calls\":[", (int64_t)k,
+                             &call->id, &call->name, &call->arguments);
         }
         llmcbi_buf_text(a, b, k ? "]}}" : "}}");
     }
@@ -11446,8 +11434,9 @@ static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_rarity *r,
         delta->name = llmcbi_raw_whole(at, &piece->name);
         if (!llmcbi_prompt_keep(p, &s->name, delta->name)) return false;
     }
-    if (piece->arguments.len && !(piece->object && s->arguments.len)) {
-        if (piece->object)
+    if (piece->arguments.len &&
+        !(piece->arguments.object && s->arguments.len)) {
+        if (piece->arguments.object)
             delta->arguments = llmcbi_record_utf8(
                 at, llmcbi_slice(piece->arguments.ptr, piece->arguments.len));
         else
@@ -11485,10 +11474,10 @@ static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_rarity *r,
         }
     }
     if (w->function_call.len) {
-        memset(&piece, 0, sizeof piece);
         llmcbi_json_init(&j, w->function_call.ptr, w->function_call.len);
         llmcbi_json_next(&j);
-        llmcbi_wire_function(&j, &piece);
+        llmcbi_wire_function(&j, &piece, 1);
+        piece.index = 0;
         if (!out || llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at)) n++;
     }
     return n;
@@ -11575,7 +11564,8 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
         c->finished = true;
     }
     if (w->logprobs.len) {
-        parts->logprobs = llmcbi_record_utf8(at, w->logprobs);
+        parts->logprobs = llmcbi_record_utf8(
+            at, llmcbi_slice(w->logprobs.ptr, w->logprobs.len));
         if (!llmcbi_prompt_logprobs(p, &r->logprobs, parts->logprobs))
             return false;
     }
@@ -14267,7 +14257,9 @@ static bool llmcbi_arguments_wrong(char *why, size_t cap, const char *text,
 
     llmcbi_copy_clean(why, cap, text, strlen(text));
     used = strlen(why);
-    if (name) llmcbi_json_clean(why + used, cap - used, name);
+    if (name)
+        llmcbi_json_clean(why + used, cap - used,
+                          llmcbi_slice(name->str, name->len));
     return false;
 }
 
@@ -14533,20 +14525,22 @@ static void llmcbi_agent_extra(llmcbi_agent *g, const char *extra)
     size_t i;
 
     llmcbi_buf_text(a, b, "{");
-    llmcbi_wire_members(a, b, extra, NULL);
-    if (g->d.n_tools && llmcbi_wire_own(a, b, "tools", extra, NULL)) {
+    llmcbi_wire_members(a, b, extra, NULL, NULL);
+    if (g->d.n_tools && !llmcbi_has_member(extra, "tools")) {
+        llmcbi_buf_text(a, b, b->len > 1 ? ",\"tools\":" : "\"tools\":");
         for (i = 0; i < g->d.n_tools; i++) {
             const llmcb_tool *t = &g->d.tools[i];
-            llmcbi_buf_text(a, b, i ? ",{" : "[{");
-            llmcbi_buf_text(a, b, "\"type\":\"function\",\"function\":{");
-            llmcbi_wire_member(a, b, "\"name\":", t->name);
-            llmcbi_wire_member(a, b, ",\"description\":", t->description);
-            llmcbi_buf_text(a, b, ",\"parameters\":");
-            llmcbi_buf_text(a, b,
-                            t->parameters ? t->parameters
-                                          : "{\"type\":\"object\","
-                                            "\"properties\":{}}");
-            llmcbi_buf_text(a, b, "}}");
+            llmcbi_buf_print(a, b,
+                             "%s{\"type\":\"function\",\"function\":"
+                             "{\"name\":\"%j\"",
+                             i ? "," : "[", t->name);
+            if (t->description)
+                llmcbi_buf_print(a, b, ",\"description\":\"%j\"",
+                                 t->description);
+            llmcbi_buf_print(a, b, ",\"parameters\":%s}}",
+                             t->parameters ? t->parameters
+                                           : "{\"type\":\"object\","
+                                             "\"properties\":{}}");
         }
         llmcbi_buf_text(a, b, "]");
     }
@@ -14727,6 +14721,7 @@ static llmcbi_work *llmcbi_agent_invalid(llmcbi_agent *g,
     llmcb_agent_desc d = g->d;
     llmcbi_buf names, arguments;
     llmcbi_work *w = NULL;
+    llmcb_str known;
     size_t i;
 
     d.approve = NULL; /* nothing is called */
@@ -14736,11 +14731,11 @@ static llmcbi_work *llmcbi_agent_invalid(llmcbi_agent *g,
         if (i) llmcbi_buf_text(a, &names, ", ");
         llmcbi_buf_text(a, &names, g->d.tools[i].name);
     }
-    llmcbi_buf_text(a, &arguments, "{\"requested_tool_name\":");
-    llmcbi_json_quote(a, &arguments, call->name.ptr, call->name.len);
-    llmcbi_buf_text(a, &arguments, ",\"available_tool_names\":");
-    llmcbi_json_quote(a, &arguments, names.ptr, names.len);
-    llmcbi_buf_text(a, &arguments, "}");
+    known = llmcbi_buf_str(&names);
+    llmcbi_buf_print(a, &arguments,
+                     "{\"requested_tool_name\":\"%J\","
+                     "\"available_tool_names\":\"%J\"}",
+                     &call->name, &known);
     instead.arguments = llmcbi_buf_str(&arguments);
     if (!names.failed && !arguments.failed)
         w = llmcbi_tool_new(g->w->op.loop, &tool, &instead, &d, config);
