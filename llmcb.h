@@ -2662,9 +2662,9 @@ static void llmcbi_json_text(const llmcb_allocator *a, llmcbi_buf *b,
 }
 
 /* The inside of a string into a small array, cut and cleaned for people. */
-static void llmcbi_json_clean(char *out, size_t cap, llmcb_str in)
+static void llmcbi_json_clean(char *out, size_t cap, const char *s, size_t len)
 {
-    const char *s = in.ptr, *end = s + (in.len < 256 ? in.len : 256);
+    const char *end = len < 256 ? s + len : s + 256;
     char plain[3 * 6 + 6];
     llmcbi_carry c;
 
@@ -9749,12 +9749,14 @@ typedef struct llmcbi_wanted {
 
 #define LLMCBI_WANTED(level, opens, types, at, name) \
     { level, opens, types, (uint16_t)(at), sizeof(name) - 1, name }
-#define LLMCBI_A_NUMBER (1 << LLMCBI_JSON_NUMBER)
-#define LLMCBI_A_STRING (1 << LLMCBI_JSON_STRING)
-#define LLMCBI_AN_OBJECT (1 << LLMCBI_JSON_OBJECT)
-#define LLMCBI_AN_ARRAY (1 << LLMCBI_JSON_ARRAY)
-/* Without a number there is -1, not 0; a text that is empty is as none. */
-#define LLMCBI_OR_NONE 1
+#define LLMCBI_A_NUMBER (1u << LLMCBI_JSON_NUMBER)
+#define LLMCBI_A_STRING (1u << LLMCBI_JSON_STRING)
+#define LLMCBI_AN_OBJECT (1u << LLMCBI_JSON_OBJECT)
+#define LLMCBI_AN_ARRAY (1u << LLMCBI_JSON_ARRAY)
+/* A value of another type changes nothing; a number is -1 then, not 0. */
+#define LLMCBI_OR_NONE (1u << LLMCBI_JSON_END)
+/* Neither does an empty string. */
+#define LLMCBI_OR_EMPTY (1u << LLMCBI_JSON_KEY)
 
 /* Keeps the value that j has just passed and that begins at `start`. */
 static void llmcbi_wire_keep(const llmcbi_json *j, llmcbi_json_type type,
@@ -9765,15 +9767,16 @@ static void llmcbi_wire_keep(const llmcbi_json *j, llmcbi_json_type type,
     bool fits = (types >> type & 1) != 0;
     int64_t v;
 
-    if (types & LLMCBI_A_NUMBER) {
+    if ((types & ~LLMCBI_OR_NONE) == LLMCBI_A_NUMBER) {
         if (!fits || !llmcbi_json_int(j, &v) || v < 0)
-            v = -(int64_t)(types & LLMCBI_OR_NONE);
+            v = types & LLMCBI_OR_NONE ? -1 : 0;
         *(int64_t *)to = v < most ? v : most;
-    } else if (fits && type != LLMCBI_JSON_STRING) {
+    } else if (fits && type <= LLMCBI_JSON_ARRAY) {
         raw->ptr = start;
         raw->len = (size_t)(j->p - start);
         raw->object = true;
-    } else if (!(types & LLMCBI_OR_NONE) || (fits && j->len)) {
+    } else if (fits ? j->len || !(types & LLMCBI_OR_EMPTY)
+                    : !(types & LLMCBI_OR_NONE)) {
         raw->ptr = fits ? j->str : NULL;
         raw->len = fits ? j->len : 0;
         raw->plain = !j->escaped && !j->high;
@@ -9815,7 +9818,8 @@ static bool llmcbi_wire_object(llmcbi_json *j, const llmcbi_wanted *all,
             continue;
         }
         llmcbi_json_skip(j, type);
-        if (m->types & ~1u) llmcbi_wire_keep(j, type, start, m->types, to);
+        if (m->types & ~LLMCBI_OR_NONE)
+            llmcbi_wire_keep(j, type, start, m->types, to);
     }
     return false;
 }
@@ -9846,9 +9850,9 @@ static bool llmcbi_wire_next_choice(llmcbi_json *j, llmcbi_wire_choice *c)
         LLMCBI_WANTED(0, 0, LLMCBI_AN_OBJECT, LLMCBI_AT(logprobs), "logprobs"),
         LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(text), "content"),
         LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(refusal), "refusal"),
-        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_OR_EMPTY,
                       LLMCBI_AT(reasoning), "reasoning_content"),
-        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_OR_EMPTY,
                       LLMCBI_AT(reasoning), "reasoning"), /* some send both */
         LLMCBI_WANTED(1, 0, LLMCBI_AN_ARRAY, LLMCBI_AT(tool_calls),
                       "tool_calls"),
@@ -9952,45 +9956,45 @@ static bool llmcbi_wire_read(const char *ptr, size_t len, llmcbi_wire_event *ev,
 }
 
 /* What a provider says of an error: an object with message, type and code
- * (perhaps inside "error"), or a string. */
+ * (perhaps inside "error", then that alone counts), or a string. */
 static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
 {
+    struct said {
+        llmcbi_raw message, type, code;
+    } said;
+#define LLMCBI_AT(m) offsetof(struct said, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, 0, 0, "error"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE, LLMCBI_AT(message), "message"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE, LLMCBI_AT(type), "type"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_A_NUMBER, LLMCBI_AT(code),
+                      "code"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
     llmcbi_json j;
     llmcbi_json_type type;
-    char message[sizeof e->message];
+    size_t used;
 
+    memset(&said, 0, sizeof said);
     llmcbi_json_init(&j, ptr, len);
-    type = llmcbi_json_next(&j);
-    *message = '\0';
-    if (type == LLMCBI_JSON_STRING)
-        llmcbi_json_clean(message, sizeof message, llmcbi_slice(j.str, j.len));
-    while (type == LLMCBI_JSON_OBJECT &&
-           llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        bool is_error = llmcbi_json_is(&j, "error");
-        bool is_code = llmcbi_json_is(&j, "code");
-        char *to = is_error || llmcbi_json_is(&j, "message") ? message
-                   : llmcbi_json_is(&j, "type")              ? e->type
-                   : is_code ? e->provider_code
-                             : NULL;
-        size_t cap = to == message   ? sizeof message
-                     : to == e->type ? sizeof e->type
-                                     : sizeof e->provider_code;
-        llmcbi_json value = j;
-        type = llmcbi_json_raw(&j);
-        llmcbi_json_next(&value);
-        if (is_error && type == LLMCBI_JSON_OBJECT) { /* that alone counts */
-            j = value;
-            *message = '\0';
-            continue;
-        }
-        if (to && (type == LLMCBI_JSON_STRING ||
-                   (type == LLMCBI_JSON_NUMBER && is_code)))
-            llmcbi_json_clean(to, cap, llmcbi_slice(value.str, value.len));
-        type = LLMCBI_JSON_OBJECT;
-    }
-    if (!*message) return;
+    do {
+        type = llmcbi_json_next(&j);
+        if (type == LLMCBI_JSON_OBJECT)
+            said.message.len = 0;
+        else
+            llmcbi_json_skip(&j, type);
+        llmcbi_wire_keep(&j, type, NULL, LLMCBI_A_STRING | LLMCBI_OR_NONE, &said.message);
+    } while ((type == LLMCBI_JSON_OBJECT || j.depth) &&
+             llmcbi_wire_object(&j, members, 0, &said));
+    llmcbi_json_clean(e->type, sizeof e->type, said.type.ptr, said.type.len);
+    llmcbi_json_clean(e->provider_code, sizeof e->provider_code, said.code.ptr,
+                      said.code.len);
+    if (!said.message.len) return;
     llmcbi_error_add(e, ": ", 2);
-    llmcbi_error_add(e, message, strlen(message));
+    used = strlen(e->message);
+    llmcbi_json_clean(e->message + used, sizeof e->message - used,
+                      said.message.ptr, said.message.len);
 }
 
 /* -- the answer as it grows */
@@ -14258,8 +14262,7 @@ static bool llmcbi_arguments_wrong(char *why, size_t cap, const char *text,
     llmcbi_copy_clean(why, cap, text, strlen(text));
     used = strlen(why);
     if (name)
-        llmcbi_json_clean(why + used, cap - used,
-                          llmcbi_slice(name->str, name->len));
+        llmcbi_json_clean(why + used, cap - used, name->str, name->len);
     return false;
 }
 
