@@ -2664,7 +2664,7 @@ static void llmcbi_json_text(const llmcb_allocator *a, llmcbi_buf *b,
 /* The inside of a string into a small array, cut and cleaned for people. */
 static void llmcbi_json_clean(char *out, size_t cap, const char *s, size_t len)
 {
-    const char *end = len < 256 ? s + len : s + 256;
+    const char *end = s ? s + (len < 256 ? len : 256) : NULL;
     char plain[3 * 6 + 6];
     llmcbi_carry c;
 
@@ -10072,8 +10072,8 @@ static void llmcbi_rarity_free(const llmcb_allocator *a, llmcbi_rarity *r)
         llmcbi_buf_free(a, &r->tools[k].name);
         llmcbi_buf_free(a, &r->tools[k].arguments);
     }
-    llmcbi_free(a, r->tools, r->tools_cap * sizeof *r->tools);
-    llmcbi_free(a, r->calls, r->tools_cap * sizeof *r->calls);
+    llmcbi_free(a, r->tools,
+                r->tools_cap * (sizeof *r->tools + sizeof *r->calls));
     llmcbi_free(a, r, sizeof *r);
 }
 
@@ -10086,50 +10086,46 @@ static void llmcbi_answer_free(const llmcb_allocator *a, llmcbi_answer *w)
         llmcbi_str_free(a, w->generations[i].finish_reason);
         if (w->choices[i].rare) llmcbi_rarity_free(a, w->choices[i].rare);
     }
-    llmcbi_free(a, w->choices, w->cap * sizeof *w->choices);
-    llmcbi_free(a, w->generations, w->cap * sizeof *w->generations);
+    llmcbi_free(a, w->choices,
+                w->cap * (sizeof *w->choices + sizeof *w->generations));
     llmcbi_str_free(a, w->result.model_name);
     llmcbi_str_free(a, w->result.id);
     llmcbi_str_free(a, w->result.system_fingerprint);
 }
 
-/* Two arrays that grow side by side, so that showing the answer needs no
+/* Makes room in two arrays that grow side by side, so that showing the answer
+ * needs no memory: the second stands behind the first, in one block. NULL: no
  * memory. */
-static bool llmcbi_grow_pair(const llmcb_allocator *a, void **x, size_t xs,
-                             void **y, size_t ys, size_t *cap, size_t want)
+static void *llmcbi_grow_pair(const llmcb_allocator *a, void *block, size_t xs,
+                              size_t ys, size_t *cap, size_t want)
 {
-    size_t n = *cap ? *cap : 1;
-    void *p, *q;
+    size_t n = *cap ? *cap : 1, had = *cap;
+    char *grown;
 
-    if (want <= *cap) return true;
+    if (want <= had) return block;
     while (n < want)
         n *= 2;
-    q = llmcbi_alloc(a, n * ys);
-    if (!q) return false;
-    p = llmcbi_resize(a, *x, *cap * xs, n * xs);
-    if (!p) {
-        llmcbi_free(a, q, n * ys);
-        return false;
+    grown = (char *)llmcbi_alloc(a, n * (xs + ys));
+    if (!grown) return NULL;
+    if (had) {
+        memcpy(grown, block, had * xs);
+        memcpy(grown + n * xs, (char *)block + had * xs, had * ys);
     }
-    memset((char *)p + *cap * xs, 0, (n - *cap) * xs);
-    if (*cap) memcpy(q, *y, *cap * ys);
-    llmcbi_free(a, *y, *cap * ys);
-    *x = p;
-    *y = q;
+    llmcbi_free(a, block, had * (xs + ys));
     *cap = n;
-    return true;
+    return grown;
 }
 
 static llmcbi_choice *llmcbi_answer_choice(const llmcb_allocator *a,
                                            llmcbi_answer *w, size_t index)
 {
-    void *x = w->choices, *y = w->generations;
-    bool ok = llmcbi_grow_pair(a, &x, sizeof *w->choices, &y,
-                               sizeof *w->generations, &w->cap, index + 1);
+    void *block =
+        llmcbi_grow_pair(a, w->choices, sizeof *w->choices,
+                         sizeof *w->generations, &w->cap, index + 1);
 
-    w->choices = (llmcbi_choice *)x;
-    w->generations = (llmcb_generation *)y;
-    if (!ok) return NULL;
+    if (!block) return NULL;
+    w->choices = (llmcbi_choice *)block;
+    w->generations = (llmcb_generation *)(void *)(w->choices + w->cap);
     if (w->n <= index) w->n = index + 1;
     return &w->choices[index];
 }
@@ -11397,8 +11393,7 @@ static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
                                             const llmcbi_tool_piece *piece)
 {
     size_t i = llmcbi_tool_find(r, piece);
-    void *x = r->tools, *y = r->calls;
-    bool ok;
+    void *block;
 
     if (i < r->n_tools) return &r->tools[i];
     if (i >= p->chat->d.limits.tool_calls) {
@@ -11406,14 +11401,14 @@ static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
                            "more tool calls than limits.tool_calls");
         return NULL;
     }
-    ok = llmcbi_grow_pair(llmcbi_prompt_alloc(p), &x, sizeof *r->tools, &y,
-                          sizeof *r->calls, &r->tools_cap, i + 1);
-    r->tools = (llmcbi_tool_slot *)x;
-    r->calls = (llmcb_tool_call *)y;
-    if (!ok) {
+    block = llmcbi_grow_pair(llmcbi_prompt_alloc(p), r->tools, sizeof *r->tools,
+                             sizeof *r->calls, &r->tools_cap, i + 1);
+    if (!block) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return NULL;
     }
+    r->tools = (llmcbi_tool_slot *)block;
+    r->calls = (llmcb_tool_call *)(void *)(r->tools + r->tools_cap);
     r->n_tools++;
     r->tools[i].index = piece->index;
     return &r->tools[i];
