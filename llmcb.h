@@ -1871,13 +1871,6 @@ static const char *llmcbi_decimal(char *out, int64_t v)
     return p;
 }
 
-static void llmcbi_buf_int(const llmcb_allocator *a, llmcbi_buf *b, int64_t v)
-{
-    char digits[24];
-
-    llmcbi_buf_text(a, b, llmcbi_decimal(digits, v));
-}
-
 static llmcb_str llmcbi_buf_str(const llmcbi_buf *b)
 {
     return b->len ? llmcbi_slice(b->ptr, b->len) : llmcbi_slice("", 0);
@@ -2315,10 +2308,10 @@ static inline const char *llmcbi_json_plain(const char *p, const char *end)
 static const char llmcbi_json_letters[] = "\"\\/bfnrt";
 static const char llmcbi_json_meant[] = "\"\\/\b\f\n\r\t";
 
-/* A string, whose opening quote is there. */
+/* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
 {
-    const char *p = j->p + 1, *end = j->end;
+    const char *p = j->p, *end = j->end;
 
     j->str = p;
     j->escaped = j->high = false;
@@ -2433,6 +2426,7 @@ static llmcbi_json_type llmcbi_json_value(llmcbi_json *j)
     case '{':
     case '[': return llmcbi_json_open(j, *j->p++ == '{');
     case '"':
+        j->p++;
         type = LLMCBI_JSON_STRING;
         ok = llmcbi_json_string(j);
         break;
@@ -2460,7 +2454,7 @@ static llmcbi_json_type llmcbi_json_value(llmcbi_json *j)
 
 static llmcbi_json_type llmcbi_json_key(llmcbi_json *j)
 {
-    if (*j->p != '"' || !llmcbi_json_string(j)) return llmcbi_json_fail(j);
+    if (*j->p++ != '"' || !llmcbi_json_string(j)) return llmcbi_json_fail(j);
     llmcbi_json_space(j);
     if (j->p == j->end || *j->p != ':') return llmcbi_json_fail(j);
     j->p++;
@@ -7706,20 +7700,13 @@ static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
     for (i = 0; i < q->n_headers; i++)
         size += strlen(q->headers[i].key) + strlen(q->headers[i].value) + 4;
     if (!llmcbi_buf_reserve(a, b, size)) return;
-    llmcbi_buf_text(a, b, q->method);
-    llmcbi_buf_add(a, b, " ", 1);
-    llmcbi_buf_add(a, b, u->target.ptr, u->target.len);
-    llmcbi_buf_text(a, b, " HTTP/1.1\r\nHost: ");
-    llmcbi_buf_add(a, b, u->authority.ptr, u->authority.len);
-    llmcbi_buf_text(a, b, "\r\nContent-Length: ");
-    llmcbi_buf_int(a, b, (int64_t)q->body_len);
-    llmcbi_buf_text(a, b, "\r\n");
-    for (i = 0; i < q->n_headers; i++) {
-        llmcbi_buf_text(a, b, q->headers[i].key);
-        llmcbi_buf_text(a, b, ": ");
-        llmcbi_buf_text(a, b, q->headers[i].value);
-        llmcbi_buf_text(a, b, "\r\n");
-    }
+    llmcbi_buf_print(a, b,
+                     "%s %S HTTP/1.1\r\nHost: %S\r\nContent-Length: %d\r\n",
+                     q->method, &u->target, &u->authority,
+                     (int64_t)q->body_len);
+    for (i = 0; i < q->n_headers; i++)
+        llmcbi_buf_print(a, b, "%s: %s\r\n", q->headers[i].key,
+                         q->headers[i].value);
     llmcbi_buf_text(a, b, "\r\n");
 }
 
@@ -8998,17 +8985,15 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
 
 /* One response to play, owned by the transport. */
 typedef struct llmcbi_tape {
-    char *bytes;
-    size_t len, size;
-    llmcb_segment *segments;
-    size_t n_segments;
+    llmcbi_buf bytes;
+    llmcbi_buf borders; /* of llmcb_segment */
     llmcb_replay_end end;
 } llmcbi_tape;
 
 typedef struct llmcbi_replay {
     llmcb_transport base;
-    llmcbi_tape *tapes;
-    size_t n_tapes, cap, turn;
+    llmcbi_buf tapes; /* of llmcbi_tape */
+    size_t n_tapes, turn;
     char missing[96]; /* what could not be read */
     bool no_delays;
     bool failed; /* no memory */
@@ -9051,13 +9036,22 @@ static void llmcbi_player_end(llmcbi_player *p, llmcb_ending ending,
     llmcb_exchange_end(p->x, ending, code, sys_errno, message);
 }
 
-static size_t llmcbi_tape_offset(const llmcbi_tape *t, size_t segment)
+static llmcb_segment *llmcbi_tape_segments(const llmcbi_tape *t, size_t *n)
 {
-    size_t at = segment == 0              ? 0
-                : segment < t->n_segments ? t->segments[segment].offset
-                                          : t->len;
+    *n = t->borders.len / sizeof(llmcb_segment);
+    return (llmcb_segment *)(void *)t->borders.ptr;
+}
 
-    return at < t->len ? at : t->len;
+static const char *llmcbi_tape_at(const llmcbi_tape *t, size_t segment)
+{
+    size_t n, at = t->bytes.len;
+    const llmcb_segment *s = llmcbi_tape_segments(t, &n);
+
+    if (segment == 0)
+        at = 0;
+    else if (segment < n && s[segment].offset < at)
+        at = s[segment].offset;
+    return t->bytes.ptr + at;
 }
 
 /* What follows the last byte. */
@@ -9083,11 +9077,11 @@ static void llmcbi_player_over(llmcbi_player *p)
 /* Waits for the delay of the next segment, or does without. */
 static void llmcbi_player_next(llmcbi_player *p)
 {
-    const llmcbi_tape *t = p->tape;
+    size_t n;
+    const llmcb_segment *s = llmcbi_tape_segments(p->tape, &n);
     int64_t ms = 0;
 
-    if (p->segment < t->n_segments && !p->replay->no_delays)
-        ms = t->segments[p->segment].delay_ms;
+    if (p->segment < n && !p->replay->no_delays) ms = s[p->segment].delay_ms;
     if (ms > 0)
         llmcbi_timer_start(p->x->tr->loop, &p->timer, ms);
     else
@@ -9100,6 +9094,7 @@ static void llmcbi_player_play(llmcbi_ready *r)
     const llmcbi_tape *t = p->tape;
     const char *at, *end;
     llmcbi_h1_type type;
+    size_t n;
 
     if (!t) {
         llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ESYS, 0, p->replay->missing);
@@ -9117,12 +9112,13 @@ static void llmcbi_player_play(llmcbi_ready *r)
         return;
     }
     if (p->x->paused) return;
-    if (p->segment && p->segment >= t->n_segments) {
+    llmcbi_tape_segments(t, &n);
+    if (p->segment && p->segment >= n) {
         llmcbi_player_over(p);
         return;
     }
-    at = t->bytes + llmcbi_tape_offset(t, p->segment);
-    end = t->bytes + llmcbi_tape_offset(t, ++p->segment);
+    at = llmcbi_tape_at(t, p->segment);
+    end = llmcbi_tape_at(t, ++p->segment);
     type = llmcbi_h1_drive(p->x->tr->loop, &p->h1, p->x, &at, end);
     if (type == LLMCBI_H1_END)
         llmcbi_player_end(p, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
@@ -9147,7 +9143,7 @@ static llmcb_code llmcbi_replay_start(llmcb_transport *tr, llmcb_exchange *x,
 
     p->x = x;
     p->replay = r;
-    if (r->n_tapes) p->tape = &r->tapes[r->turn];
+    if (r->n_tapes) p->tape = (llmcbi_tape *)(void *)r->tapes.ptr + r->turn;
     p->ready.fn = llmcbi_player_play;
     llmcbi_h1_init(&p->h1, request->limits);
     if (!llmcbi_timer_init(tr->loop, &p->timer, llmcbi_player_timer))
@@ -9176,68 +9172,48 @@ static void llmcbi_replay_free(llmcb_transport *tr)
 {
     llmcbi_replay *r = (llmcbi_replay *)(void *)tr;
     const llmcb_allocator *a = &tr->loop->alloc;
-    size_t i;
+    llmcbi_tape *t = (llmcbi_tape *)(void *)r->tapes.ptr;
 
-    for (i = 0; i < r->n_tapes; i++) {
-        llmcbi_free(a, r->tapes[i].bytes, r->tapes[i].size);
-        llmcbi_free(a, r->tapes[i].segments,
-                    r->tapes[i].n_segments * sizeof *r->tapes[i].segments);
+    for (; r->n_tapes; r->n_tapes--, t++) {
+        llmcbi_buf_free(a, &t->bytes);
+        llmcbi_buf_free(a, &t->borders);
     }
-    llmcbi_free(a, r->tapes, r->cap * sizeof *r->tapes);
+    llmcbi_buf_free(a, &r->tapes);
     llmcbi_free(a, r, sizeof *r);
 }
 
-static llmcbi_tape *llmcbi_tape_add(llmcbi_replay *r)
+/* Takes over what is in t. A border that lies before another is moved to it:
+ * nothing comes twice. */
+static void llmcbi_tape_add(llmcbi_replay *r, llmcbi_tape *t)
 {
-    if (r->n_tapes == r->cap) {
-        size_t cap = r->cap ? 2 * r->cap : 4;
-        llmcbi_tape *tapes = (llmcbi_tape *)llmcbi_resize(
-            &r->base.loop->alloc, r->tapes, r->cap * sizeof *tapes,
-            cap * sizeof *tapes);
-        if (!tapes) return NULL;
-        r->tapes = tapes;
-        r->cap = cap;
+    const llmcb_allocator *a = &r->base.loop->alloc;
+    size_t i, n;
+    llmcb_segment *s = llmcbi_tape_segments(t, &n);
+
+    for (i = 1; i < n; i++)
+        if (s[i].offset < s[i - 1].offset) s[i].offset = s[i - 1].offset;
+    llmcbi_buf_add(a, &r->tapes, (const char *)t, sizeof *t);
+    if (r->tapes.failed || t->bytes.failed || t->borders.failed)
+        r->failed = true;
+    if (!r->tapes.failed) {
+        r->n_tapes++;
+        return;
     }
-    memset(&r->tapes[r->n_tapes], 0, sizeof *r->tapes);
-    return &r->tapes[r->n_tapes++];
+    llmcbi_buf_free(a, &t->bytes);
+    llmcbi_buf_free(a, &t->borders);
 }
 
-static bool llmcbi_tape_segments(llmcbi_replay *r, llmcbi_tape *t, size_t n)
+static void llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
 {
-    if (!n) return true;
-    t->segments = (llmcb_segment *)llmcbi_alloc(&r->base.loop->alloc,
-                                                n * sizeof *t->segments);
-    if (t->segments) t->n_segments = n;
-    return t->segments != NULL;
-}
+    const llmcb_allocator *a = &r->base.loop->alloc;
+    llmcbi_tape t;
 
-/* A border that lies before another is moved to it: nothing comes twice. */
-static void llmcbi_tape_order(llmcbi_tape *t)
-{
-    size_t i;
-
-    for (i = 1; i < t->n_segments; i++)
-        if (t->segments[i].offset < t->segments[i - 1].offset)
-            t->segments[i].offset = t->segments[i - 1].offset;
-}
-
-static bool llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
-{
-    llmcbi_tape *t = llmcbi_tape_add(r);
-
-    if (!t) return false;
-    t->end = rec->end;
-    t->bytes = (char *)llmcbi_alloc(&r->base.loop->alloc, rec->len + 1);
-    if (!t->bytes) return false;
-    t->size = rec->len + 1;
-    t->len = rec->len;
-    if (rec->len) memcpy(t->bytes, rec->bytes, rec->len);
-    if (!llmcbi_tape_segments(r, t, rec->n_segments)) return false;
-    if (rec->n_segments)
-        memcpy(t->segments, rec->segments,
-               rec->n_segments * sizeof *t->segments);
-    llmcbi_tape_order(t);
-    return true;
+    memset(&t, 0, sizeof t);
+    t.end = rec->end;
+    llmcbi_buf_add(a, &t.bytes, rec->bytes, rec->len);
+    llmcbi_buf_add(a, &t.borders, (const char *)rec->segments,
+                   rec->n_segments * sizeof *rec->segments);
+    llmcbi_tape_add(r, &t);
 }
 
 /* NAME.http, NAME-2.http ..., NAME.segments.json ...: stem, number, ending */
@@ -9248,12 +9224,9 @@ static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
     size_t len = strlen(path);
 
     if (len > 5 && strcmp(path + len - 5, ".http") == 0) len -= 5;
-    b->len = 0;
+    memset(b, 0, sizeof *b);
     llmcbi_buf_add(a, b, path, len);
-    if (number > 1) {
-        llmcbi_buf_add(a, b, "-", 1);
-        llmcbi_buf_int(a, b, (int64_t)number);
-    }
+    if (number > 1) llmcbi_buf_print(a, b, "-%d", (int64_t)number);
     llmcbi_buf_text(a, b, ending);
 }
 
@@ -9281,7 +9254,6 @@ static bool llmcbi_read_file(const llmcb_allocator *a, llmcbi_buf *b,
     int fd = llmcbi_open_file(path, O_RDONLY);
     ssize_t n = -1;
 
-    b->len = 0;
     if (fd < 0) return false;
     while (llmcbi_buf_reserve(a, b, 16384)) {
         n = LLMCBI_SYS(read)(fd, b->ptr + b->len, 16384);
@@ -9293,30 +9265,29 @@ static bool llmcbi_read_file(const llmcb_allocator *a, llmcbi_buf *b,
     return n == 0 && !b->failed;
 }
 
-/* [[offset, delay], ...]; counts, or fills when there is somewhere to. */
-static size_t llmcbi_tape_read_segments(llmcbi_json *j, llmcb_segment *out)
+/* [[offset, delay], ...] */
+static bool llmcbi_tape_read_segments(const llmcb_allocator *a,
+                                      llmcbi_buf *borders, llmcbi_json *j)
 {
-    size_t n = 0;
+    llmcb_segment s;
     int64_t v[2];
     int i;
 
-    if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY) return 0;
+    if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY) return false;
     while (llmcbi_json_next(j) == LLMCBI_JSON_ARRAY) {
         for (i = 0; i < 2; i++)
             if (llmcbi_json_next(j) != LLMCBI_JSON_NUMBER ||
                 !llmcbi_json_int(j, &v[i]) || v[i] < 0)
-                return 0;
-        if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY_END) return 0;
-        if (out) {
-            out[n].offset = (size_t)v[0];
-            out[n].delay_ms = v[1];
-        }
-        n++;
+                return false;
+        if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY_END) return false;
+        s.offset = (size_t)v[0];
+        s.delay_ms = v[1];
+        llmcbi_buf_add(a, borders, (const char *)&s, sizeof s);
     }
-    return n;
+    return borders->len > 0;
 }
 
-static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
+static bool llmcbi_tape_borders(const llmcb_allocator *a, llmcbi_tape *t,
                                 llmcb_str text)
 {
     llmcbi_json j;
@@ -9332,12 +9303,11 @@ static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
                      : llmcbi_json_is(&j, "refuse") ? LLMCB_REPLAY_REFUSE
                                                     : LLMCB_REPLAY_KEEP;
         } else if (llmcbi_json_is(&j, "segments")) {
-            llmcbi_json again = j;
-            size_t n = llmcbi_tape_read_segments(&again, NULL);
-            if (!n || t->segments || !llmcbi_tape_segments(r, t, n))
+            if (t->borders.len) return false;
+            if (!llmcbi_tape_read_segments(a, &t->borders, &j)) {
+                t->borders.len = 0;
                 return false;
-            llmcbi_tape_read_segments(&j, t->segments);
-            llmcbi_tape_order(t);
+            }
         } else {
             llmcbi_json_skip(&j, llmcbi_json_next(&j));
         }
@@ -9345,33 +9315,38 @@ static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
     return type == LLMCBI_JSON_OBJECT_END;
 }
 
+static bool llmcbi_tape_read(llmcbi_replay *r, llmcbi_buf *b, const char *path,
+                             size_t number, const char *ending)
+{
+    const llmcb_allocator *a = &r->base.loop->alloc;
+    llmcbi_buf name;
+    bool ok;
+
+    memset(b, 0, sizeof *b);
+    llmcbi_tape_name(a, &name, path, number, ending);
+    ok = !name.failed && llmcbi_read_file(a, b, name.ptr);
+    if (name.failed || b->failed) r->failed = true;
+    llmcbi_buf_free(a, &name);
+    if (!ok) llmcbi_buf_free(a, b);
+    return ok;
+}
+
 /* false: there is no such file, or it is not a recording. */
 static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
 {
     const llmcb_allocator *a = &r->base.loop->alloc;
-    llmcbi_buf name, text;
-    llmcbi_tape *t;
-    bool ok;
+    llmcbi_buf text;
+    llmcbi_tape t;
+    bool ok = true;
 
-    memset(&name, 0, sizeof name);
-    memset(&text, 0, sizeof text);
-    llmcbi_tape_name(a, &name, path, number, ".http");
-    ok = !name.failed && llmcbi_read_file(a, &text, name.ptr);
-    t = ok ? llmcbi_tape_add(r) : NULL;
-    if (t) {
-        t->bytes = text.ptr;
-        t->len = text.len;
-        t->size = text.cap;
-        t->end = LLMCB_REPLAY_CLOSE;
-        memset(&text, 0, sizeof text);
-        llmcbi_tape_name(a, &name, path, number, ".segments.json");
-        if (!name.failed && llmcbi_read_file(a, &text, name.ptr))
-            ok = llmcbi_tape_borders(r, t, llmcbi_buf_str(&text));
-    }
-    r->failed = r->failed || name.failed || text.failed || (ok && !t);
-    llmcbi_buf_free(a, &name);
+    memset(&t, 0, sizeof t);
+    t.end = LLMCB_REPLAY_CLOSE;
+    if (!llmcbi_tape_read(r, &t.bytes, path, number, ".http")) return false;
+    if (llmcbi_tape_read(r, &text, path, number, ".segments.json"))
+        ok = llmcbi_tape_borders(a, &t, llmcbi_buf_str(&text));
     llmcbi_buf_free(a, &text);
-    return ok && t != NULL;
+    llmcbi_tape_add(r, &t);
+    return ok && !r->failed;
 }
 #else
 static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
@@ -9386,38 +9361,38 @@ static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
 LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
                                              const llmcb_replay_desc *desc)
 {
+    static const llmcb_transport base = { sizeof(llmcbi_player),
+                                          llmcbi_replay_start,
+                                          llmcbi_replay_resume,
+                                          llmcbi_replay_stop,
+                                          llmcbi_replay_stop,
+                                          llmcbi_replay_free,
+                                          NULL,
+                                          NULL };
+    static const char why[] = "no recording can be read from ";
     llmcbi_replay *r;
     size_t i;
-    bool ok = true;
 
     if (llmcbi_enter(loop) != LLMCB_OK || !desc) return NULL;
     r = (llmcbi_replay *)llmcbi_alloc(&loop->alloc, sizeof *r);
     if (!r) return NULL;
+    r->base = base;
     r->base.loop = loop;
-    r->base.state_size = sizeof(llmcbi_player);
-    r->base.start = llmcbi_replay_start;
-    r->base.resume = llmcbi_replay_resume;
-    r->base.release = llmcbi_replay_stop;
-    r->base.cancel = llmcbi_replay_stop;
-    r->base.free = llmcbi_replay_free;
     r->no_delays = desc->no_delays;
-    for (i = 0; ok && i < desc->n_recordings; i++)
-        ok = llmcbi_tape_copy(r, &desc->recordings[i]);
+    for (i = 0; i < desc->n_recordings; i++)
+        llmcbi_tape_copy(r, &desc->recordings[i]);
     if (desc->path && !desc->n_recordings)
         for (i = 1; llmcbi_tape_load(r, desc->path, i);)
             i++;
-    if (!r->n_tapes) {
-        static const char why[] = "no recording can be read from ";
-        llmcbi_copy_clean(r->missing, sizeof r->missing, why, sizeof why - 1);
-        if (desc->path)
-            llmcbi_copy_clean(r->missing + sizeof why - 1,
-                              sizeof r->missing - sizeof why + 1, desc->path,
-                              strlen(desc->path));
-    }
-    if (!ok || r->failed) {
+    if (r->failed) {
         llmcbi_replay_free(&r->base);
         return NULL;
     }
+    memcpy(r->missing, why, sizeof why);
+    if (desc->path)
+        llmcbi_copy_clean(r->missing + sizeof why - 1,
+                          sizeof r->missing - sizeof why + 1, desc->path,
+                          strlen(desc->path));
     llmcb_transport_init(loop, &r->base);
     return &r->base;
 }
@@ -9427,10 +9402,8 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
 typedef struct llmcbi_recorder {
     llmcb_transport base;
     llmcb_transport *inner;
-    llmcbi_sink sink;
-    char *path;
-    size_t path_size;
-    size_t number; /* of the last response */
+    const char *path; /* stands behind it */
+    size_t number;    /* of the last response */
 } llmcbi_recorder;
 
 /* A response being recorded: what comes from the inner exchange is noted
@@ -9449,11 +9422,8 @@ static void llmcbi_take_border(llmcbi_take *t)
     const llmcb_allocator *a = &t->outer->tr->loop->alloc;
     int64_t now = t->outer->tr->loop->now;
 
-    llmcbi_buf_text(a, &t->borders, t->borders.len ? ",[" : "[");
-    llmcbi_buf_int(a, &t->borders, (int64_t)t->http.len);
-    llmcbi_buf_text(a, &t->borders, ",");
-    llmcbi_buf_int(a, &t->borders, now - t->last);
-    llmcbi_buf_text(a, &t->borders, "]");
+    llmcbi_buf_print(a, &t->borders, "%s[%d,%d]", t->borders.len ? "," : "",
+                     (int64_t)t->http.len, now - t->last);
     t->last = now;
 }
 
@@ -9473,9 +9443,7 @@ static void llmcbi_take_status(void *owner, int status)
     const llmcb_allocator *a = &t->outer->tr->loop->alloc;
 
     llmcbi_take_border(t);
-    llmcbi_buf_text(a, &t->http, "HTTP/1.1 ");
-    llmcbi_buf_int(a, &t->http, status);
-    llmcbi_buf_text(a, &t->http, " \r\n");
+    llmcbi_buf_print(a, &t->http, "HTTP/1.1 %d \r\n", (int64_t)status);
     llmcb_exchange_status(t->outer, status);
 }
 
@@ -9487,12 +9455,8 @@ static void llmcbi_take_header(void *owner, llmcb_str name, llmcb_str value)
     llmcbi_take *t = (llmcbi_take *)owner;
     const llmcb_allocator *a = &t->outer->tr->loop->alloc;
 
-    if (!llmcbi_str_listed(name, left_out)) {
-        llmcbi_buf_add(a, &t->http, name.ptr, name.len);
-        llmcbi_buf_text(a, &t->http, ": ");
-        llmcbi_buf_add(a, &t->http, value.ptr, value.len);
-        llmcbi_buf_text(a, &t->http, "\r\n");
-    }
+    if (!llmcbi_str_listed(name, left_out))
+        llmcbi_buf_print(a, &t->http, "%S: %S\r\n", &name, &value);
     llmcb_exchange_header(t->outer, name, value);
 }
 
@@ -9505,33 +9469,26 @@ static void llmcbi_take_head_end(llmcbi_take *t)
 }
 
 /* A piece of the body becomes one chunk and one border. */
-static void llmcbi_take_piece(llmcbi_take *t, const char *bytes, size_t len)
-{
-    static const char hex[] = "0123456789abcdef";
-    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
-    int shift;
-    bool begun = false;
-
-    llmcbi_take_head_end(t);
-    llmcbi_take_border(t);
-    for (shift = 60; shift >= 0; shift -= 4) {
-        char digit = hex[(uint64_t)len >> shift & 15];
-        if (digit != '0') begun = true;
-        if (begun) llmcbi_buf_add(a, &t->http, &digit, 1);
-    }
-    llmcbi_buf_text(a, &t->http, "\r\n");
-    llmcbi_buf_add(a, &t->http, bytes, len);
-    llmcbi_buf_text(a, &t->http, "\r\n");
-    if (!llmcb_exchange_data(t->outer, bytes, len)) t->inner->paused = true;
-}
-
 static void llmcbi_take_data(void *owner, llmcb_str *pieces, size_t n)
 {
-    size_t i;
+    static const char hex[] = "0123456789abcdef";
+    llmcbi_take *t = (llmcbi_take *)owner;
+    char digits[2 * sizeof(size_t) + 1];
 
-    for (i = 0; i < n; i++) {
-        llmcbi_take_piece((llmcbi_take *)owner, pieces[i].ptr, pieces[i].len);
-        pieces[i].len = 0;
+    for (; n; n--, pieces++) {
+        char *size = digits + sizeof digits - 1;
+        size_t left = pieces->len;
+        *size = '\0';
+        do
+            *--size = hex[left & 15];
+        while ((left >>= 4) != 0);
+        llmcbi_take_head_end(t);
+        llmcbi_take_border(t);
+        llmcbi_buf_print(&t->outer->tr->loop->alloc, &t->http, "%s\r\n%S\r\n",
+                         size, pieces);
+        if (!llmcb_exchange_data(t->outer, pieces->ptr, pieces->len))
+            t->inner->paused = true;
+        pieces->len = 0;
     }
 }
 
@@ -9558,29 +9515,33 @@ static bool llmcbi_write_file(const char *path, llmcb_str text)
 }
 #endif
 
+static bool llmcbi_take_write(const llmcbi_take *t, const char *ending,
+                              const llmcbi_buf *content)
+{
+    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
+    llmcbi_buf name;
+    bool ok;
+
+    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ending);
+    ok = !name.failed && llmcbi_write_file(name.ptr, llmcbi_buf_str(content));
+    llmcbi_buf_free(a, &name);
+    return ok;
+}
+
 static void llmcbi_take_save(llmcbi_take *t, const char *end)
 {
     llmcb_loop *loop = t->outer->tr->loop;
-    const llmcb_allocator *a = &loop->alloc;
-    llmcbi_buf name, json;
-    bool ok;
+    llmcbi_buf json;
 
-    memset(&name, 0, sizeof name);
     memset(&json, 0, sizeof json);
-    llmcbi_buf_text(a, &json, "{\"end\":\"");
-    llmcbi_buf_text(a, &json, end);
-    llmcbi_buf_text(a, &json, "\",\"segments\":[");
-    llmcbi_buf_text(a, &json, t->borders.len ? t->borders.ptr : "[0,0]");
-    llmcbi_buf_text(a, &json, "]}\n");
-    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ".http");
-    ok = !name.failed && !t->http.failed && !t->borders.failed &&
-         !json.failed && llmcbi_write_file(name.ptr, llmcbi_buf_str(&t->http));
-    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ".segments.json");
-    ok = ok && !name.failed &&
-         llmcbi_write_file(name.ptr, llmcbi_buf_str(&json));
-    if (!ok) llmcbi_log(loop, "a recording could not be written");
-    llmcbi_buf_free(a, &name);
-    llmcbi_buf_free(a, &json);
+    llmcbi_buf_print(&loop->alloc, &json,
+                     "{\"end\":\"%s\",\"segments\":[%s]}\n", end,
+                     t->borders.len ? t->borders.ptr : "[0,0]");
+    if (t->http.failed || t->borders.failed || json.failed ||
+        !llmcbi_take_write(t, ".http", &t->http) ||
+        !llmcbi_take_write(t, ".segments.json", &json))
+        llmcbi_log(loop, "a recording could not be written");
+    llmcbi_buf_free(&loop->alloc, &json);
 }
 
 /* The take is over, one way or the other. */
@@ -9617,6 +9578,12 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
 static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
                                       const llmcb_request *request)
 {
+    static const llmcbi_sink sink = { llmcbi_take_connected,
+                                      llmcbi_take_sent,
+                                      llmcbi_take_status,
+                                      llmcbi_take_header,
+                                      llmcbi_take_data,
+                                      llmcbi_take_end };
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
     llmcb_code code;
@@ -9624,7 +9591,7 @@ static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
     t->recorder = r;
     t->outer = x;
     t->last = tr->loop->now;
-    t->inner = llmcbi_exchange_new(r->inner, &r->sink, t);
+    t->inner = llmcbi_exchange_new(r->inner, &sink, t);
     if (!t->inner) return LLMCB_ENOMEM;
     code = r->inner->start(r->inner, t->inner, request);
     if (code == LLMCB_OK)
@@ -9668,38 +9635,29 @@ static void llmcbi_record_free(llmcb_transport *tr)
 {
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
 
-    llmcbi_free(&tr->loop->alloc, r->path, r->path_size);
-    llmcbi_free(&tr->loop->alloc, r, sizeof *r);
+    llmcbi_free(&tr->loop->alloc, r, sizeof *r + strlen(r->path) + 1);
 }
 
 LLMCBI_DEF llmcb_transport *
 llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 {
+    static const llmcb_transport base = { sizeof(llmcbi_take),
+                                          llmcbi_record_start,
+                                          llmcbi_record_resume,
+                                          llmcbi_record_release,
+                                          llmcbi_record_cancel,
+                                          llmcbi_record_free,
+                                          NULL,
+                                          NULL };
     llmcbi_recorder *r;
 
     if (llmcbi_enter(loop) != LLMCB_OK || !inner || !path) return NULL;
-    r = (llmcbi_recorder *)llmcbi_alloc(&loop->alloc, sizeof *r);
+    r = (llmcbi_recorder *)llmcbi_alloc(&loop->alloc,
+                                        sizeof *r + strlen(path) + 1);
     if (!r) return NULL;
-    r->path_size = strlen(path) + 1;
-    r->path = (char *)llmcbi_alloc(&loop->alloc, r->path_size);
-    if (!r->path) {
-        llmcbi_free(&loop->alloc, r, sizeof *r);
-        return NULL;
-    }
-    memcpy(r->path, path, r->path_size);
+    r->base = base;
     r->inner = inner;
-    r->sink.connected = llmcbi_take_connected;
-    r->sink.sent = llmcbi_take_sent;
-    r->sink.status = llmcbi_take_status;
-    r->sink.header = llmcbi_take_header;
-    r->sink.data = llmcbi_take_data;
-    r->sink.end = llmcbi_take_end;
-    r->base.state_size = sizeof(llmcbi_take);
-    r->base.start = llmcbi_record_start;
-    r->base.resume = llmcbi_record_resume;
-    r->base.release = llmcbi_record_release;
-    r->base.cancel = llmcbi_record_cancel;
-    r->base.free = llmcbi_record_free;
+    r->path = strcpy((char *)(r + 1), path);
     llmcb_transport_init(loop, &r->base);
     return &r->base;
 }
@@ -15592,10 +15550,7 @@ static void llmcbi_jsonl_text(llmcbi_kit *k, const char *name, llmcb_str s)
 
 static void llmcbi_jsonl_int(llmcbi_kit *k, const char *name, int64_t v)
 {
-    llmcbi_buf_text(&k->alloc, &k->line, ",\"");
-    llmcbi_buf_text(&k->alloc, &k->line, name);
-    llmcbi_buf_text(&k->alloc, &k->line, "\":");
-    llmcbi_buf_int(&k->alloc, &k->line, v);
+    llmcbi_buf_print(&k->alloc, &k->line, ",\"%s\":%d", name, v);
 }
 
 /* What was said, or only how long it was. */
