@@ -10658,25 +10658,25 @@ struct llmcb_chat {
     llmcb_chat_desc d; /* resolved; strings in the arena */
     llmcb_error error; /* of the descriptor */
     char *url;
-    char *auth; /* the header value with the key; wiped at the end */
-    size_t auth_size, key_at;
+    const char *key; /* in the header's value; NULL: none */
     llmcb_pair *headers; /* one is free for the call's own */
     size_t n_headers;
     uint64_t identity;
     llmcbi_rules rules; /* of the runs of its prompts */
     llmcb_config own;   /* the lists of their configurations */
-    llmcbi_sink sink;   /* of the exchanges of its prompts */
     llmcbi_pattern *patterns[LLMCBI_PATTERNS]; /* the newest of its streams */
     size_t last_pattern;
     bool openai; /* OpenAI's or Azure's own servers */
+    bool azure;
 };
 
 /* -- the descriptor */
 
+/* The first thing that is wrong is told; NULL: nothing is. */
 static void llmcbi_chat_refuse(llmcb_chat *chat, llmcb_code code,
                                const char *message)
 {
-    if (chat->error.code == LLMCB_OK)
+    if (message && chat->error.code == LLMCB_OK)
         llmcbi_error_set(&chat->error, code, message);
 }
 
@@ -10725,21 +10725,12 @@ static void llmcbi_limits_default(llmcb_limits *l)
                                         1024,
                                         (size_t)1 << 20 };
 
-#define LLMCBI_DEFAULT(m) \
-    if (!l->m) l->m = usual.m
-    LLMCBI_DEFAULT(header_line);
-    LLMCBI_DEFAULT(header_block);
-    LLMCBI_DEFAULT(header_fields);
-    LLMCBI_DEFAULT(event);
-    LLMCBI_DEFAULT(text);
-    LLMCBI_DEFAULT(arguments);
-    LLMCBI_DEFAULT(tool_calls);
-    LLMCBI_DEFAULT(choices);
-    LLMCBI_DEFAULT(error_body);
-    LLMCBI_DEFAULT(body);
-    LLMCBI_DEFAULT(window_events);
-    LLMCBI_DEFAULT(window_bytes);
-#undef LLMCBI_DEFAULT
+    /* they hold nothing but sizes */
+    size_t i, *limit = (size_t *)(void *)l;
+    const size_t *otherwise = (const size_t *)(const void *)&usual;
+
+    for (i = 0; i < sizeof usual / sizeof *limit; i++)
+        if (!limit[i]) limit[i] = otherwise[i];
 }
 
 static bool llmcbi_ends_with(llmcb_str s, const char *tail)
@@ -10769,17 +10760,16 @@ static void llmcbi_chat_set_url(llmcb_chat *chat, const char *base)
     memcpy(chat->url + len, path, sizeof path);
     strcpy(chat->url + len + sizeof path - 1, query);
     why = llmcbi_url_parse(&u, chat->url);
-    if (why) {
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
-        return;
+    if (!why) {
+        chat->azure = llmcbi_ends_with(u.host, ".azure.com");
+        chat->openai =
+            chat->azure || llmcbi_str_is_nocase(u.host, "api.openai.com");
+        if (*chat->d.api_key && !u.tls && !chat->d.allow_cleartext_key &&
+            !llmcbi_url_is_local(&u))
+            why = "an API key would go out in clear text: use https://, or set "
+                  "allow_cleartext_key";
     }
-    chat->openai = llmcbi_str_is_nocase(u.host, "api.openai.com") ||
-                   llmcbi_ends_with(u.host, ".azure.com");
-    if (*chat->d.api_key && !u.tls && !chat->d.allow_cleartext_key &&
-        !llmcbi_url_is_local(&u))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "an API key would go out in clear text: use "
-                           "https://, or set allow_cleartext_key");
+    llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
 }
 
 static void llmcbi_chat_header(llmcb_chat *chat, const char *key,
@@ -10796,12 +10786,13 @@ static void llmcbi_chat_set_headers(llmcb_chat *chat)
     const llmcb_allocator *a = &chat->loop->alloc;
     const llmcb_chat_desc *d = &chat->d;
     size_t i, len = strlen(d->api_key);
-    llmcbi_url u;
-    bool azure;
+    size_t before = chat->azure ? 0 : 7; /* Bearer and a blank */
+    char *auth;
 
     chat->headers = (llmcb_pair *)llmcbi_arena_get(
         a, &chat->arena, (d->n_headers + 7) * sizeof *chat->headers);
-    if (!chat->headers) return;
+    auth = (char *)llmcbi_arena_get(a, &chat->arena, before + len + 1);
+    if (!chat->headers || !auth) return;
     llmcbi_chat_header(chat, "Content-Type", "application/json");
     llmcbi_chat_header(chat, "Accept", "text/event-stream, application/json");
     llmcbi_chat_header(chat, "User-Agent", "llmcb/" LLMCB_VERSION);
@@ -10821,63 +10812,41 @@ static void llmcbi_chat_set_headers(llmcb_chat *chat)
     }
     if (!len) return;
     /* the only copy of the key, apart from those on their way out */
-    azure = chat->url && !llmcbi_url_parse(&u, chat->url) &&
-            llmcbi_ends_with(u.host, ".azure.com");
-    chat->key_at = azure ? 0 : 7;
-    chat->auth_size = chat->key_at + len + 1;
-    chat->auth = (char *)llmcbi_alloc(a, chat->auth_size);
-    if (!chat->auth) {
-        chat->arena.failed = true;
-        return;
-    }
-    memcpy(chat->auth, "Bearer ", chat->key_at);
-    memcpy(chat->auth + chat->key_at, d->api_key, len);
-    llmcbi_chat_header(chat, azure ? "api-key" : "Authorization", chat->auth);
+    memcpy(auth, "Bearer ", before);
+    chat->key = strcpy(auth + before, d->api_key);
+    llmcbi_chat_header(chat, chat->azure ? "api-key" : "Authorization", auth);
 }
 
 /* Copies of the lists that serve the chat's own runs. */
 static void llmcbi_chat_copy_lists(llmcb_chat *chat)
 {
     const llmcb_allocator *a = &chat->loop->alloc;
-    llmcb_chat_desc *d = &chat->d;
-    llmcb_handler **callbacks = (llmcb_handler **)llmcbi_arena_get(
-        a, &chat->arena, (d->n_callbacks + 1) * sizeof *callbacks);
-    const char **tags = (const char **)llmcbi_arena_get(
-        a, &chat->arena, (d->n_tags + 1) * sizeof *tags);
-    llmcb_pair *metadata = (llmcb_pair *)llmcbi_arena_get(
-        a, &chat->arena, (d->n_metadata + 4) * sizeof *metadata);
+    const llmcb_chat_desc *d = &chat->d;
+    llmcb_config *own = &chat->own;
     char digits[24];
-    size_t i, n;
+    llmcb_pair ls[] = { { "ls_provider", "openai" },
+                        { "ls_model_name", d->model },
+                        { "ls_model_type", "chat" },
+                        { "ls_max_tokens", NULL } };
+    llmcbi_setup s;
 
-    if (!callbacks || !tags || !metadata) return;
-    for (i = 0; i < d->n_callbacks; i++) {
-        callbacks[i] = d->callbacks[i];
-        if (llmcbi_check_handler(callbacks[i]) != LLMCB_OK)
-            llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                               "a handler is NULL, or has one event in both "
-                               "tables");
-    }
-    d->n_tags = llmcbi_add_tags(tags, 0, d->tags, d->n_tags);
-    for (i = 0; i < d->n_tags; i++)
-        tags[i] = llmcbi_chat_copy(chat, tags[i]);
-    n = llmcbi_add_pairs(metadata, 0, d->metadata, d->n_metadata);
-    for (i = 0; i < n; i++) {
-        metadata[i].key = llmcbi_chat_copy(chat, metadata[i].key);
-        metadata[i].value = llmcbi_chat_copy(chat, metadata[i].value);
-    }
-    n = llmcbi_add_pair(metadata, n, "ls_provider", "openai");
-    n = llmcbi_add_pair(metadata, n, "ls_model_name", d->model);
-    n = llmcbi_add_pair(metadata, n, "ls_model_type", "chat");
-    if (d->max_tokens > 0)
-        n = llmcbi_add_pair(
-            metadata, n, "ls_max_tokens",
-            llmcbi_chat_copy(chat, llmcbi_decimal(digits, d->max_tokens)));
-    chat->own.callbacks = callbacks;
-    chat->own.n_callbacks = d->n_callbacks;
-    chat->own.tags = tags;
-    chat->own.n_tags = d->n_tags;
-    chat->own.metadata = metadata;
-    chat->own.n_metadata = n;
+    ls[3].value = llmcbi_decimal(digits, d->max_tokens);
+    own->local_metadata = ls;
+    own->n_local_metadata = d->max_tokens > 0 ? 4 : 3;
+    memset(&s, 0, sizeof s);
+    s.handlers = (llmcb_handler **)llmcbi_arena_get(
+        a, &chat->arena, own->n_callbacks * sizeof *s.handlers);
+    llmcbi_setup_tags(a, &chat->arena, &s, own);
+    llmcbi_setup_metadata(a, &chat->arena, &s, own);
+    if (!chat->arena.failed)
+        llmcbi_setup_add(&s, own->callbacks, own->n_callbacks);
+    memset(own, 0, sizeof *own);
+    own->callbacks = s.handlers;
+    own->n_callbacks = s.n_handlers;
+    own->tags = s.tags;
+    own->n_tags = s.n_tags;
+    own->metadata = s.metadata;
+    own->n_metadata = s.n_metadata;
 }
 
 static const char *llmcbi_env(const char *given, const char *name,
@@ -10892,20 +10861,56 @@ static int64_t llmcbi_ms(int64_t given, int64_t otherwise)
     return given ? llmcbi_span(given) : otherwise;
 }
 
+/* What is wrong with a descriptor, but for its lists and its address. */
+static const char *llmcbi_chat_wrong(const llmcb_chat *chat, bool no_address)
+{
+    const llmcb_chat_desc *d = &chat->d;
+
+    if (!llmcbi_secret_ok(d->api_key))
+        return "api_key holds a blank, line end, control or non-ASCII "
+               "character, or is too long";
+    if (!llmcbi_secret_ok(d->organization))
+        return "organization holds a bad character";
+    if (no_address && !*d->api_key && !d->transport)
+        return "no API key: set OPENAI_API_KEY, or api_key, or base_url for a "
+               "server that needs none";
+    if (!llmcbi_json_text_is(d->tools, LLMCBI_JSON_ARRAY))
+        return "tools is not a JSON array";
+    if (!llmcbi_json_text_is(d->extra, LLMCBI_JSON_OBJECT))
+        return "extra is not a JSON object";
+#ifndef LLMCB_ALLOW_INSECURE_TLS
+    if (d->insecure_tls)
+        return "insecure_tls needs a build with LLMCB_ALLOW_INSECURE_TLS";
+#endif
+    if (d->limiter && d->limiter->loop != chat->loop)
+        return "the limiter belongs to another loop";
+    if (d->cache && d->cache->loop != chat->loop)
+        return "the cache belongs to another loop";
+    return NULL;
+}
+
 static void llmcbi_chat_resolve(llmcb_chat *chat)
 {
     llmcb_chat_desc *d = &chat->d;
-    const char *base;
+    llmcb_config *own = &chat->own;
+    const char *base, *why;
+    llmcb_code code;
     bool no_address = !d->base_url && !getenv("OPENAI_BASE_URL");
 
+    own->callbacks = d->callbacks;
+    own->n_callbacks = d->n_callbacks;
+    own->tags = d->tags;
+    own->n_tags = d->n_tags;
+    own->metadata = d->metadata;
+    own->n_metadata = d->n_metadata;
     if ((d->n_callbacks && !d->callbacks) || (d->n_tags && !d->tags) ||
-        (d->n_metadata && !d->metadata) || (d->n_headers && !d->headers)) {
-        d->n_callbacks = d->n_tags = d->n_metadata = d->n_headers = 0;
+        (d->n_metadata && !d->metadata) || (d->n_headers && !d->headers))
         llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a list is NULL");
-    }
-    if (!llmcbi_labels_ok(d->tags, d->n_tags, d->metadata, d->n_metadata)) {
-        d->n_tags = d->n_metadata = 0;
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a tag or metadata is NULL");
+    why = llmcbi_config_check(chat->loop, own, &code);
+    llmcbi_chat_refuse(chat, code, why);
+    if (chat->error.code != LLMCB_OK) {
+        memset(own, 0, sizeof *own);
+        d->n_headers = 0;
     }
     base =
         llmcbi_env(d->base_url, "OPENAI_BASE_URL", "https://api.openai.com/v1");
@@ -10924,42 +10929,16 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     d->idle_ms = llmcbi_ms(d->idle_ms, 120000);
     d->total_ms = llmcbi_ms(d->total_ms, LLMCB_FOREVER);
     llmcbi_limits_default(&d->limits);
-    if (!llmcbi_secret_ok(d->api_key))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "api_key holds a blank, line end, control or "
-                           "non-ASCII character, or is too long");
-    if (!llmcbi_secret_ok(d->organization))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "organization holds a bad character");
-    if (no_address && !*d->api_key && !d->transport)
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "no API key: set OPENAI_API_KEY, or api_key, or "
-                           "base_url for a server that needs none");
-    if (!llmcbi_utf8_valid(d->model, strlen(d->model)))
+    llmcbi_chat_refuse(chat, LLMCB_EINVAL, llmcbi_chat_wrong(chat, no_address));
+    if (!llmcbi_str_valid(llmcb_text(d->model)))
         llmcbi_chat_refuse(chat, LLMCB_EUTF8, "model is not valid UTF-8");
-    if (!llmcbi_json_text_is(d->tools, LLMCBI_JSON_ARRAY))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "tools is not a JSON array");
-    if (!llmcbi_json_text_is(d->extra, LLMCBI_JSON_OBJECT))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "extra is not a JSON object");
-#ifndef LLMCB_ALLOW_INSECURE_TLS
-    if (d->insecure_tls)
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "insecure_tls needs a build with "
-                           "LLMCB_ALLOW_INSECURE_TLS");
-#endif
     llmcbi_chat_set_url(chat, base);
     llmcbi_chat_set_headers(chat);
     llmcbi_chat_copy_lists(chat);
-    d->api_key = NULL; /* the caller's; ours is in auth */
-    if (d->limiter && d->limiter->loop != chat->loop) {
+    d->api_key = NULL; /* the caller's; ours is in a header */
+    if (chat->error.code != LLMCB_OK) { /* they may be another loop's */
         d->limiter = NULL;
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "the limiter belongs to another loop");
-    }
-    if (d->cache && d->cache->loop != chat->loop) {
         d->cache = NULL;
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "the cache belongs to another loop");
     }
     if (d->limiter) d->limiter->refs++;
     if (d->cache) d->cache->refs++;
@@ -10979,11 +10958,9 @@ static void llmcbi_chat_unref(llmcb_chat *chat)
     if (--chat->refs) return;
     for (i = 0; i < LLMCBI_PATTERNS; i++)
         llmcbi_pattern_unref(a, chat->patterns[i]);
-    if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
-    llmcbi_free(a, chat->auth, chat->auth_size);
     llmcb_limiter_free(chat->d.limiter);
     llmcb_cache_free(chat->d.cache);
-    /* further headers may be keys too, such as api-key */
+    /* the key, and further headers that may be keys */
     for (b = chat->arena.blocks; b; b = b->next)
         llmcbi_wipe(b + 1, b->size - sizeof *b);
     llmcbi_arena_free(a, &chat->arena);
@@ -10998,7 +10975,6 @@ static void llmcbi_parts_clear(llmcb_parts *parts)
         llmcbi_slice("", 0);
 }
 
-static void llmcbi_chat_listen(llmcbi_sink *sink);
 static void llmcbi_prompt_told(llmcbi_run *run);
 
 static void llmcbi_chat_rule(llmcb_chat *chat)
@@ -11020,7 +10996,6 @@ LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
     if (!chat) return NULL;
     chat->loop = loop;
     chat->refs = 1;
-    llmcbi_chat_listen(&chat->sink);
     chat->identity = ++loop->last_identity;
     if (desc) chat->d = *desc;
     llmcbi_error_set(&chat->error, LLMCB_OK, NULL);
@@ -11191,7 +11166,7 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
     if (e->retry_after_ms < 0) e->retry_after_ms = p->retry_after;
     llmcbi_copy_clean(e->request_id, sizeof e->request_id, p->request_id.ptr,
                       p->request_id.len);
-    if (chat->auth) llmcbi_hide_in(e, chat->auth + chat->key_at);
+    if (chat->key) llmcbi_hide_in(e, chat->key);
     /* behind three of our own: others may be keys too; a short one is none */
     for (i = 3; i < chat->n_headers; i++)
         if (strlen(chat->headers[i].value) >= 16)
@@ -12319,15 +12294,11 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         llmcbi_prompt_fail(p, code, NULL);
 }
 
-static void llmcbi_chat_listen(llmcbi_sink *sink)
-{
-    sink->connected = llmcbi_prompt_connected;
-    sink->sent = llmcbi_prompt_sent;
-    sink->status = llmcbi_prompt_status;
-    sink->header = llmcbi_prompt_header;
-    sink->data = llmcbi_prompt_data;
-    sink->end = llmcbi_prompt_end;
-}
+/* What listens to the exchanges of all prompts. */
+static const llmcbi_sink llmcbi_prompt_sink = {
+    llmcbi_prompt_connected, llmcbi_prompt_sent, llmcbi_prompt_status,
+    llmcbi_prompt_header,    llmcbi_prompt_data, llmcbi_prompt_end
+};
 
 /* -- attempts */
 
@@ -12371,7 +12342,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     llmcbi_prompt_forget_id(p);
     p->sse.limit = chat->d.limits.event;
     if (!tr) tr = llmcbi_default_transport(loop);
-    p->x = tr ? llmcbi_exchange_new(tr, &chat->sink, p) : NULL;
+    p->x = tr ? llmcbi_exchange_new(tr, &llmcbi_prompt_sink, p) : NULL;
     if (!p->x) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return;
