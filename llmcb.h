@@ -1538,6 +1538,14 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #define LLMCBI_SYS(call) call
 #endif
 
+/* A function that is called from one place, but makes that one larger by more
+ * than itself when it becomes a part of it. */
+#ifdef __GNUC__
+#define LLMCBI_APART __attribute__((noinline))
+#else
+#define LLMCBI_APART
+#endif
+
 /* The public functions are declared extern; here they get their linkage
  * from those declarations, but for LLMCB_STATIC. */
 #ifdef LLMCB_STATIC
@@ -2785,11 +2793,11 @@ static llmcbi_sse_status llmcbi_sse_data(const llmcb_allocator *a,
 }
 
 /* One line without its end. LLMCBI_SSE_EVENT: *event is complete. */
-static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
+LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
                                          llmcbi_sse *s, llmcb_str line,
                                          llmcb_str *event)
 {
-    size_t name;
+    const char *p, *end = line.ptr + line.len;
     llmcb_str value;
 
     if (line.len == 0) {
@@ -2801,20 +2809,12 @@ static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
         s->is_error = false;
         return LLMCBI_SSE_MORE;
     }
-    /* data: is nearly all there is */
-    if (line.len >= 5 && memcmp(line.ptr, "data:", 5) == 0) {
-        name = 4;
-    } else {
-        const char *colon = (const char *)memchr(line.ptr, ':', line.len);
-        name = colon ? (size_t)(colon - line.ptr) : line.len;
-    }
-    value = llmcbi_slice(line.ptr + name, line.len - name);
-    if (value.len) { /* the colon and at most one blank */
-        size_t skip = value.len > 1 && value.ptr[1] == ' ' ? 2 : 1;
-        value.ptr += skip;
-        value.len -= skip;
-    }
-    line.len = name;
+    p = (const char *)memchr(line.ptr, ':', line.len);
+    line.len = (size_t)((p ? p : end) - line.ptr);
+    p = line.ptr + line.len;
+    if (p < end) p++;
+    if (p < end && *p == ' ') p++;
+    value = llmcbi_slice(p, (size_t)(end - p));
     if (llmcbi_str_is(line, "data")) return llmcbi_sse_data(a, s, value);
     if (llmcbi_str_is(line, "event"))
         s->is_error = llmcbi_str_is(value, "error");
@@ -2856,7 +2856,7 @@ static bool llmcbi_sse_bom(const llmcb_allocator *a, llmcbi_sse *s,
 
 /* Takes input from *p on. An event is valid until the next call, and as
  * long as the input. s->is_error belongs to it. */
-static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
+LLMCBI_APART static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
                                          llmcbi_sse *s, const char **p,
                                          const char *end, llmcb_str *event)
 {
@@ -2886,13 +2886,9 @@ static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
         *p = eol ? eol + 1 : end;
         if (!eol) break;
         s->skip_lf = *eol == '\r';
-        if (line.len && !s->here.ptr && !s->in_data && split) {
-            /* a data line in `line` does not stay there */
-            status = llmcbi_sse_line(a, s, line, event);
-            if (!llmcbi_sse_gather(a, s)) return LLMCBI_SSE_NOMEM;
-        } else {
-            status = llmcbi_sse_line(a, s, line, event);
-        }
+        status = llmcbi_sse_line(a, s, line, event);
+        /* a data line in `line` does not stay there */
+        if (split && !llmcbi_sse_gather(a, s)) return LLMCBI_SSE_NOMEM;
         s->line.len = 0;
         if (status != LLMCBI_SSE_MORE) return status;
     }
@@ -10654,13 +10650,13 @@ typedef struct llmcbi_pattern {
 struct llmcb_chat {
     llmcb_loop *loop;
     size_t refs; /* the program's and each call's */
-    llmcbi_arena arena;
+    llmcb_pair *headers; /* one is free for the call's own */
+    size_t n_headers;
     llmcb_chat_desc d; /* resolved; strings in the arena */
+    llmcbi_arena arena;
     llmcb_error error; /* of the descriptor */
     char *url;
     const char *key; /* in the header's value; NULL: none */
-    llmcb_pair *headers; /* one is free for the call's own */
-    size_t n_headers;
     uint64_t identity;
     llmcbi_rules rules; /* of the runs of its prompts */
     llmcb_config own;   /* the lists of their configurations */
