@@ -2690,16 +2690,20 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
 
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
-        char esc[6] = { '\\', 'u', '0', '0', 0, 0 };
+        char esc[] = "\\u0000";
         const char *meant;
+        size_t n = 6;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
         llmcbi_buf_add(a, b, s + plain, i - plain);
         plain = i + 1;
         meant = (const char *)memchr(llmcbi_json_meant, c, 8);
-        if (meant) esc[1] = llmcbi_json_letters[meant - llmcbi_json_meant];
         esc[4] = hex[c >> 4];
         esc[5] = hex[c & 15];
-        llmcbi_buf_add(a, b, esc, meant ? 2 : 6);
+        if (meant) {
+            esc[1] = llmcbi_json_letters[meant - llmcbi_json_meant];
+            n = 2;
+        }
+        llmcbi_buf_add(a, b, esc, n);
     }
     if (len) llmcbi_buf_add(a, b, s + plain, len - plain);
 }
@@ -9057,8 +9061,7 @@ static void llmcbi_player_over(llmcbi_player *p)
 
     switch (p->tape->end) {
     case LLMCB_REPLAY_RESET:
-        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_EIO, ECONNRESET,
-                          "the connection broke");
+        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_EIO, ECONNRESET, NULL);
         return;
     case LLMCB_REPLAY_CLOSE:
         ending = llmcbi_h1_eof(&p->h1);
@@ -9100,7 +9103,7 @@ static void llmcbi_player_play(llmcbi_ready *r)
         p->connected = true;
         if (t->end == LLMCB_REPLAY_REFUSE) {
             llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ECONNECT, ECONNREFUSED,
-                              "could not connect to the server");
+                              NULL);
             return;
         }
         llmcb_exchange_connected(p->x);
