@@ -1540,7 +1540,7 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 
 /* A function that is called from one place, but makes that one larger by more
  * than itself when it becomes a part of it. */
-#ifdef __GNUC__
+#if defined(__GNUC__) && defined(__OPTIMIZE_SIZE__)
 #define LLMCBI_APART __attribute__((noinline))
 #else
 #define LLMCBI_APART
