@@ -1538,8 +1538,8 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #define LLMCBI_SYS(call) call
 #endif
 
-/* A function that is called from one place, but makes that one larger by more
- * than itself when it becomes a part of it. */
+/* A function that makes its callers larger, by more than itself, when it
+ * becomes a part of them. */
 #if defined(__GNUC__) && defined(__OPTIMIZE_SIZE__)
 #define LLMCBI_APART __attribute__((noinline))
 #else
@@ -2552,8 +2552,8 @@ static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
 {
     llmcb_str s = llmcb_text(text);
 
-    return !text || (llmcbi_json_is_one(s, type) &&
-                     llmcbi_utf8_valid(s.ptr, s.len));
+    return !text ||
+           (llmcbi_json_is_one(s, type) && llmcbi_utf8_valid(s.ptr, s.len));
 }
 
 /* Decodes the inside of a JSON string to UTF-8. Writes at most
@@ -2578,7 +2578,8 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
             cp = llmcbi_hex4(s);
             s += 4;
         } else {
-            const char *letter = (const char *)memchr(llmcbi_json_letters, b, 8);
+            const char *letter =
+                (const char *)memchr(llmcbi_json_letters, b, 8);
             cp = (unsigned char)llmcbi_json_meant[letter - llmcbi_json_letters];
         }
         if (c->high && cp >= 0xDC00 && cp < 0xE000) {
@@ -2798,8 +2799,9 @@ static llmcbi_sse_status llmcbi_sse_data(const llmcb_allocator *a,
 
 /* One line without its end. LLMCBI_SSE_EVENT: *event is complete. */
 LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
-                                         llmcbi_sse *s, llmcb_str line,
-                                         llmcb_str *event)
+                                                      llmcbi_sse *s,
+                                                      llmcb_str line,
+                                                      llmcb_str *event)
 {
     const char *p, *end = line.ptr + line.len;
     llmcb_str value;
@@ -2860,9 +2862,9 @@ static bool llmcbi_sse_bom(const llmcb_allocator *a, llmcbi_sse *s,
 
 /* Takes input from *p on. An event is valid until the next call, and as
  * long as the input. s->is_error belongs to it. */
-LLMCBI_APART static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
-                                         llmcbi_sse *s, const char **p,
-                                         const char *end, llmcb_str *event)
+LLMCBI_APART static llmcbi_sse_status
+llmcbi_sse_next(const llmcb_allocator *a, llmcbi_sse *s, const char **p,
+                const char *end, llmcb_str *event)
 {
     if (s->told) s->told = s->is_error = false;
     if (s->bom < 3 && !llmcbi_sse_bom(a, s, p, end)) return LLMCBI_SSE_NOMEM;
@@ -7700,10 +7702,9 @@ static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
     for (i = 0; i < q->n_headers; i++)
         size += strlen(q->headers[i].key) + strlen(q->headers[i].value) + 4;
     if (!llmcbi_buf_reserve(a, b, size)) return;
-    llmcbi_buf_print(a, b,
-                     "%s %S HTTP/1.1\r\nHost: %S\r\nContent-Length: %d\r\n",
-                     q->method, &u->target, &u->authority,
-                     (int64_t)q->body_len);
+    llmcbi_buf_print(
+        a, b, "%s %S HTTP/1.1\r\nHost: %S\r\nContent-Length: %d\r\n", q->method,
+        &u->target, &u->authority, (int64_t)q->body_len);
     for (i = 0; i < q->n_headers; i++)
         llmcbi_buf_print(a, b, "%s: %s\r\n", q->headers[i].key,
                          q->headers[i].value);
@@ -9286,8 +9287,8 @@ static bool llmcbi_tape_read_segments(const llmcb_allocator *a,
     return borders->len > 0;
 }
 
-static bool llmcbi_tape_borders(const llmcb_allocator *a, llmcbi_tape *t,
-                                llmcb_str text)
+LLMCBI_APART static bool llmcbi_tape_borders(const llmcb_allocator *a,
+                                             llmcbi_tape *t, llmcb_str text)
 {
     llmcbi_json j;
     llmcbi_json_type type;
@@ -9577,12 +9578,9 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
 static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
                                       const llmcb_request *request)
 {
-    static const llmcbi_sink sink = { llmcbi_take_connected,
-                                      llmcbi_take_sent,
-                                      llmcbi_take_status,
-                                      llmcbi_take_header,
-                                      llmcbi_take_data,
-                                      llmcbi_take_end };
+    static const llmcbi_sink sink = { llmcbi_take_connected, llmcbi_take_sent,
+                                      llmcbi_take_status,    llmcbi_take_header,
+                                      llmcbi_take_data,      llmcbi_take_end };
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
     llmcb_code code;
@@ -9704,8 +9702,10 @@ typedef struct llmcbi_wanted {
     char name[26]; /* "": the end of the list */
 } llmcbi_wanted;
 
-#define LLMCBI_WANTED(level, opens, types, at, name) \
-    { level, opens, types, (uint16_t)(at), sizeof(name) - 1, name }
+#define LLMCBI_WANTED(level, opens, types, at, name)                \
+    {                                                               \
+        level, opens, types, (uint16_t)(at), sizeof(name) - 1, name \
+    }
 #define LLMCBI_A_NUMBER (1u << LLMCBI_JSON_NUMBER)
 #define LLMCBI_A_STRING (1u << LLMCBI_JSON_STRING)
 #define LLMCBI_AN_OBJECT (1u << LLMCBI_JSON_OBJECT)
@@ -9760,10 +9760,9 @@ static bool llmcbi_wire_object(llmcbi_json *j, const llmcbi_wanted *all,
             level = m->level;
             continue;
         }
-        while (m->len && (m->level != level ||
-                          (m->len != j->len && !j->escaped) ||
-                          !llmcbi_json_is_text(
-                              j, llmcbi_slice(m->name, m->len))))
+        while (m->len &&
+               (m->level != level || (m->len != j->len && !j->escaped) ||
+                !llmcbi_json_is_text(j, llmcbi_slice(m->name, m->len))))
             m++;
         if (m->len && !m->types) return true;
         type = llmcbi_json_next(j);
@@ -9922,10 +9921,12 @@ static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
 #define LLMCBI_AT(m) offsetof(struct said, m)
     static const llmcbi_wanted members[] = {
         LLMCBI_WANTED(0, 0, 0, 0, "error"),
-        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE, LLMCBI_AT(message), "message"),
-        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE, LLMCBI_AT(type), "type"),
-        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_A_NUMBER, LLMCBI_AT(code),
-                      "code"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+                      LLMCBI_AT(message), "message"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE, LLMCBI_AT(type),
+                      "type"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_A_NUMBER,
+                      LLMCBI_AT(code), "code"),
         LLMCBI_WANTED(0, 0, 0, 0, "")
     };
 #undef LLMCBI_AT
@@ -9941,7 +9942,8 @@ static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
             said.message.len = 0;
         else
             llmcbi_json_skip(&j, type);
-        llmcbi_wire_keep(&j, type, NULL, LLMCBI_A_STRING | LLMCBI_OR_NONE, &said.message);
+        llmcbi_wire_keep(&j, type, NULL, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+                         &said.message);
     } while ((type == LLMCBI_JSON_OBJECT || j.depth) &&
              llmcbi_wire_object(&j, members, 0, &said));
     llmcbi_json_clean(e->type, sizeof e->type, said.type.ptr, said.type.len);
@@ -10076,9 +10078,8 @@ static void *llmcbi_grow_pair(const llmcb_allocator *a, void *block, size_t xs,
 static llmcbi_choice *llmcbi_answer_choice(const llmcb_allocator *a,
                                            llmcbi_answer *w, size_t index)
 {
-    void *block =
-        llmcbi_grow_pair(a, w->choices, sizeof *w->choices,
-                         sizeof *w->generations, &w->cap, index + 1);
+    void *block = llmcbi_grow_pair(a, w->choices, sizeof *w->choices,
+                                   sizeof *w->generations, &w->cap, index + 1);
 
     if (!block) return NULL;
     w->choices = (llmcbi_choice *)block;
@@ -10112,7 +10113,8 @@ static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
             call->arguments = llmcbi_buf_str(&r->tools[k].arguments);
             call->valid =
                 call->name.len &&
-                (!call->arguments.len || llmcbi_json_is_one(call->arguments, LLMCBI_JSON_OBJECT));
+                (!call->arguments.len ||
+                 llmcbi_json_is_one(call->arguments, LLMCBI_JSON_OBJECT));
         }
     }
     w->result.complete = complete;
@@ -10157,7 +10159,8 @@ static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p,
         LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER | LLMCBI_OR_NONE, LLMCBI_AT(index),
                       "index"),
         LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(id), "id"),
-        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_function), "function"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_function),
+                      "function"),
         LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(name), "name"),
         LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_AN_OBJECT,
                       LLMCBI_AT(arguments), "arguments"),
@@ -10226,7 +10229,8 @@ static size_t llmcbi_tool_find(const llmcbi_rarity *r,
     if (p->id.len && s->id.len)
         return llmcbi_buf_is_raw(&s->id, &p->id) ? found : r->n_tools;
     return !llmcbi_buf_is_raw(&s->name, &p->name) ||
-                   llmcbi_json_is_one(llmcbi_buf_str(&s->arguments), LLMCBI_JSON_OBJECT)
+                   llmcbi_json_is_one(llmcbi_buf_str(&s->arguments),
+                                      LLMCBI_JSON_OBJECT)
                ? r->n_tools
                : found;
 }
@@ -10265,7 +10269,8 @@ static llmcb_code llmcbi_message_check(const llmcb_message *m, const char **why)
         *why = "a message has n_tool_calls but no tool_calls";
     if (m->role == LLMCB_TOOL && !m->tool_call_id)
         *why = "a tool message has no tool_call_id";
-    if (m->parts && !llmcbi_json_is_one(llmcb_text(m->parts), LLMCBI_JSON_ARRAY))
+    if (m->parts &&
+        !llmcbi_json_is_one(llmcb_text(m->parts), LLMCBI_JSON_ARRAY))
         *why = "the parts of a message are not a JSON array";
     if (*why) return LLMCB_EINVAL;
     if (!llmcbi_str_valid(llmcbi_message_text(m)) ||
@@ -10288,8 +10293,8 @@ static void llmcbi_wire_message(const llmcb_allocator *a, llmcbi_buf *b,
     llmcb_str text = llmcbi_message_text(m);
     size_t i;
 
-    llmcbi_buf_print(a, b, "{\"role\":\"%s\",\"content\":",
-                     llmcb_role_name(m->role));
+    llmcbi_buf_print(a, b,
+                     "{\"role\":\"%s\",\"content\":", llmcb_role_name(m->role));
     if (m->parts || (m->n_tool_calls && !*text.ptr))
         llmcbi_buf_text(a, b, m->parts ? m->parts : "null");
     else
@@ -10366,7 +10371,8 @@ static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
     llmcbi_buf_print(a, &ours, "{\"model\":\"%j\",\"stream\":%s", d->model,
                      stream ? "true" : "false");
     if (stream && !d->no_usage)
-        llmcbi_buf_text(a, &ours, ",\"stream_options\":{\"include_usage\":true}");
+        llmcbi_buf_text(a, &ours,
+                        ",\"stream_options\":{\"include_usage\":true}");
     if (d->max_tokens > 0 && !llmcbi_has_member(x, other) &&
         !llmcbi_has_member(y, other))
         llmcbi_buf_print(a, &ours, ",\"%s\":%d", limits[openai],
@@ -10432,8 +10438,9 @@ static void llmcbi_wire_result(const llmcb_allocator *a, llmcbi_buf *b,
     const llmcb_usage *u = &r->usage;
     size_t i, k;
 
-    llmcbi_buf_print(a, b, "{\"id\":\"%J\",\"model\":\"%J\",\"system_fingerprint\":\"%J\"",
-                     &r->id, &r->model_name, &r->system_fingerprint);
+    llmcbi_buf_print(
+        a, b, "{\"id\":\"%J\",\"model\":\"%J\",\"system_fingerprint\":\"%J\"",
+        &r->id, &r->model_name, &r->system_fingerprint);
     if (u->known)
         llmcbi_buf_print(
             a, b,
@@ -10652,7 +10659,7 @@ typedef struct llmcbi_pattern {
 
 struct llmcb_chat {
     llmcb_loop *loop;
-    size_t refs; /* the program's and each call's */
+    size_t refs;         /* the program's and each call's */
     llmcb_pair *headers; /* one is free for the call's own */
     size_t n_headers;
     llmcb_chat_desc d; /* resolved; strings in the arena */
@@ -10817,7 +10824,7 @@ static void llmcbi_chat_set_headers(llmcb_chat *chat)
 }
 
 /* Copies of the lists that serve the chat's own runs. */
-static void llmcbi_chat_copy_lists(llmcb_chat *chat)
+LLMCBI_APART static void llmcbi_chat_copy_lists(llmcb_chat *chat)
 {
     const llmcb_allocator *a = &chat->loop->alloc;
     const llmcb_chat_desc *d = &chat->d;
@@ -10855,9 +10862,9 @@ static const char *llmcbi_env(const char *given, const char *name,
     return given ? given : otherwise;
 }
 
-static int64_t llmcbi_ms(int64_t given, int64_t otherwise)
+LLMCBI_APART static void llmcbi_ms(int64_t *ms, int64_t otherwise)
 {
-    return given ? llmcbi_span(given) : otherwise;
+    *ms = *ms ? llmcbi_span(*ms) : otherwise;
 }
 
 /* What is wrong with a descriptor, but for its lists and its address. */
@@ -10923,10 +10930,10 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     if (d->n < 1) d->n = 1;
     if (!d->max_retries) d->max_retries = 2;
     if (d->max_retries < 0) d->max_retries = 0;
-    d->connect_ms = llmcbi_ms(d->connect_ms, 10000);
-    d->first_byte_ms = llmcbi_ms(d->first_byte_ms, 600000);
-    d->idle_ms = llmcbi_ms(d->idle_ms, 120000);
-    d->total_ms = llmcbi_ms(d->total_ms, LLMCB_FOREVER);
+    llmcbi_ms(&d->connect_ms, 10000);
+    llmcbi_ms(&d->first_byte_ms, 600000);
+    llmcbi_ms(&d->idle_ms, 120000);
+    llmcbi_ms(&d->total_ms, LLMCB_FOREVER);
     llmcbi_limits_default(&d->limits);
     llmcbi_chat_refuse(chat, LLMCB_EINVAL, llmcbi_chat_wrong(chat, no_address));
     if (!llmcbi_str_valid(llmcb_text(d->model)))
@@ -10935,6 +10942,7 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     llmcbi_chat_set_headers(chat);
     llmcbi_chat_copy_lists(chat);
     d->api_key = NULL; /* the caller's; ours is in a header */
+
     if (chat->error.code != LLMCB_OK) { /* they may be another loop's */
         d->limiter = NULL;
         d->cache = NULL;
@@ -14184,8 +14192,7 @@ static bool llmcbi_arguments_wrong(char *why, size_t cap, const char *text,
 
     llmcbi_copy_clean(why, cap, text, strlen(text));
     used = strlen(why);
-    if (name)
-        llmcbi_json_clean(why + used, cap - used, name->str, name->len);
+    if (name) llmcbi_json_clean(why + used, cap - used, name->str, name->len);
     return false;
 }
 
