@@ -1526,6 +1526,7 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
@@ -1589,6 +1590,14 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #define LLMCBI_SYS(call) call
 #endif
 
+/* A function that makes its callers larger, by more than itself, when it
+ * becomes a part of them. */
+#if defined(__GNUC__) && defined(__OPTIMIZE_SIZE__)
+#define LLMCBI_APART __attribute__((noinline))
+#else
+#define LLMCBI_APART
+#endif
+
 /* The public functions are declared extern; here they get their linkage
  * from those declarations, but for LLMCB_STATIC. */
 #ifdef LLMCB_STATIC
@@ -1634,26 +1643,28 @@ LLMCBI_DEF const char *llmcb_version(void)
     X(LLMCB_EFORK, "the loop belongs to the parent process")           \
     X(LLMCB_ETOOL, "a tool failed")
 
+/* The codes count down from 0 in the order of this list. */
+static bool llmcbi_code_known(int code)
+{
+    return code <= LLMCB_OK && code >= LLMCB_ETOOL;
+}
+
 LLMCBI_DEF const char *llmcb_code_name(llmcb_code code)
 {
-#define LLMCBI_CASE(name, text) \
-    case name: return #name;
-    switch (code) {
-        LLMCBI_CODES(LLMCBI_CASE)
-    default: return "LLMCB_UNKNOWN";
-    }
-#undef LLMCBI_CASE
+#define LLMCBI_ENTRY(name, text) #name,
+    static const char *const names[] = { LLMCBI_CODES(LLMCBI_ENTRY) };
+#undef LLMCBI_ENTRY
+
+    return llmcbi_code_known(code) ? names[-code] : "LLMCB_UNKNOWN";
 }
 
 LLMCBI_DEF const char *llmcb_code_text(llmcb_code code)
 {
-#define LLMCBI_CASE(name, text) \
-    case name: return text;
-    switch (code) {
-        LLMCBI_CODES(LLMCBI_CASE)
-    default: return "unknown error";
-    }
-#undef LLMCBI_CASE
+#define LLMCBI_ENTRY(name, text) text,
+    static const char *const texts[] = { LLMCBI_CODES(LLMCBI_ENTRY) };
+#undef LLMCBI_ENTRY
+
+    return llmcbi_code_known(code) ? texts[-code] : "unknown error";
 }
 
 LLMCBI_DEF llmcb_str llmcb_text(const char *s)
@@ -1920,13 +1931,6 @@ static const char *llmcbi_decimal(char *out, int64_t v)
     return p;
 }
 
-static void llmcbi_buf_int(const llmcb_allocator *a, llmcbi_buf *b, int64_t v)
-{
-    char digits[24];
-
-    llmcbi_buf_text(a, b, llmcbi_decimal(digits, v));
-}
-
 static llmcb_str llmcbi_buf_str(const llmcbi_buf *b)
 {
     return b->len ? llmcbi_slice(b->ptr, b->len) : llmcbi_slice("", 0);
@@ -2043,16 +2047,14 @@ static const llmcb_error *llmcbi_error_const(llmcb_code code)
     { name, LLMCB_DETAIL_NONE, 0, 0, 0, -1, "", "", "", text, 0 },
     static const llmcb_error table[] = { LLMCBI_CODES(LLMCBI_ENTRY) };
 #undef LLMCBI_ENTRY
-    size_t i = (size_t)(0 - (int64_t)code);
 
-    return &table[i < sizeof table / sizeof *table ? i : 1];
+    return &table[llmcbi_code_known(code) ? -code : 1];
 }
 
 /* What a function of the program returned, if it is one of our codes. */
 static llmcb_code llmcbi_code_of(int value)
 {
-    return value <= LLMCB_OK && value >= LLMCB_ETOOL ? (llmcb_code)value
-                                                     : LLMCB_EHANDLER;
+    return llmcbi_code_known(value) ? (llmcb_code)value : LLMCB_EHANDLER;
 }
 
 /* A copy on the heap, or the constant of its code. */
@@ -2201,21 +2203,12 @@ static char *llmcbi_put_replacement(char *out)
 
 static char *llmcbi_put_utf8(char *out, uint32_t cp)
 {
-    if (cp < 0x80) {
-        *out++ = (char)cp;
-    } else if (cp < 0x800) {
-        *out++ = (char)(0xC0 | cp >> 6);
-        *out++ = (char)(0x80 | (cp & 63));
-    } else if (cp < 0x10000) {
-        *out++ = (char)(0xE0 | cp >> 12);
-        *out++ = (char)(0x80 | (cp >> 6 & 63));
-        *out++ = (char)(0x80 | (cp & 63));
-    } else {
-        *out++ = (char)(0xF0 | cp >> 18);
-        *out++ = (char)(0x80 | (cp >> 12 & 63));
-        *out++ = (char)(0x80 | (cp >> 6 & 63));
-        *out++ = (char)(0x80 | (cp & 63));
-    }
+    static const unsigned char first[] = { 0, 0xC0, 0xE0, 0xF0 };
+    int more = (cp >= 0x80) + (cp >= 0x800) + (cp >= 0x10000);
+
+    *out++ = (char)(first[more] | cp >> 6 * more);
+    while (more--)
+        *out++ = (char)(0x80 | (cp >> 6 * more & 63));
     return out;
 }
 
@@ -2327,7 +2320,7 @@ static uint32_t llmcbi_hex4(const char *s)
     int i;
 
     for (i = 0; i < 4; i++)
-        v = v << 4 | (uint32_t)llmcbi_hex(s[i]);
+        v = v << 4 | ((uint32_t)(s[i] & 15) + (s[i] > '9' ? 9 : 0));
     return v;
 }
 
@@ -2364,6 +2357,10 @@ static inline const char *llmcbi_json_plain(const char *p, const char *end)
     return p;
 }
 
+/* The letters behind a backslash, and what they stand for. */
+static const char llmcbi_json_letters[] = "\"\\/bfnrt";
+static const char llmcbi_json_meant[] = "\"\\/\b\f\n\r\t";
+
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
 {
@@ -2388,7 +2385,7 @@ static bool llmcbi_json_string(llmcbi_json *j)
             if (end - p < 4) return false;
             for (i = 0; i < 4; i++)
                 if (llmcbi_hex(*p++) < 0) return false;
-        } else if (!memchr("\"\\/bfnrt", c, 8)) {
+        } else if (!memchr(llmcbi_json_letters, c, 8)) {
             return false;
         }
     }
@@ -2479,8 +2476,8 @@ static llmcbi_json_type llmcbi_json_value(llmcbi_json *j)
     bool ok;
 
     switch (*j->p) {
-    case '{': j->p++; return llmcbi_json_open(j, true);
-    case '[': j->p++; return llmcbi_json_open(j, false);
+    case '{':
+    case '[': return llmcbi_json_open(j, *j->p++ == '{');
     case '"':
         j->p++;
         type = LLMCBI_JSON_STRING;
@@ -2510,9 +2507,7 @@ static llmcbi_json_type llmcbi_json_value(llmcbi_json *j)
 
 static llmcbi_json_type llmcbi_json_key(llmcbi_json *j)
 {
-    if (*j->p != '"') return llmcbi_json_fail(j);
-    j->p++;
-    if (!llmcbi_json_string(j)) return llmcbi_json_fail(j);
+    if (*j->p++ != '"' || !llmcbi_json_string(j)) return llmcbi_json_fail(j);
     llmcbi_json_space(j);
     if (j->p == j->end || *j->p != ':') return llmcbi_json_fail(j);
     j->p++;
@@ -2588,15 +2583,22 @@ static bool llmcbi_json_whole(llmcbi_json *j)
     return llmcbi_json_next(j) == LLMCBI_JSON_END;
 }
 
-/* Whether the program's text is one JSON value of a type, or NULL. */
-static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
+/* Whether a text is one JSON value of a type. */
+static bool llmcbi_json_is_one(llmcb_str s, llmcbi_json_type type)
 {
     llmcbi_json j;
 
-    if (!text) return true;
-    llmcbi_json_init(&j, text, strlen(text));
-    return llmcbi_json_raw(&j) == type && llmcbi_json_whole(&j) &&
-           llmcbi_utf8_valid(text, strlen(text));
+    llmcbi_json_init(&j, s.ptr, s.len);
+    return llmcbi_json_raw(&j) == type && llmcbi_json_whole(&j);
+}
+
+/* The same of the program's text, which must be UTF-8, or NULL. */
+static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
+{
+    llmcb_str s = llmcb_text(text);
+
+    return !text ||
+           (llmcbi_json_is_one(s, type) && llmcbi_utf8_valid(s.ptr, s.len));
 }
 
 /* Decodes the inside of a JSON string to UTF-8. Writes at most
@@ -2617,17 +2619,13 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
             continue;
         }
         b = (unsigned char)*s++;
-        switch (b) {
-        case 'b': cp = '\b'; break;
-        case 'f': cp = '\f'; break;
-        case 'n': cp = '\n'; break;
-        case 'r': cp = '\r'; break;
-        case 't': cp = '\t'; break;
-        case 'u':
+        if (b == 'u') {
             cp = llmcbi_hex4(s);
             s += 4;
-            break;
-        default: cp = b; break;
+        } else {
+            const char *letter =
+                (const char *)memchr(llmcbi_json_letters, b, 8);
+            cp = (unsigned char)llmcbi_json_meant[letter - llmcbi_json_letters];
         }
         if (c->high && cp >= 0xDC00 && cp < 0xE000) {
             cp = 0x10000 + ((uint32_t)(c->high - 0xD800) << 10) + (cp - 0xDC00);
@@ -2644,24 +2642,34 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
     return (size_t)(o - out);
 }
 
+/* Decodes a byte or an escape at *s. */
+static size_t llmcbi_json_unit(char *out, const char **s, llmcbi_carry *c)
+{
+    size_t len = **s != '\\' ? 1 : (*s)[1] == 'u' ? 6 : 2;
+
+    *s += len;
+    return llmcbi_json_decode(out, *s - len, len, c);
+}
+
 /* Whether the last key or string is `text`. */
 static bool llmcbi_json_is_text(const llmcbi_json *j, llmcb_str text)
 {
     const char *s = j->str, *end = s + j->len;
     char plain[3 * 6 + 6];
     llmcbi_carry c;
-    size_t n, unit;
+    bool whole = false;
 
-    if (!j->escaped)
-        return j->len == text.len && memcmp(j->str, text.ptr, text.len) == 0;
+    if (!j->escaped) return llmcbi_str_equal(llmcbi_slice(s, j->len), text);
     memset(&c, 0, sizeof c);
-    for (; s < end; s += unit) { /* a byte or an escape at a time */
-        unit = *s != '\\' ? 1 : s[1] == 'u' ? 6 : 2;
-        n = llmcbi_json_decode(plain, s, unit, &c);
+    while (!whole) {
+        size_t n;
+        whole = s == end;
+        n = whole ? (size_t)(llmcbi_carry_flush(plain, &c) - plain)
+                  : llmcbi_json_unit(plain, &s, &c);
         if (n > text.len || memcmp(plain, text.ptr, n) != 0) return false;
         text = llmcbi_slice(text.ptr + n, text.len - n);
     }
-    return !c.n && !c.high && !text.len;
+    return !text.len;
 }
 
 /* The same with a literal, whose length the compiler knows. */
@@ -2701,38 +2709,21 @@ static void llmcbi_json_text(const llmcb_allocator *a, llmcbi_buf *b,
     b->ptr[b->len] = '\0';
 }
 
-/* The same into a small array, cut and cleaned for people. */
-static void llmcbi_json_clean(char *out, size_t cap, const llmcbi_json *j)
+/* The inside of a string into a small array, cut and cleaned for people. */
+static void llmcbi_json_clean(char *out, size_t cap, const char *s, size_t len)
 {
-    const char *s = j->str, *end = s + (j->len < 256 ? j->len : 256);
+    const char *end = s ? s + (len < 256 ? len : 256) : NULL;
     char plain[3 * 6 + 6];
-    size_t n, unit;
     llmcbi_carry c;
 
     memset(&c, 0, sizeof c);
     *out = '\0';
-    for (; s < end; s += unit) { /* a byte or an escape at a time */
-        unit = *s != '\\' ? 1 : s[1] == 'u' ? 6 : 2;
-        n = llmcbi_json_decode(plain, s, unit, &c);
+    while (s < end) {
+        size_t n = llmcbi_json_unit(plain, &s, &c);
         llmcbi_copy_clean(out, cap, plain, n);
         if (strlen(out) < n) return;
         out += n;
         cap -= n;
-    }
-}
-
-/* The letter that stands for a character behind a backslash, or 0. */
-static char llmcbi_json_letter(unsigned char c)
-{
-    switch (c) {
-    case '"': return '"';
-    case '\\': return '\\';
-    case '\n': return 'n';
-    case '\r': return 'r';
-    case '\t': return 't';
-    case '\b': return 'b';
-    case '\f': return 'f';
-    default: return 0;
     }
 }
 
@@ -2745,26 +2736,54 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
 
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
-        char esc[6] = { '\\', 'u', '0', '0', 0, 0 };
-        char letter;
+        char esc[] = "\\u0000";
+        const char *meant;
+        size_t n = 6;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
         llmcbi_buf_add(a, b, s + plain, i - plain);
         plain = i + 1;
-        letter = llmcbi_json_letter(c);
-        if (letter) esc[1] = letter;
+        meant = (const char *)memchr(llmcbi_json_meant, c, 8);
         esc[4] = hex[c >> 4];
         esc[5] = hex[c & 15];
-        llmcbi_buf_add(a, b, esc, letter ? 2 : 6);
+        if (meant) {
+            esc[1] = llmcbi_json_letters[meant - llmcbi_json_meant];
+            n = 2;
+        }
+        llmcbi_buf_add(a, b, esc, n);
     }
     if (len) llmcbi_buf_add(a, b, s + plain, len - plain);
 }
 
-static void llmcbi_json_quote(const llmcb_allocator *a, llmcbi_buf *b,
-                              const char *s, size_t len)
+/* Appends a text in which %s stands for a C string, %S for a llmcb_str (given
+ * as a pointer), %j and %J for the same as the inside of a JSON string, and %d
+ * for an int64_t. */
+static void llmcbi_buf_print(const llmcb_allocator *a, llmcbi_buf *b,
+                             const char *format, ...)
 {
-    llmcbi_buf_add(a, b, "\"", 1);
-    llmcbi_json_escape(a, b, s, len);
-    llmcbi_buf_add(a, b, "\"", 1);
+    va_list args;
+
+    va_start(args, format);
+    for (;; format += 2) {
+        size_t n = strcspn(format, "%");
+        char digits[24], kind;
+        const void *p;
+        llmcb_str s;
+        llmcbi_buf_add(a, b, format, n);
+        format += n;
+        if (!*format) break;
+        kind = format[1];
+        if (kind == 'd')
+            p = llmcbi_decimal(digits, va_arg(args, int64_t));
+        else
+            p = va_arg(args, const void *);
+        s = kind == 'S' || kind == 'J' ? *(const llmcb_str *)p
+                                       : llmcb_text((const char *)p);
+        if (kind == 'j' || kind == 'J')
+            llmcbi_json_escape(a, b, s.ptr, s.len);
+        else
+            llmcbi_buf_add(a, b, s.ptr, s.len);
+    }
+    va_end(args);
 }
 
 /* ==== [SSE] event-stream framer ======================================== */
@@ -2824,11 +2843,12 @@ static llmcbi_sse_status llmcbi_sse_data(const llmcb_allocator *a,
 }
 
 /* One line without its end. LLMCBI_SSE_EVENT: *event is complete. */
-static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
-                                         llmcbi_sse *s, llmcb_str line,
-                                         llmcb_str *event)
+LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
+                                                      llmcbi_sse *s,
+                                                      llmcb_str line,
+                                                      llmcb_str *event)
 {
-    size_t name;
+    const char *p, *end = line.ptr + line.len;
     llmcb_str value;
 
     if (line.len == 0) {
@@ -2840,20 +2860,12 @@ static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
         s->is_error = false;
         return LLMCBI_SSE_MORE;
     }
-    /* data: is nearly all there is */
-    if (line.len >= 5 && memcmp(line.ptr, "data:", 5) == 0) {
-        name = 4;
-    } else {
-        const char *colon = (const char *)memchr(line.ptr, ':', line.len);
-        name = colon ? (size_t)(colon - line.ptr) : line.len;
-    }
-    value = llmcbi_slice(line.ptr + name, line.len - name);
-    if (value.len) { /* the colon and at most one blank */
-        size_t skip = value.len > 1 && value.ptr[1] == ' ' ? 2 : 1;
-        value.ptr += skip;
-        value.len -= skip;
-    }
-    line.len = name;
+    p = (const char *)memchr(line.ptr, ':', line.len);
+    line.len = (size_t)((p ? p : end) - line.ptr);
+    p = line.ptr + line.len;
+    if (p < end) p++;
+    if (p < end && *p == ' ') p++;
+    value = llmcbi_slice(p, (size_t)(end - p));
     if (llmcbi_str_is(line, "data")) return llmcbi_sse_data(a, s, value);
     if (llmcbi_str_is(line, "event"))
         s->is_error = llmcbi_str_is(value, "error");
@@ -2895,9 +2907,9 @@ static bool llmcbi_sse_bom(const llmcb_allocator *a, llmcbi_sse *s,
 
 /* Takes input from *p on. An event is valid until the next call, and as
  * long as the input. s->is_error belongs to it. */
-static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
-                                         llmcbi_sse *s, const char **p,
-                                         const char *end, llmcb_str *event)
+LLMCBI_APART static llmcbi_sse_status
+llmcbi_sse_next(const llmcb_allocator *a, llmcbi_sse *s, const char **p,
+                const char *end, llmcb_str *event)
 {
     if (s->told) s->told = s->is_error = false;
     if (s->bom < 3 && !llmcbi_sse_bom(a, s, p, end)) return LLMCBI_SSE_NOMEM;
@@ -2925,13 +2937,9 @@ static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
         *p = eol ? eol + 1 : end;
         if (!eol) break;
         s->skip_lf = *eol == '\r';
-        if (line.len && !s->here.ptr && !s->in_data && split) {
-            /* a data line in `line` does not stay there */
-            status = llmcbi_sse_line(a, s, line, event);
-            if (!llmcbi_sse_gather(a, s)) return LLMCBI_SSE_NOMEM;
-        } else {
-            status = llmcbi_sse_line(a, s, line, event);
-        }
+        status = llmcbi_sse_line(a, s, line, event);
+        /* a data line in `line` does not stay there */
+        if (split && !llmcbi_sse_gather(a, s)) return LLMCBI_SSE_NOMEM;
         s->line.len = 0;
         if (status != LLMCBI_SSE_MORE) return status;
     }
@@ -7747,20 +7755,12 @@ static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
     for (i = 0; i < q->n_headers; i++)
         size += strlen(q->headers[i].key) + strlen(q->headers[i].value) + 4;
     if (!llmcbi_buf_reserve(a, b, size)) return;
-    llmcbi_buf_text(a, b, q->method);
-    llmcbi_buf_add(a, b, " ", 1);
-    llmcbi_buf_add(a, b, u->target.ptr, u->target.len);
-    llmcbi_buf_text(a, b, " HTTP/1.1\r\nHost: ");
-    llmcbi_buf_add(a, b, u->authority.ptr, u->authority.len);
-    llmcbi_buf_text(a, b, "\r\nContent-Length: ");
-    llmcbi_buf_int(a, b, (int64_t)q->body_len);
-    llmcbi_buf_text(a, b, "\r\n");
-    for (i = 0; i < q->n_headers; i++) {
-        llmcbi_buf_text(a, b, q->headers[i].key);
-        llmcbi_buf_text(a, b, ": ");
-        llmcbi_buf_text(a, b, q->headers[i].value);
-        llmcbi_buf_text(a, b, "\r\n");
-    }
+    llmcbi_buf_print(
+        a, b, "%s %S HTTP/1.1\r\nHost: %S\r\nContent-Length: %d\r\n", q->method,
+        &u->target, &u->authority, (int64_t)q->body_len);
+    for (i = 0; i < q->n_headers; i++)
+        llmcbi_buf_print(a, b, "%s: %s\r\n", q->headers[i].key,
+                         q->headers[i].value);
     llmcbi_buf_text(a, b, "\r\n");
 }
 
@@ -9074,17 +9074,15 @@ static llmcb_transport *llmcbi_no_transport(llmcb_loop *loop)
 
 /* One response to play, owned by the transport. */
 typedef struct llmcbi_tape {
-    char *bytes;
-    size_t len, size;
-    llmcb_segment *segments;
-    size_t n_segments;
+    llmcbi_buf bytes;
+    llmcbi_buf borders; /* of llmcb_segment */
     llmcb_replay_end end;
 } llmcbi_tape;
 
 typedef struct llmcbi_replay {
     llmcb_transport base;
-    llmcbi_tape *tapes;
-    size_t n_tapes, cap, turn;
+    llmcbi_buf tapes; /* of llmcbi_tape */
+    size_t n_tapes, turn;
     char missing[96]; /* what could not be read */
     bool no_delays;
     bool failed; /* no memory */
@@ -9127,13 +9125,22 @@ static void llmcbi_player_end(llmcbi_player *p, llmcb_ending ending,
     llmcb_exchange_end(p->x, ending, code, sys_errno, message);
 }
 
-static size_t llmcbi_tape_offset(const llmcbi_tape *t, size_t segment)
+static llmcb_segment *llmcbi_tape_segments(const llmcbi_tape *t, size_t *n)
 {
-    size_t at = segment == 0              ? 0
-                : segment < t->n_segments ? t->segments[segment].offset
-                                          : t->len;
+    *n = t->borders.len / sizeof(llmcb_segment);
+    return (llmcb_segment *)(void *)t->borders.ptr;
+}
 
-    return at < t->len ? at : t->len;
+static const char *llmcbi_tape_at(const llmcbi_tape *t, size_t segment)
+{
+    size_t n, at = t->bytes.len;
+    const llmcb_segment *s = llmcbi_tape_segments(t, &n);
+
+    if (segment == 0)
+        at = 0;
+    else if (segment < n && s[segment].offset < at)
+        at = s[segment].offset;
+    return t->bytes.ptr + at;
 }
 
 /* What follows the last byte. */
@@ -9143,8 +9150,7 @@ static void llmcbi_player_over(llmcbi_player *p)
 
     switch (p->tape->end) {
     case LLMCB_REPLAY_RESET:
-        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_EIO, ECONNRESET,
-                          "the connection broke");
+        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_EIO, ECONNRESET, NULL);
         return;
     case LLMCB_REPLAY_CLOSE:
         ending = llmcbi_h1_eof(&p->h1);
@@ -9159,11 +9165,11 @@ static void llmcbi_player_over(llmcbi_player *p)
 /* Waits for the delay of the next segment, or does without. */
 static void llmcbi_player_next(llmcbi_player *p)
 {
-    const llmcbi_tape *t = p->tape;
+    size_t n;
+    const llmcb_segment *s = llmcbi_tape_segments(p->tape, &n);
     int64_t ms = 0;
 
-    if (p->segment < t->n_segments && !p->replay->no_delays)
-        ms = t->segments[p->segment].delay_ms;
+    if (p->segment < n && !p->replay->no_delays) ms = s[p->segment].delay_ms;
     if (ms > 0)
         llmcbi_timer_start(p->x->tr->loop, &p->timer, ms);
     else
@@ -9176,6 +9182,7 @@ static void llmcbi_player_play(llmcbi_ready *r)
     const llmcbi_tape *t = p->tape;
     const char *at, *end;
     llmcbi_h1_type type;
+    size_t n;
 
     if (!t) {
         llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ESYS, 0, p->replay->missing);
@@ -9185,7 +9192,7 @@ static void llmcbi_player_play(llmcbi_ready *r)
         p->connected = true;
         if (t->end == LLMCB_REPLAY_REFUSE) {
             llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ECONNECT, ECONNREFUSED,
-                              "could not connect to the server");
+                              NULL);
             return;
         }
         llmcb_exchange_connected(p->x);
@@ -9193,12 +9200,13 @@ static void llmcbi_player_play(llmcbi_ready *r)
         return;
     }
     if (p->x->paused) return;
-    if (p->segment && p->segment >= t->n_segments) {
+    llmcbi_tape_segments(t, &n);
+    if (p->segment && p->segment >= n) {
         llmcbi_player_over(p);
         return;
     }
-    at = t->bytes + llmcbi_tape_offset(t, p->segment);
-    end = t->bytes + llmcbi_tape_offset(t, ++p->segment);
+    at = llmcbi_tape_at(t, p->segment);
+    end = llmcbi_tape_at(t, ++p->segment);
     type = llmcbi_h1_drive(p->x->tr->loop, &p->h1, p->x, &at, end);
     if (type == LLMCBI_H1_END)
         llmcbi_player_end(p, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
@@ -9223,7 +9231,7 @@ static llmcb_code llmcbi_replay_start(llmcb_transport *tr, llmcb_exchange *x,
 
     p->x = x;
     p->replay = r;
-    if (r->n_tapes) p->tape = &r->tapes[r->turn];
+    if (r->n_tapes) p->tape = (llmcbi_tape *)(void *)r->tapes.ptr + r->turn;
     p->ready.fn = llmcbi_player_play;
     llmcbi_h1_init(&p->h1, request->limits);
     if (!llmcbi_timer_init(tr->loop, &p->timer, llmcbi_player_timer))
@@ -9252,68 +9260,48 @@ static void llmcbi_replay_free(llmcb_transport *tr)
 {
     llmcbi_replay *r = (llmcbi_replay *)(void *)tr;
     const llmcb_allocator *a = &tr->loop->alloc;
-    size_t i;
+    llmcbi_tape *t = (llmcbi_tape *)(void *)r->tapes.ptr;
 
-    for (i = 0; i < r->n_tapes; i++) {
-        llmcbi_free(a, r->tapes[i].bytes, r->tapes[i].size);
-        llmcbi_free(a, r->tapes[i].segments,
-                    r->tapes[i].n_segments * sizeof *r->tapes[i].segments);
+    for (; r->n_tapes; r->n_tapes--, t++) {
+        llmcbi_buf_free(a, &t->bytes);
+        llmcbi_buf_free(a, &t->borders);
     }
-    llmcbi_free(a, r->tapes, r->cap * sizeof *r->tapes);
+    llmcbi_buf_free(a, &r->tapes);
     llmcbi_free(a, r, sizeof *r);
 }
 
-static llmcbi_tape *llmcbi_tape_add(llmcbi_replay *r)
+/* Takes over what is in t. A border that lies before another is moved to it:
+ * nothing comes twice. */
+static void llmcbi_tape_add(llmcbi_replay *r, llmcbi_tape *t)
 {
-    if (r->n_tapes == r->cap) {
-        size_t cap = r->cap ? 2 * r->cap : 4;
-        llmcbi_tape *tapes = (llmcbi_tape *)llmcbi_resize(
-            &r->base.loop->alloc, r->tapes, r->cap * sizeof *tapes,
-            cap * sizeof *tapes);
-        if (!tapes) return NULL;
-        r->tapes = tapes;
-        r->cap = cap;
+    const llmcb_allocator *a = &r->base.loop->alloc;
+    size_t i, n;
+    llmcb_segment *s = llmcbi_tape_segments(t, &n);
+
+    for (i = 1; i < n; i++)
+        if (s[i].offset < s[i - 1].offset) s[i].offset = s[i - 1].offset;
+    llmcbi_buf_add(a, &r->tapes, (const char *)t, sizeof *t);
+    if (r->tapes.failed || t->bytes.failed || t->borders.failed)
+        r->failed = true;
+    if (!r->tapes.failed) {
+        r->n_tapes++;
+        return;
     }
-    memset(&r->tapes[r->n_tapes], 0, sizeof *r->tapes);
-    return &r->tapes[r->n_tapes++];
+    llmcbi_buf_free(a, &t->bytes);
+    llmcbi_buf_free(a, &t->borders);
 }
 
-static bool llmcbi_tape_segments(llmcbi_replay *r, llmcbi_tape *t, size_t n)
+static void llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
 {
-    if (!n) return true;
-    t->segments = (llmcb_segment *)llmcbi_alloc(&r->base.loop->alloc,
-                                                n * sizeof *t->segments);
-    if (t->segments) t->n_segments = n;
-    return t->segments != NULL;
-}
+    const llmcb_allocator *a = &r->base.loop->alloc;
+    llmcbi_tape t;
 
-/* A border that lies before another is moved to it: nothing comes twice. */
-static void llmcbi_tape_order(llmcbi_tape *t)
-{
-    size_t i;
-
-    for (i = 1; i < t->n_segments; i++)
-        if (t->segments[i].offset < t->segments[i - 1].offset)
-            t->segments[i].offset = t->segments[i - 1].offset;
-}
-
-static bool llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
-{
-    llmcbi_tape *t = llmcbi_tape_add(r);
-
-    if (!t) return false;
-    t->end = rec->end;
-    t->bytes = (char *)llmcbi_alloc(&r->base.loop->alloc, rec->len + 1);
-    if (!t->bytes) return false;
-    t->size = rec->len + 1;
-    t->len = rec->len;
-    if (rec->len) memcpy(t->bytes, rec->bytes, rec->len);
-    if (!llmcbi_tape_segments(r, t, rec->n_segments)) return false;
-    if (rec->n_segments)
-        memcpy(t->segments, rec->segments,
-               rec->n_segments * sizeof *t->segments);
-    llmcbi_tape_order(t);
-    return true;
+    memset(&t, 0, sizeof t);
+    t.end = rec->end;
+    llmcbi_buf_add(a, &t.bytes, rec->bytes, rec->len);
+    llmcbi_buf_add(a, &t.borders, (const char *)rec->segments,
+                   rec->n_segments * sizeof *rec->segments);
+    llmcbi_tape_add(r, &t);
 }
 
 #if !defined(LLMCB_NO_STDIO) || !defined(LLMCB_NO_KIT)
@@ -9325,12 +9313,9 @@ static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
     size_t len = strlen(path);
 
     if (len > 5 && strcmp(path + len - 5, ".http") == 0) len -= 5;
-    b->len = 0;
+    memset(b, 0, sizeof *b);
     llmcbi_buf_add(a, b, path, len);
-    if (number > 1) {
-        llmcbi_buf_add(a, b, "-", 1);
-        llmcbi_buf_int(a, b, (int64_t)number);
-    }
+    if (number > 1) llmcbi_buf_print(a, b, "-%d", (int64_t)number);
     llmcbi_buf_text(a, b, ending);
 }
 #endif
@@ -9359,7 +9344,6 @@ static bool llmcbi_read_file(const llmcb_allocator *a, llmcbi_buf *b,
     int fd = llmcbi_open_file(path, O_RDONLY);
     ssize_t n = -1;
 
-    b->len = 0;
     if (fd < 0) return false;
     while (llmcbi_buf_reserve(a, b, 16384)) {
         n = LLMCBI_SYS(read)(fd, b->ptr + b->len, 16384);
@@ -9371,31 +9355,30 @@ static bool llmcbi_read_file(const llmcb_allocator *a, llmcbi_buf *b,
     return n == 0 && !b->failed;
 }
 
-/* [[offset, delay], ...]; counts, or fills when there is somewhere to. */
-static size_t llmcbi_tape_read_segments(llmcbi_json *j, llmcb_segment *out)
+/* [[offset, delay], ...] */
+static bool llmcbi_tape_read_segments(const llmcb_allocator *a,
+                                      llmcbi_buf *borders, llmcbi_json *j)
 {
-    size_t n = 0;
+    llmcb_segment s;
     int64_t v[2];
     int i;
 
-    if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY) return 0;
+    if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY) return false;
     while (llmcbi_json_next(j) == LLMCBI_JSON_ARRAY) {
         for (i = 0; i < 2; i++)
             if (llmcbi_json_next(j) != LLMCBI_JSON_NUMBER ||
                 !llmcbi_json_int(j, &v[i]) || v[i] < 0)
-                return 0;
-        if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY_END) return 0;
-        if (out) {
-            out[n].offset = (size_t)v[0];
-            out[n].delay_ms = v[1];
-        }
-        n++;
+                return false;
+        if (llmcbi_json_next(j) != LLMCBI_JSON_ARRAY_END) return false;
+        s.offset = (size_t)v[0];
+        s.delay_ms = v[1];
+        llmcbi_buf_add(a, borders, (const char *)&s, sizeof s);
     }
-    return n;
+    return borders->len > 0;
 }
 
-static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
-                                llmcb_str text)
+LLMCBI_APART static bool llmcbi_tape_borders(const llmcb_allocator *a,
+                                             llmcbi_tape *t, llmcb_str text)
 {
     llmcbi_json j;
     llmcbi_json_type type;
@@ -9410,12 +9393,11 @@ static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
                      : llmcbi_json_is(&j, "refuse") ? LLMCB_REPLAY_REFUSE
                                                     : LLMCB_REPLAY_KEEP;
         } else if (llmcbi_json_is(&j, "segments")) {
-            llmcbi_json again = j;
-            size_t n = llmcbi_tape_read_segments(&again, NULL);
-            if (!n || t->segments || !llmcbi_tape_segments(r, t, n))
+            if (t->borders.len) return false;
+            if (!llmcbi_tape_read_segments(a, &t->borders, &j)) {
+                t->borders.len = 0;
                 return false;
-            llmcbi_tape_read_segments(&j, t->segments);
-            llmcbi_tape_order(t);
+            }
         } else {
             llmcbi_json_skip(&j, llmcbi_json_next(&j));
         }
@@ -9423,33 +9405,38 @@ static bool llmcbi_tape_borders(llmcbi_replay *r, llmcbi_tape *t,
     return type == LLMCBI_JSON_OBJECT_END;
 }
 
+static bool llmcbi_tape_read(llmcbi_replay *r, llmcbi_buf *b, const char *path,
+                             size_t number, const char *ending)
+{
+    const llmcb_allocator *a = &r->base.loop->alloc;
+    llmcbi_buf name;
+    bool ok;
+
+    memset(b, 0, sizeof *b);
+    llmcbi_tape_name(a, &name, path, number, ending);
+    ok = !name.failed && llmcbi_read_file(a, b, name.ptr);
+    if (name.failed || b->failed) r->failed = true;
+    llmcbi_buf_free(a, &name);
+    if (!ok) llmcbi_buf_free(a, b);
+    return ok;
+}
+
 /* false: there is no such file, or it is not a recording. */
 static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
 {
     const llmcb_allocator *a = &r->base.loop->alloc;
-    llmcbi_buf name, text;
-    llmcbi_tape *t;
-    bool ok;
+    llmcbi_buf text;
+    llmcbi_tape t;
+    bool ok = true;
 
-    memset(&name, 0, sizeof name);
-    memset(&text, 0, sizeof text);
-    llmcbi_tape_name(a, &name, path, number, ".http");
-    ok = !name.failed && llmcbi_read_file(a, &text, name.ptr);
-    t = ok ? llmcbi_tape_add(r) : NULL;
-    if (t) {
-        t->bytes = text.ptr;
-        t->len = text.len;
-        t->size = text.cap;
-        t->end = LLMCB_REPLAY_CLOSE;
-        memset(&text, 0, sizeof text);
-        llmcbi_tape_name(a, &name, path, number, ".segments.json");
-        if (!name.failed && llmcbi_read_file(a, &text, name.ptr))
-            ok = llmcbi_tape_borders(r, t, llmcbi_buf_str(&text));
-    }
-    r->failed = r->failed || name.failed || text.failed || (ok && !t);
-    llmcbi_buf_free(a, &name);
+    memset(&t, 0, sizeof t);
+    t.end = LLMCB_REPLAY_CLOSE;
+    if (!llmcbi_tape_read(r, &t.bytes, path, number, ".http")) return false;
+    if (llmcbi_tape_read(r, &text, path, number, ".segments.json"))
+        ok = llmcbi_tape_borders(a, &t, llmcbi_buf_str(&text));
     llmcbi_buf_free(a, &text);
-    return ok && t != NULL;
+    llmcbi_tape_add(r, &t);
+    return ok && !r->failed;
 }
 #else
 static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
@@ -9464,38 +9451,38 @@ static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
 LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
                                              const llmcb_replay_desc *desc)
 {
+    static const llmcb_transport base = { sizeof(llmcbi_player),
+                                          llmcbi_replay_start,
+                                          llmcbi_replay_resume,
+                                          llmcbi_replay_stop,
+                                          llmcbi_replay_stop,
+                                          llmcbi_replay_free,
+                                          NULL,
+                                          NULL };
+    static const char why[] = "no recording can be read from ";
     llmcbi_replay *r;
     size_t i;
-    bool ok = true;
 
     if (llmcbi_enter(loop) != LLMCB_OK || !desc) return NULL;
     r = (llmcbi_replay *)llmcbi_alloc(&loop->alloc, sizeof *r);
     if (!r) return llmcbi_no_transport(loop);
+    r->base = base;
     r->base.loop = loop;
-    r->base.state_size = sizeof(llmcbi_player);
-    r->base.start = llmcbi_replay_start;
-    r->base.resume = llmcbi_replay_resume;
-    r->base.release = llmcbi_replay_stop;
-    r->base.cancel = llmcbi_replay_stop;
-    r->base.free = llmcbi_replay_free;
     r->no_delays = desc->no_delays;
-    for (i = 0; ok && i < desc->n_recordings; i++)
-        ok = llmcbi_tape_copy(r, &desc->recordings[i]);
+    for (i = 0; i < desc->n_recordings; i++)
+        llmcbi_tape_copy(r, &desc->recordings[i]);
     if (desc->path && !desc->n_recordings)
         for (i = 1; llmcbi_tape_load(r, desc->path, i);)
             i++;
-    if (!r->n_tapes) {
-        static const char why[] = "no recording can be read from ";
-        llmcbi_copy_clean(r->missing, sizeof r->missing, why, sizeof why - 1);
-        if (desc->path)
-            llmcbi_copy_clean(r->missing + sizeof why - 1,
-                              sizeof r->missing - sizeof why + 1, desc->path,
-                              strlen(desc->path));
-    }
-    if (!ok || r->failed) {
+    if (r->failed) {
         llmcbi_replay_free(&r->base);
         return llmcbi_no_transport(loop);
     }
+    memcpy(r->missing, why, sizeof why);
+    if (desc->path)
+        llmcbi_copy_clean(r->missing + sizeof why - 1,
+                          sizeof r->missing - sizeof why + 1, desc->path,
+                          strlen(desc->path));
     llmcb_transport_init(loop, &r->base);
     return &r->base;
 }
@@ -9506,10 +9493,8 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
 typedef struct llmcbi_recorder {
     llmcb_transport base;
     llmcb_transport *inner;
-    llmcbi_sink sink;
-    char *path;
-    size_t path_size;
-    size_t number; /* of the last response */
+    const char *path; /* stands behind it */
+    size_t number;    /* of the last response */
 } llmcbi_recorder;
 
 /* A response being recorded: what comes from the inner exchange is noted
@@ -9528,11 +9513,8 @@ static void llmcbi_take_border(llmcbi_take *t)
     const llmcb_allocator *a = &t->outer->tr->loop->alloc;
     int64_t now = t->outer->tr->loop->now;
 
-    llmcbi_buf_text(a, &t->borders, t->borders.len ? ",[" : "[");
-    llmcbi_buf_int(a, &t->borders, (int64_t)t->http.len);
-    llmcbi_buf_text(a, &t->borders, ",");
-    llmcbi_buf_int(a, &t->borders, now - t->last);
-    llmcbi_buf_text(a, &t->borders, "]");
+    llmcbi_buf_print(a, &t->borders, "%s[%d,%d]", t->borders.len ? "," : "",
+                     (int64_t)t->http.len, now - t->last);
     t->last = now;
 }
 
@@ -9552,9 +9534,7 @@ static void llmcbi_take_status(void *owner, int status)
     const llmcb_allocator *a = &t->outer->tr->loop->alloc;
 
     llmcbi_take_border(t);
-    llmcbi_buf_text(a, &t->http, "HTTP/1.1 ");
-    llmcbi_buf_int(a, &t->http, status);
-    llmcbi_buf_text(a, &t->http, " \r\n");
+    llmcbi_buf_print(a, &t->http, "HTTP/1.1 %d \r\n", (int64_t)status);
     llmcb_exchange_status(t->outer, status);
 }
 
@@ -9566,12 +9546,8 @@ static void llmcbi_take_header(void *owner, llmcb_str name, llmcb_str value)
     llmcbi_take *t = (llmcbi_take *)owner;
     const llmcb_allocator *a = &t->outer->tr->loop->alloc;
 
-    if (!llmcbi_str_listed(name, left_out)) {
-        llmcbi_buf_add(a, &t->http, name.ptr, name.len);
-        llmcbi_buf_text(a, &t->http, ": ");
-        llmcbi_buf_add(a, &t->http, value.ptr, value.len);
-        llmcbi_buf_text(a, &t->http, "\r\n");
-    }
+    if (!llmcbi_str_listed(name, left_out))
+        llmcbi_buf_print(a, &t->http, "%S: %S\r\n", &name, &value);
     llmcb_exchange_header(t->outer, name, value);
 }
 
@@ -9584,33 +9560,26 @@ static void llmcbi_take_head_end(llmcbi_take *t)
 }
 
 /* A piece of the body becomes one chunk and one border. */
-static void llmcbi_take_piece(llmcbi_take *t, const char *bytes, size_t len)
-{
-    static const char hex[] = "0123456789abcdef";
-    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
-    int shift;
-    bool begun = false;
-
-    llmcbi_take_head_end(t);
-    llmcbi_take_border(t);
-    for (shift = 60; shift >= 0; shift -= 4) {
-        char digit = hex[(uint64_t)len >> shift & 15];
-        if (digit != '0') begun = true;
-        if (begun) llmcbi_buf_add(a, &t->http, &digit, 1);
-    }
-    llmcbi_buf_text(a, &t->http, "\r\n");
-    llmcbi_buf_add(a, &t->http, bytes, len);
-    llmcbi_buf_text(a, &t->http, "\r\n");
-    if (!llmcb_exchange_data(t->outer, bytes, len)) t->inner->paused = true;
-}
-
 static void llmcbi_take_data(void *owner, llmcb_str *pieces, size_t n)
 {
-    size_t i;
+    static const char hex[] = "0123456789abcdef";
+    llmcbi_take *t = (llmcbi_take *)owner;
+    char digits[2 * sizeof(size_t) + 1];
 
-    for (i = 0; i < n; i++) {
-        llmcbi_take_piece((llmcbi_take *)owner, pieces[i].ptr, pieces[i].len);
-        pieces[i].len = 0;
+    for (; n; n--, pieces++) {
+        char *size = digits + sizeof digits - 1;
+        size_t left = pieces->len;
+        *size = '\0';
+        do
+            *--size = hex[left & 15];
+        while ((left >>= 4) != 0);
+        llmcbi_take_head_end(t);
+        llmcbi_take_border(t);
+        llmcbi_buf_print(&t->outer->tr->loop->alloc, &t->http, "%s\r\n%S\r\n",
+                         size, pieces);
+        if (!llmcb_exchange_data(t->outer, pieces->ptr, pieces->len))
+            t->inner->paused = true;
+        pieces->len = 0;
     }
 }
 
@@ -9637,29 +9606,33 @@ static bool llmcbi_write_file(const char *path, llmcb_str text)
 }
 #endif
 
+static bool llmcbi_take_write(const llmcbi_take *t, const char *ending,
+                              const llmcbi_buf *content)
+{
+    const llmcb_allocator *a = &t->outer->tr->loop->alloc;
+    llmcbi_buf name;
+    bool ok;
+
+    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ending);
+    ok = !name.failed && llmcbi_write_file(name.ptr, llmcbi_buf_str(content));
+    llmcbi_buf_free(a, &name);
+    return ok;
+}
+
 static void llmcbi_take_save(llmcbi_take *t, const char *end)
 {
     llmcb_loop *loop = t->outer->tr->loop;
-    const llmcb_allocator *a = &loop->alloc;
-    llmcbi_buf name, json;
-    bool ok;
+    llmcbi_buf json;
 
-    memset(&name, 0, sizeof name);
     memset(&json, 0, sizeof json);
-    llmcbi_buf_text(a, &json, "{\"end\":\"");
-    llmcbi_buf_text(a, &json, end);
-    llmcbi_buf_text(a, &json, "\",\"segments\":[");
-    llmcbi_buf_text(a, &json, t->borders.len ? t->borders.ptr : "[0,0]");
-    llmcbi_buf_text(a, &json, "]}\n");
-    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ".http");
-    ok = !name.failed && !t->http.failed && !t->borders.failed &&
-         !json.failed && llmcbi_write_file(name.ptr, llmcbi_buf_str(&t->http));
-    llmcbi_tape_name(a, &name, t->recorder->path, t->number, ".segments.json");
-    ok = ok && !name.failed &&
-         llmcbi_write_file(name.ptr, llmcbi_buf_str(&json));
-    if (!ok) llmcbi_log(loop, "a recording could not be written");
-    llmcbi_buf_free(a, &name);
-    llmcbi_buf_free(a, &json);
+    llmcbi_buf_print(&loop->alloc, &json,
+                     "{\"end\":\"%s\",\"segments\":[%s]}\n", end,
+                     t->borders.len ? t->borders.ptr : "[0,0]");
+    if (t->http.failed || t->borders.failed || json.failed ||
+        !llmcbi_take_write(t, ".http", &t->http) ||
+        !llmcbi_take_write(t, ".segments.json", &json))
+        llmcbi_log(loop, "a recording could not be written");
+    llmcbi_buf_free(&loop->alloc, &json);
 }
 
 /* The take is over, one way or the other. */
@@ -9696,6 +9669,9 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
 static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
                                       const llmcb_request *request)
 {
+    static const llmcbi_sink sink = { llmcbi_take_connected, llmcbi_take_sent,
+                                      llmcbi_take_status,    llmcbi_take_header,
+                                      llmcbi_take_data,      llmcbi_take_end };
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
     llmcb_code code;
@@ -9703,7 +9679,7 @@ static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
     t->recorder = r;
     t->outer = x;
     t->last = tr->loop->now;
-    t->inner = llmcbi_exchange_new(r->inner, &r->sink, t);
+    t->inner = llmcbi_exchange_new(r->inner, &sink, t);
     if (!t->inner) return LLMCB_ENOMEM;
     code = r->inner->start(r->inner, t->inner, request);
     if (code == LLMCB_OK)
@@ -9747,40 +9723,31 @@ static void llmcbi_record_free(llmcb_transport *tr)
 {
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
 
-    llmcbi_free(&tr->loop->alloc, r->path, r->path_size);
-    llmcbi_free(&tr->loop->alloc, r, sizeof *r);
+    llmcbi_free(&tr->loop->alloc, r, sizeof *r + strlen(r->path) + 1);
 }
 
 LLMCBI_DEF llmcb_transport *
 llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 {
+    static const llmcb_transport base = { sizeof(llmcbi_take),
+                                          llmcbi_record_start,
+                                          llmcbi_record_resume,
+                                          llmcbi_record_release,
+                                          llmcbi_record_cancel,
+                                          llmcbi_record_free,
+                                          NULL,
+                                          NULL };
     llmcbi_recorder *r;
 
     if (llmcbi_enter(loop) != LLMCB_OK || !inner || inner->loop != loop ||
         !path)
         return NULL;
-    r = (llmcbi_recorder *)llmcbi_alloc(&loop->alloc, sizeof *r);
+    r = (llmcbi_recorder *)llmcbi_alloc(&loop->alloc,
+                                        sizeof *r + strlen(path) + 1);
     if (!r) return llmcbi_no_transport(loop);
-    r->path_size = strlen(path) + 1;
-    r->path = (char *)llmcbi_alloc(&loop->alloc, r->path_size);
-    if (!r->path) {
-        llmcbi_free(&loop->alloc, r, sizeof *r);
-        return llmcbi_no_transport(loop);
-    }
-    memcpy(r->path, path, r->path_size);
+    r->base = base;
     r->inner = inner;
-    r->sink.connected = llmcbi_take_connected;
-    r->sink.sent = llmcbi_take_sent;
-    r->sink.status = llmcbi_take_status;
-    r->sink.header = llmcbi_take_header;
-    r->sink.data = llmcbi_take_data;
-    r->sink.end = llmcbi_take_end;
-    r->base.state_size = sizeof(llmcbi_take);
-    r->base.start = llmcbi_record_start;
-    r->base.resume = llmcbi_record_resume;
-    r->base.release = llmcbi_record_release;
-    r->base.cancel = llmcbi_record_cancel;
-    r->base.free = llmcbi_record_free;
+    r->path = strcpy((char *)(r + 1), path);
     llmcb_transport_init(loop, &r->base);
     return &r->base;
 }
@@ -9788,11 +9755,13 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 
 /* ==== [WIRE] the OpenAI dialect: request body, answer ================== */
 
-/* A string of the answer as it stands in the JSON text. */
+/* A value of the answer as it stands in the JSON text: a string without its
+ * quotes. */
 typedef struct llmcbi_raw {
     const char *ptr; /* NULL: absent or null */
     size_t len;
-    bool plain; /* ASCII without escapes */
+    bool plain;  /* ASCII without escapes */
+    bool object; /* not a string */
 } llmcbi_raw;
 
 /* One element of "choices". */
@@ -9800,9 +9769,9 @@ typedef struct llmcbi_wire_choice {
     int64_t index;
     bool has_delta; /* or a message */
     llmcbi_raw text, refusal, reasoning, finish_reason;
-    llmcb_str tool_calls;    /* JSON array */
-    llmcb_str function_call; /* JSON object, the old form */
-    llmcb_str logprobs;      /* JSON object */
+    llmcbi_raw tool_calls;    /* JSON array */
+    llmcbi_raw function_call; /* JSON object, the old form */
+    llmcbi_raw logprobs;      /* JSON object */
 } llmcbi_wire_choice;
 
 /* One event of a stream, or a whole answer. The first choice is read with
@@ -9813,125 +9782,181 @@ typedef struct llmcbi_wire_event {
     llmcbi_json rest;
     llmcb_usage usage;
     llmcbi_raw model, id, fingerprint;
-    llmcb_str error; /* its JSON text; len 0: none */
+    llmcbi_raw error; /* its JSON text; len 0: none */
 } llmcbi_wire_event;
 
-static void llmcbi_wire_string(llmcbi_json *j, llmcbi_raw *out)
-{
-    llmcbi_json_type type = llmcbi_json_next(j);
+/* A member that is wanted of an object. */
+typedef struct llmcbi_wanted {
+    uint8_t level;  /* 0: of the object, others: of an object in it */
+    uint8_t opens;  /* the level of its own members, if they are wanted */
+    uint16_t types; /* of its value, as bits; 0: the caller reads it */
+    uint16_t at;    /* where it goes: a number to an int64_t, others to a
+                       llmcbi_raw; that it opened a level to a bool */
+    uint8_t len;
+    char name[26]; /* "": the end of the list */
+} llmcbi_wanted;
 
-    out->ptr = NULL;
-    out->len = 0;
-    if (type == LLMCBI_JSON_STRING) {
-        out->ptr = j->str;
-        out->len = j->len;
-        out->plain = !j->escaped && !j->high;
-    } else {
-        llmcbi_json_skip(j, type);
+#define LLMCBI_WANTED(level, opens, types, at, name)                \
+    {                                                               \
+        level, opens, types, (uint16_t)(at), sizeof(name) - 1, name \
     }
-}
+#define LLMCBI_A_NUMBER (1u << LLMCBI_JSON_NUMBER)
+#define LLMCBI_A_STRING (1u << LLMCBI_JSON_STRING)
+#define LLMCBI_AN_OBJECT (1u << LLMCBI_JSON_OBJECT)
+#define LLMCBI_AN_ARRAY (1u << LLMCBI_JSON_ARRAY)
+/* A value of another type changes nothing; a number is -1 then, not 0. */
+#define LLMCBI_OR_NONE (1u << LLMCBI_JSON_END)
+/* Neither does an empty string. */
+#define LLMCBI_OR_EMPTY (1u << LLMCBI_JSON_KEY)
 
-static llmcb_str llmcbi_wire_raw(llmcbi_json *j, llmcbi_json_type want)
+/* Keeps the value that j has just passed and that begins at `start`. */
+static void llmcbi_wire_keep(const llmcbi_json *j, llmcbi_json_type type,
+                             const char *start, unsigned types, void *to)
 {
-    llmcbi_json_type type = llmcbi_json_raw(j);
-
-    return type == want ? llmcbi_slice(j->str, j->len) : llmcbi_slice("", 0);
-}
-
-static void llmcbi_wire_delta(llmcbi_json *j, llmcbi_wire_choice *c)
-{
-    llmcbi_json_type type = llmcbi_json_next(j);
-    llmcbi_raw reasoning;
-
-    if (type != LLMCBI_JSON_OBJECT) {
-        llmcbi_json_skip(j, type);
-        return;
-    }
-    c->has_delta = true;
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "content")) {
-            llmcbi_wire_string(j, &c->text);
-        } else if (llmcbi_json_is(j, "refusal")) {
-            llmcbi_wire_string(j, &c->refusal);
-        } else if (llmcbi_json_is(j, "reasoning_content") ||
-                   llmcbi_json_is(j, "reasoning")) {
-            llmcbi_wire_string(j, &reasoning); /* some send both */
-            if (reasoning.len) c->reasoning = reasoning;
-        } else if (llmcbi_json_is(j, "tool_calls")) {
-            c->tool_calls = llmcbi_wire_raw(j, LLMCBI_JSON_ARRAY);
-        } else if (llmcbi_json_is(j, "function_call")) {
-            c->function_call = llmcbi_wire_raw(j, LLMCBI_JSON_OBJECT);
-        } else {
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-        }
-    }
-}
-
-static int64_t llmcbi_wire_int(llmcbi_json *j, int64_t otherwise)
-{
-    llmcbi_json_type type = llmcbi_json_next(j);
+    const int64_t most = INT64_MAX >> 20; /* so that no sum overflows */
+    llmcbi_raw *raw = (llmcbi_raw *)to;
+    bool fits = (types >> type & 1) != 0;
     int64_t v;
 
-    if (type == LLMCBI_JSON_NUMBER && llmcbi_json_int(j, &v)) return v;
-    llmcbi_json_skip(j, type);
-    return otherwise;
+    if ((types & ~LLMCBI_OR_NONE) == LLMCBI_A_NUMBER) {
+        if (!fits || !llmcbi_json_int(j, &v) || v < 0)
+            v = types & LLMCBI_OR_NONE ? -1 : 0;
+        *(int64_t *)to = v < most ? v : most;
+    } else if (fits && type <= LLMCBI_JSON_ARRAY) {
+        raw->ptr = start;
+        raw->len = (size_t)(j->p - start);
+        raw->object = true;
+    } else if (fits ? j->len || !(types & LLMCBI_OR_EMPTY)
+                    : !(types & LLMCBI_OR_NONE)) {
+        raw->ptr = fits ? j->str : NULL;
+        raw->len = fits ? j->len : 0;
+        raw->plain = !j->escaped && !j->high;
+        raw->object = false;
+    }
+}
+
+/* Reads the wanted members of an object, whose brace has been read, into
+ * `out`. true: it stands in front of a value that the caller reads before it
+ * calls again. */
+static bool llmcbi_wire_object(llmcbi_json *j, const llmcbi_wanted *all,
+                               unsigned level, void *out)
+{
+    llmcbi_json_type type;
+
+    while ((type = llmcbi_json_next(j)) == LLMCBI_JSON_KEY ||
+           (type == LLMCBI_JSON_OBJECT_END && level)) {
+        const llmcbi_wanted *m = all;
+        const char *start;
+        char *to;
+        if (type == LLMCBI_JSON_OBJECT_END) {
+            while (m->opens != level)
+                m++;
+            level = m->level;
+            continue;
+        }
+        while (m->len &&
+               (m->level != level || (m->len != j->len && !j->escaped) ||
+                !llmcbi_json_is_text(j, llmcbi_slice(m->name, m->len))))
+            m++;
+        if (m->len && !m->types) return true;
+        type = llmcbi_json_next(j);
+        start = j->p - 1;
+        to = (char *)out + m->at;
+        if (m->opens && type == LLMCBI_JSON_OBJECT) {
+            level = m->opens;
+            *(bool *)to = true;
+            continue;
+        }
+        llmcbi_json_skip(j, type);
+        if (m->types & ~LLMCBI_OR_NONE)
+            llmcbi_wire_keep(j, type, start, m->types, to);
+    }
+    return false;
+}
+
+/* Comes to the next object of an array; false: there is none. */
+static bool llmcbi_wire_element(llmcbi_json *j)
+{
+    llmcbi_json_type type;
+
+    while ((type = llmcbi_json_next(j)) != LLMCBI_JSON_OBJECT) {
+        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
+            return false;
+        llmcbi_json_skip(j, type);
+    }
+    return true;
 }
 
 /* The next element of "choices"; false: there is none. */
 static bool llmcbi_wire_next_choice(llmcbi_json *j, llmcbi_wire_choice *c)
 {
-    llmcbi_json_type type = llmcbi_json_next(j);
+#define LLMCBI_AT(m) offsetof(llmcbi_wire_choice, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(index), "index"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_delta), "delta"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_delta), "message"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(finish_reason),
+                      "finish_reason"),
+        LLMCBI_WANTED(0, 0, LLMCBI_AN_OBJECT, LLMCBI_AT(logprobs), "logprobs"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(text), "content"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(refusal), "refusal"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_OR_EMPTY,
+                      LLMCBI_AT(reasoning), "reasoning_content"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_OR_EMPTY,
+                      LLMCBI_AT(reasoning), "reasoning"), /* some send both */
+        LLMCBI_WANTED(1, 0, LLMCBI_AN_ARRAY, LLMCBI_AT(tool_calls),
+                      "tool_calls"),
+        LLMCBI_WANTED(1, 0, LLMCBI_AN_OBJECT, LLMCBI_AT(function_call),
+                      "function_call"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
 
-    while (type != LLMCBI_JSON_OBJECT) {
-        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
-            return false;
-        llmcbi_json_skip(j, type);
-        type = llmcbi_json_next(j);
-    }
+    if (!llmcbi_wire_element(j)) return false;
     memset(c, 0, sizeof *c);
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "delta") || llmcbi_json_is(j, "message"))
-            llmcbi_wire_delta(j, c);
-        else if (llmcbi_json_is(j, "index"))
-            c->index = llmcbi_wire_int(j, 0);
-        else if (llmcbi_json_is(j, "finish_reason"))
-            llmcbi_wire_string(j, &c->finish_reason);
-        else if (llmcbi_json_is(j, "logprobs"))
-            c->logprobs = llmcbi_wire_raw(j, LLMCBI_JSON_OBJECT);
-        else
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-    }
+    llmcbi_wire_object(j, members, 0, c);
     return true;
 }
 
-static int64_t llmcbi_wire_count(llmcbi_json *j)
-{
-    int64_t v = llmcbi_wire_int(j, 0), most = INT64_MAX >> 20;
-
-    return v < 0 ? 0 : v < most ? v : most; /* so that sums are none either */
-}
-
-/* A "..._details" object of usage: one number of it. */
-static int64_t llmcbi_wire_detail(llmcbi_json *j, const char *name)
+static void llmcbi_wire_choices(llmcbi_json *j, llmcbi_wire_event *ev)
 {
     llmcbi_json_type type = llmcbi_json_next(j);
-    int64_t v = 0;
+    uint32_t depth = j->depth;
 
-    if (type != LLMCBI_JSON_OBJECT) {
+    if (type != LLMCBI_JSON_ARRAY) {
         llmcbi_json_skip(j, type);
-        return 0;
+        return;
     }
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is_text(j, llmcb_text(name)))
-            v = llmcbi_wire_count(j);
-        else
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-    }
-    return v;
+    ev->has_choice = llmcbi_wire_next_choice(j, &ev->choice);
+    if (!ev->has_choice) return;
+    ev->rest = *j;
+    type = llmcbi_json_next(j);
+    ev->more = type != LLMCBI_JSON_ARRAY_END;
+    while (j->depth >= depth && type != LLMCBI_JSON_ERROR)
+        type = llmcbi_json_next(j);
 }
 
 static void llmcbi_wire_usage(llmcbi_json *j, llmcb_usage *u)
 {
+#define LLMCBI_AT(m) offsetof(llmcb_usage, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(input_tokens),
+                      "prompt_tokens"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(output_tokens),
+                      "completion_tokens"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER, LLMCBI_AT(total_tokens),
+                      "total_tokens"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(known),
+                      "prompt_tokens_details"),
+        LLMCBI_WANTED(0, 2, LLMCBI_OR_NONE, LLMCBI_AT(known),
+                      "completion_tokens_details"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_NUMBER, LLMCBI_AT(cached_tokens),
+                      "cached_tokens"),
+        LLMCBI_WANTED(2, 0, LLMCBI_A_NUMBER, LLMCBI_AT(reasoning_tokens),
+                      "reasoning_tokens"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
     llmcbi_json_type type = llmcbi_json_next(j);
 
     if (type != LLMCBI_JSON_OBJECT) {
@@ -9940,115 +9965,89 @@ static void llmcbi_wire_usage(llmcbi_json *j, llmcb_usage *u)
     }
     memset(u, 0, sizeof *u);
     u->known = true;
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "prompt_tokens"))
-            u->input_tokens = llmcbi_wire_count(j);
-        else if (llmcbi_json_is(j, "completion_tokens"))
-            u->output_tokens = llmcbi_wire_count(j);
-        else if (llmcbi_json_is(j, "total_tokens"))
-            u->total_tokens = llmcbi_wire_count(j);
-        else if (llmcbi_json_is(j, "prompt_tokens_details"))
-            u->cached_tokens = llmcbi_wire_detail(j, "cached_tokens");
-        else if (llmcbi_json_is(j, "completion_tokens_details"))
-            u->reasoning_tokens = llmcbi_wire_detail(j, "reasoning_tokens");
-        else
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-    }
+    llmcbi_wire_object(j, members, 0, u);
     if (!u->total_tokens) u->total_tokens = u->input_tokens + u->output_tokens;
-}
-
-static void llmcbi_wire_choices(llmcbi_json *j, llmcbi_wire_event *ev)
-{
-    llmcbi_json_type type = llmcbi_json_next(j);
-    uint32_t depth = j->depth;
-    llmcbi_json look;
-
-    if (type != LLMCBI_JSON_ARRAY) {
-        llmcbi_json_skip(j, type);
-        return;
-    }
-    ev->has_choice = llmcbi_wire_next_choice(j, &ev->choice);
-    if (!ev->has_choice) return;
-    look = *j;
-    ev->rest = *j;
-    ev->more = llmcbi_json_next(&look) != LLMCBI_JSON_ARRAY_END;
-    while (j->depth >= depth && type != LLMCBI_JSON_ERROR)
-        type = llmcbi_json_next(j);
 }
 
 /* Reads one event. false: it is not one whole JSON object. */
 static bool llmcbi_wire_read(const char *ptr, size_t len, llmcbi_wire_event *ev,
                              bool *too_deep)
 {
+#define LLMCBI_AT(m) offsetof(llmcbi_wire_event, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, 0, 0, "choices"),
+        LLMCBI_WANTED(0, 0, 0, 0, "usage"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(model), "model"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(id), "id"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(fingerprint),
+                      "system_fingerprint"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_AN_OBJECT,
+                      LLMCBI_AT(error), "error"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
     llmcbi_json j;
 
     memset(ev, 0, sizeof *ev);
     llmcbi_json_init(&j, ptr, len);
     if (llmcbi_json_next(&j) != LLMCBI_JSON_OBJECT) return false;
-    while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(&j, "choices")) {
-            llmcbi_wire_choices(&j, ev);
-        } else if (llmcbi_json_is(&j, "usage")) {
+    while (llmcbi_wire_object(&j, members, 0, ev)) {
+        if (llmcbi_json_is(&j, "usage"))
             llmcbi_wire_usage(&j, &ev->usage);
-        } else if (llmcbi_json_is(&j, "model")) {
-            llmcbi_wire_string(&j, &ev->model);
-        } else if (llmcbi_json_is(&j, "id")) {
-            llmcbi_wire_string(&j, &ev->id);
-        } else if (llmcbi_json_is(&j, "system_fingerprint")) {
-            llmcbi_wire_string(&j, &ev->fingerprint);
-        } else if (llmcbi_json_is(&j, "error")) {
-            llmcbi_json_type type = llmcbi_json_raw(&j);
-            if (type == LLMCBI_JSON_OBJECT || type == LLMCBI_JSON_STRING)
-                ev->error = llmcbi_slice(j.str, j.len);
-        } else {
-            llmcbi_json_skip(&j, llmcbi_json_next(&j));
-        }
+        else
+            llmcbi_wire_choices(&j, ev);
+    }
+    if (ev->error.ptr && !ev->error.object) { /* with its quotes */
+        ev->error.ptr--;
+        ev->error.len += 2;
     }
     *too_deep = j.too_deep;
     return llmcbi_json_whole(&j);
 }
 
 /* What a provider says of an error: an object with message, type and code
- * (perhaps inside "error"), or a string. */
+ * (perhaps inside "error", then that alone counts), or a string. */
 static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
 {
+    struct said {
+        llmcbi_raw message, type, code;
+    } said;
+#define LLMCBI_AT(m) offsetof(struct said, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, 0, 0, "error"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+                      LLMCBI_AT(message), "message"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE, LLMCBI_AT(type),
+                      "type"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING | LLMCBI_OR_NONE | LLMCBI_A_NUMBER,
+                      LLMCBI_AT(code), "code"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
     llmcbi_json j;
     llmcbi_json_type type;
-    char message[sizeof e->message];
+    size_t used;
 
+    memset(&said, 0, sizeof said);
     llmcbi_json_init(&j, ptr, len);
-    type = llmcbi_json_next(&j);
-    *message = '\0';
-    if (type == LLMCBI_JSON_STRING)
-        llmcbi_json_clean(message, sizeof message, &j);
-    while (type == LLMCBI_JSON_OBJECT &&
-           llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        bool is_error = llmcbi_json_is(&j, "error");
-        bool is_message = llmcbi_json_is(&j, "message");
-        bool is_type = llmcbi_json_is(&j, "type");
-        bool is_code = llmcbi_json_is(&j, "code");
-        llmcbi_json_type value = llmcbi_json_raw(&j);
-        llmcbi_json inner;
-        if (is_error && value == LLMCBI_JSON_OBJECT) { /* that alone counts */
-            llmcbi_json_init(&j, j.str, j.len);
-            type = llmcbi_json_next(&j);
-            *message = '\0';
-            continue;
-        }
-        llmcbi_json_init(&inner, j.str, j.len);
-        value = llmcbi_json_next(&inner);
-        if (value == LLMCBI_JSON_STRING && (is_message || is_error))
-            llmcbi_json_clean(message, sizeof message, &inner);
-        if (value == LLMCBI_JSON_STRING && is_type)
-            llmcbi_json_clean(e->type, sizeof e->type, &inner);
-        if ((value == LLMCBI_JSON_STRING || value == LLMCBI_JSON_NUMBER) &&
-            is_code)
-            llmcbi_json_clean(e->provider_code, sizeof e->provider_code,
-                              &inner);
-    }
-    if (!*message) return;
+    do {
+        type = llmcbi_json_next(&j);
+        if (type == LLMCBI_JSON_OBJECT)
+            said.message.len = 0;
+        else
+            llmcbi_json_skip(&j, type);
+        llmcbi_wire_keep(&j, type, NULL, LLMCBI_A_STRING | LLMCBI_OR_NONE,
+                         &said.message);
+    } while ((type == LLMCBI_JSON_OBJECT || j.depth) &&
+             llmcbi_wire_object(&j, members, 0, &said));
+    llmcbi_json_clean(e->type, sizeof e->type, said.type.ptr, said.type.len);
+    llmcbi_json_clean(e->provider_code, sizeof e->provider_code, said.code.ptr,
+                      said.code.len);
+    if (!said.message.len) return;
     llmcbi_error_add(e, ": ", 2);
-    llmcbi_error_add(e, message, strlen(message));
+    used = strlen(e->message);
+    llmcbi_json_clean(e->message + used, sizeof e->message - used,
+                      said.message.ptr, said.message.len);
 }
 
 /* -- the answer as it grows */
@@ -10126,8 +10125,8 @@ static void llmcbi_rarity_free(const llmcb_allocator *a, llmcbi_rarity *r)
         llmcbi_buf_free(a, &r->tools[k].name);
         llmcbi_buf_free(a, &r->tools[k].arguments);
     }
-    llmcbi_free(a, r->tools, r->tools_cap * sizeof *r->tools);
-    llmcbi_free(a, r->calls, r->tools_cap * sizeof *r->calls);
+    llmcbi_free(a, r->tools,
+                r->tools_cap * (sizeof *r->tools + sizeof *r->calls));
     llmcbi_free(a, r, sizeof *r);
 }
 
@@ -10140,60 +10139,47 @@ static void llmcbi_answer_free(const llmcb_allocator *a, llmcbi_answer *w)
         llmcbi_str_free(a, w->generations[i].finish_reason);
         if (w->choices[i].rare) llmcbi_rarity_free(a, w->choices[i].rare);
     }
-    llmcbi_free(a, w->choices, w->cap * sizeof *w->choices);
-    llmcbi_free(a, w->generations, w->cap * sizeof *w->generations);
+    llmcbi_free(a, w->choices,
+                w->cap * (sizeof *w->choices + sizeof *w->generations));
     llmcbi_str_free(a, w->result.model_name);
     llmcbi_str_free(a, w->result.id);
     llmcbi_str_free(a, w->result.system_fingerprint);
 }
 
-/* Two arrays that grow side by side, so that showing the answer needs no
+/* Makes room in two arrays that grow side by side, so that showing the answer
+ * needs no memory: the second stands behind the first, in one block. NULL: no
  * memory. */
-static bool llmcbi_grow_pair(const llmcb_allocator *a, void **x, size_t xs,
-                             void **y, size_t ys, size_t *cap, size_t want)
+static void *llmcbi_grow_pair(const llmcb_allocator *a, void *block, size_t xs,
+                              size_t ys, size_t *cap, size_t want)
 {
-    size_t n = *cap ? *cap : 1;
-    void *p, *q;
+    size_t n = *cap ? *cap : 1, had = *cap;
+    char *grown;
 
-    if (want <= *cap) return true;
+    if (want <= had) return block;
     while (n < want)
         n *= 2;
-    q = llmcbi_alloc(a, n * ys);
-    if (!q) return false;
-    p = llmcbi_resize(a, *x, *cap * xs, n * xs);
-    if (!p) {
-        llmcbi_free(a, q, n * ys);
-        return false;
+    grown = (char *)llmcbi_alloc(a, n * (xs + ys));
+    if (!grown) return NULL;
+    if (had) {
+        memcpy(grown, block, had * xs);
+        memcpy(grown + n * xs, (char *)block + had * xs, had * ys);
     }
-    memset((char *)p + *cap * xs, 0, (n - *cap) * xs);
-    if (*cap) memcpy(q, *y, *cap * ys);
-    llmcbi_free(a, *y, *cap * ys);
-    *x = p;
-    *y = q;
+    llmcbi_free(a, block, had * (xs + ys));
     *cap = n;
-    return true;
+    return grown;
 }
 
 static llmcbi_choice *llmcbi_answer_choice(const llmcb_allocator *a,
                                            llmcbi_answer *w, size_t index)
 {
-    void *x = w->choices, *y = w->generations;
-    bool ok = llmcbi_grow_pair(a, &x, sizeof *w->choices, &y,
-                               sizeof *w->generations, &w->cap, index + 1);
+    void *block = llmcbi_grow_pair(a, w->choices, sizeof *w->choices,
+                                   sizeof *w->generations, &w->cap, index + 1);
 
-    w->choices = (llmcbi_choice *)x;
-    w->generations = (llmcb_generation *)y;
-    if (!ok) return NULL;
+    if (!block) return NULL;
+    w->choices = (llmcbi_choice *)block;
+    w->generations = (llmcb_generation *)(void *)(w->choices + w->cap);
     if (w->n <= index) w->n = index + 1;
     return &w->choices[index];
-}
-
-static bool llmcbi_whole_object(llmcb_str s)
-{
-    llmcbi_json j;
-
-    llmcbi_json_init(&j, s.ptr, s.len);
-    return llmcbi_json_raw(&j) == LLMCBI_JSON_OBJECT && llmcbi_json_whole(&j);
 }
 
 /* Makes w->result show what has come. Allocates nothing. */
@@ -10221,7 +10207,8 @@ static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
             call->arguments = llmcbi_buf_str(&r->tools[k].arguments);
             call->valid =
                 call->name.len &&
-                (!call->arguments.len || llmcbi_whole_object(call->arguments));
+                (!call->arguments.len ||
+                 llmcbi_json_is_one(call->arguments, LLMCBI_JSON_OBJECT));
         }
     }
     w->result.complete = complete;
@@ -10253,77 +10240,49 @@ static bool llmcbi_answer_note(const llmcb_allocator *a, llmcb_str *to,
 /* One element of "tool_calls". */
 typedef struct llmcbi_tool_piece {
     int64_t index; /* -1: none that can be used */
-    llmcbi_raw id, name, arguments;
-    bool object; /* the arguments are JSON itself, not a string */
+    llmcbi_raw id, name;
+    llmcbi_raw arguments; /* as a string, or JSON itself */
+    bool has_function;
 } llmcbi_tool_piece;
 
-static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p)
+static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p,
+                                 unsigned level)
 {
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "name")) {
-            llmcbi_wire_string(j, &p->name);
-        } else if (llmcbi_json_is(j, "arguments")) {
-            llmcbi_json before = *j;
-            llmcbi_json_type type = llmcbi_json_raw(j);
-            if (type == LLMCBI_JSON_STRING) {
-                *j = before;
-                llmcbi_wire_string(j, &p->arguments);
-            } else if (type == LLMCBI_JSON_OBJECT) {
-                p->object = true;
-                p->arguments.ptr = j->str;
-                p->arguments.len = j->len;
-                p->arguments.plain = false;
-            }
-        } else {
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-        }
-    }
+#define LLMCBI_AT(m) offsetof(llmcbi_tool_piece, m)
+    static const llmcbi_wanted members[] = {
+        LLMCBI_WANTED(0, 0, LLMCBI_A_NUMBER | LLMCBI_OR_NONE, LLMCBI_AT(index),
+                      "index"),
+        LLMCBI_WANTED(0, 0, LLMCBI_A_STRING, LLMCBI_AT(id), "id"),
+        LLMCBI_WANTED(0, 1, LLMCBI_OR_NONE, LLMCBI_AT(has_function),
+                      "function"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING, LLMCBI_AT(name), "name"),
+        LLMCBI_WANTED(1, 0, LLMCBI_A_STRING | LLMCBI_AN_OBJECT,
+                      LLMCBI_AT(arguments), "arguments"),
+        LLMCBI_WANTED(0, 0, 0, 0, "")
+    };
+#undef LLMCBI_AT
+
+    memset(p, 0, sizeof *p);
+    p->index = -1;
+    llmcbi_wire_object(j, members, level, p);
 }
 
 static bool llmcbi_wire_next_tool(llmcbi_json *j, llmcbi_tool_piece *p)
 {
-    llmcbi_json_type type = llmcbi_json_next(j);
-
-    while (type != LLMCBI_JSON_OBJECT) {
-        if (type == LLMCBI_JSON_ARRAY_END || type == LLMCBI_JSON_ERROR)
-            return false;
-        llmcbi_json_skip(j, type);
-        type = llmcbi_json_next(j);
-    }
-    memset(p, 0, sizeof *p);
-    p->index = -1;
-    while (llmcbi_json_next(j) == LLMCBI_JSON_KEY) {
-        if (llmcbi_json_is(j, "index")) {
-            p->index = llmcbi_wire_int(j, -1);
-        } else if (llmcbi_json_is(j, "id")) {
-            llmcbi_wire_string(j, &p->id);
-        } else if (llmcbi_json_is(j, "function")) {
-            type = llmcbi_json_next(j);
-            if (type == LLMCBI_JSON_OBJECT)
-                llmcbi_wire_function(j, p);
-            else
-                llmcbi_json_skip(j, type);
-        } else {
-            llmcbi_json_skip(j, llmcbi_json_next(j));
-        }
-    }
+    if (!llmcbi_wire_element(j)) return false;
+    llmcbi_wire_function(j, p, 0);
     return true;
 }
 
 /* Whether a decoded text is that of a JSON string. */
 static bool llmcbi_buf_is_raw(const llmcbi_buf *b, const llmcbi_raw *raw)
 {
-    char plain[3 * 128 + 12];
-    llmcbi_carry c;
-    size_t n;
+    llmcbi_json j;
 
-    if (raw->plain || raw->len > 128)
-        return llmcbi_str_equal(llmcbi_buf_str(b),
-                                llmcbi_slice(raw->ptr, raw->len));
-    memset(&c, 0, sizeof c);
-    n = llmcbi_json_decode(plain, raw->ptr, raw->len, &c);
-    n = (size_t)(llmcbi_carry_flush(plain + n, &c) - plain);
-    return llmcbi_str_equal(llmcbi_buf_str(b), llmcbi_slice(plain, n));
+    j.str = raw->ptr;
+    j.len = raw->len;
+    j.escaped = !raw->plain;
+    return llmcbi_json_is_text(&j, llmcbi_buf_str(b));
 }
 
 /* The last call with that number, or with that id; n_tools: none. */
@@ -10364,7 +10323,8 @@ static size_t llmcbi_tool_find(const llmcbi_rarity *r,
     if (p->id.len && s->id.len)
         return llmcbi_buf_is_raw(&s->id, &p->id) ? found : r->n_tools;
     return !llmcbi_buf_is_raw(&s->name, &p->name) ||
-                   llmcbi_whole_object(llmcbi_buf_str(&s->arguments))
+                   llmcbi_json_is_one(llmcbi_buf_str(&s->arguments),
+                                      LLMCBI_JSON_OBJECT)
                ? r->n_tools
                : found;
 }
@@ -10373,23 +10333,29 @@ static size_t llmcbi_tool_find(const llmcbi_rarity *r,
 
 LLMCBI_DEF const char *llmcb_role_name(llmcb_role role)
 {
-    switch (role) {
-    case LLMCB_USER: return "user";
-    case LLMCB_ASSISTANT: return "assistant";
-    case LLMCB_SYSTEM: return "system";
-    case LLMCB_DEVELOPER: return "developer";
-    case LLMCB_TOOL: return "tool";
-    default: return NULL;
-    }
+    static const char *const names[] = { "user", "assistant", "system",
+                                         "developer", "tool" };
+
+    return (unsigned)role <= LLMCB_TOOL ? names[role] : NULL;
+}
+
+/* The content of a message, whose length the program may leave out. */
+static llmcb_str llmcbi_message_text(const llmcb_message *m)
+{
+    return m->content && m->content_len
+               ? llmcbi_slice(m->content, m->content_len)
+               : llmcb_text(m->content);
+}
+
+static bool llmcbi_str_valid(llmcb_str s)
+{
+    return llmcbi_utf8_valid(s.ptr, s.len);
 }
 
 /* What is wrong with a message, or LLMCB_OK. */
 static llmcb_code llmcbi_message_check(const llmcb_message *m, const char **why)
 {
-    size_t i, len = m->content
-                        ? m->content_len ? m->content_len : strlen(m->content)
-                        : 0;
-    llmcbi_json j;
+    size_t i;
 
     *why = NULL;
     if (!llmcb_role_name(m->role)) *why = "a message has an unknown role";
@@ -10397,64 +10363,46 @@ static llmcb_code llmcbi_message_check(const llmcb_message *m, const char **why)
         *why = "a message has n_tool_calls but no tool_calls";
     if (m->role == LLMCB_TOOL && !m->tool_call_id)
         *why = "a tool message has no tool_call_id";
-    if (m->parts) {
-        llmcbi_json_init(&j, m->parts, strlen(m->parts));
-        if (llmcbi_json_raw(&j) != LLMCBI_JSON_ARRAY || !llmcbi_json_whole(&j))
-            *why = "the parts of a message are not a JSON array";
-    }
+    if (m->parts &&
+        !llmcbi_json_is_one(llmcb_text(m->parts), LLMCBI_JSON_ARRAY))
+        *why = "the parts of a message are not a JSON array";
     if (*why) return LLMCB_EINVAL;
-    if (!llmcbi_utf8_valid(m->content ? m->content : "", len) ||
-        (m->parts && !llmcbi_utf8_valid(m->parts, strlen(m->parts))) ||
-        (m->name && !llmcbi_utf8_valid(m->name, strlen(m->name))) ||
-        (m->tool_call_id &&
-         !llmcbi_utf8_valid(m->tool_call_id, strlen(m->tool_call_id))))
+    if (!llmcbi_str_valid(llmcbi_message_text(m)) ||
+        !llmcbi_str_valid(llmcb_text(m->parts)) ||
+        !llmcbi_str_valid(llmcb_text(m->name)) ||
+        !llmcbi_str_valid(llmcb_text(m->tool_call_id)))
         *why = "a message is not valid UTF-8";
     for (i = 0; i < m->n_tool_calls; i++) {
         const llmcb_tool_call *c = &m->tool_calls[i];
-        if (!llmcbi_utf8_valid(c->id.ptr, c->id.len) ||
-            !llmcbi_utf8_valid(c->name.ptr, c->name.len) ||
-            !llmcbi_utf8_valid(c->arguments.ptr, c->arguments.len))
+        if (!llmcbi_str_valid(c->id) || !llmcbi_str_valid(c->name) ||
+            !llmcbi_str_valid(c->arguments))
             *why = "a tool call is not valid UTF-8";
     }
     return *why ? LLMCB_EUTF8 : LLMCB_OK;
 }
 
-static void llmcbi_wire_member(const llmcb_allocator *a, llmcbi_buf *b,
-                               const char *name, const char *text)
-{
-    if (!text) return;
-    llmcbi_buf_text(a, b, name);
-    llmcbi_json_quote(a, b, text, strlen(text));
-}
-
 static void llmcbi_wire_message(const llmcb_allocator *a, llmcbi_buf *b,
                                 const llmcb_message *m)
 {
+    llmcb_str text = llmcbi_message_text(m);
     size_t i;
 
-    llmcbi_buf_text(a, b, "{\"role\":\"");
-    llmcbi_buf_text(a, b, llmcb_role_name(m->role));
-    llmcbi_buf_text(a, b, "\",\"content\":");
-    if (m->parts) {
-        llmcbi_buf_text(a, b, m->parts);
-    } else if (m->content && !(m->n_tool_calls && !*m->content)) {
-        llmcbi_json_quote(a, b, m->content,
-                          m->content_len ? m->content_len : strlen(m->content));
-    } else {
-        llmcbi_buf_text(a, b, m->n_tool_calls ? "null" : "\"\"");
-    }
-    llmcbi_wire_member(a, b, ",\"name\":", m->name);
-    llmcbi_wire_member(a, b, ",\"tool_call_id\":", m->tool_call_id);
+    llmcbi_buf_print(a, b,
+                     "{\"role\":\"%s\",\"content\":", llmcb_role_name(m->role));
+    if (m->parts || (m->n_tool_calls && !*text.ptr))
+        llmcbi_buf_text(a, b, m->parts ? m->parts : "null");
+    else
+        llmcbi_buf_print(a, b, "\"%J\"", &text);
+    if (m->name) llmcbi_buf_print(a, b, ",\"name\":\"%j\"", m->name);
+    if (m->tool_call_id)
+        llmcbi_buf_print(a, b, ",\"tool_call_id\":\"%j\"", m->tool_call_id);
     for (i = 0; i < m->n_tool_calls; i++) {
         const llmcb_tool_call *c = &m->tool_calls[i];
-        llmcbi_buf_text(a, b, i ? "," : ",\"tool_calls\":[");
-        llmcbi_buf_text(a, b, "{\"type\":\"function\",\"id\":");
-        llmcbi_json_quote(a, b, c->id.ptr, c->id.len);
-        llmcbi_buf_text(a, b, ",\"function\":{\"name\":");
-        llmcbi_json_quote(a, b, c->name.ptr, c->name.len);
-        llmcbi_buf_text(a, b, ",\"arguments\":");
-        llmcbi_json_quote(a, b, c->arguments.ptr, c->arguments.len);
-        llmcbi_buf_text(a, b, "}}");
+        llmcbi_buf_print(a, b,
+                         "%s{\"type\":\"function\",\"id\":\"%J\",\"function\":"
+                         "{\"name\":\"%J\",\"arguments\":\"%J\"}}",
+                         i ? "," : ",\"tool_calls\":[", &c->id, &c->name,
+                         &c->arguments);
     }
     llmcbi_buf_text(a, b, m->n_tool_calls ? "]}" : "}");
 }
@@ -10474,72 +10422,67 @@ static bool llmcbi_has_member(const char *object, const char *name)
     return false;
 }
 
-/* Appends the members of a JSON object but for those that `except` has. */
+/* Appends the members of a JSON object but for those that x or y has. */
 static void llmcbi_wire_members(const llmcb_allocator *a, llmcbi_buf *b,
-                                const char *object, const char *except)
+                                const char *object, const char *x,
+                                const char *y)
 {
     llmcbi_json j;
+    llmcbi_buf name;
 
     if (!object) return;
+    memset(&name, 0, sizeof name);
     llmcbi_json_init(&j, object, strlen(object));
     llmcbi_json_next(&j);
     while (llmcbi_json_next(&j) == LLMCBI_JSON_KEY) {
-        llmcb_str key = llmcbi_slice(j.str, j.len);
-        llmcbi_buf name;
-        bool again;
-        memset(&name, 0, sizeof name);
+        llmcb_str key = llmcbi_slice(j.str, j.len), value;
+        name.len = 0;
         llmcbi_json_text(a, &name, &j);
-        if (name.failed) b->failed = true;
-        again = name.ptr && llmcbi_has_member(except, name.ptr);
-        llmcbi_buf_free(a, &name);
         llmcbi_json_raw(&j);
-        if (again) continue;
-        llmcbi_buf_text(a, b, b->len > 1 ? ",\"" : "\"");
-        llmcbi_buf_add(a, b, key.ptr, key.len);
-        llmcbi_buf_text(a, b, "\":");
-        llmcbi_buf_add(a, b, j.str, j.len);
+        value = llmcbi_slice(j.str, j.len);
+        if (name.failed)
+            b->failed = true;
+        else if (!llmcbi_has_member(x, name.ptr) &&
+                 !llmcbi_has_member(y, name.ptr))
+            llmcbi_buf_print(a, b, "%s\"%S\":%S", b->len > 1 ? "," : "", &key,
+                             &value);
     }
-}
-
-/* Appends the name of a member, unless the program's members x and y have
- * it. */
-static bool llmcbi_wire_own(const llmcb_allocator *a, llmcbi_buf *b,
-                            const char *name, const char *x, const char *y)
-{
-    if (llmcbi_has_member(x, name) || llmcbi_has_member(y, name)) return false;
-    llmcbi_buf_text(a, b, b->len > 1 ? ",\"" : "\"");
-    llmcbi_buf_text(a, b, name);
-    llmcbi_buf_text(a, b, "\":");
-    return true;
+    llmcbi_buf_free(a, &name);
 }
 
 /* The members of the request but the messages, as a JSON object; y are those
- * of the call. */
+ * of the call. What the program says wins over what we would say. */
 static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
                                const llmcb_chat_desc *d, bool openai,
                                bool stream, const char *y)
 {
-    const char *x = d->extra;
-    const char *limit = openai ? "max_completion_tokens" : "max_tokens";
-    const char *other = openai ? "max_tokens" : "max_completion_tokens";
+    static const char *const limits[] = { "max_tokens",
+                                          "max_completion_tokens" };
+    const char *x = d->extra, *other = limits[!openai];
+    llmcbi_buf ours;
 
-    llmcbi_buf_text(a, b, "{");
-    if (llmcbi_wire_own(a, b, "model", x, y))
-        llmcbi_json_quote(a, b, d->model, strlen(d->model));
-    if (llmcbi_wire_own(a, b, "stream", x, y))
-        llmcbi_buf_text(a, b, stream ? "true" : "false");
-    if (stream && !d->no_usage && llmcbi_wire_own(a, b, "stream_options", x, y))
-        llmcbi_buf_text(a, b, "{\"include_usage\":true}");
+    memset(&ours, 0, sizeof ours);
+    llmcbi_buf_print(a, &ours, "{\"model\":\"%j\",\"stream\":%s", d->model,
+                     stream ? "true" : "false");
+    if (stream && !d->no_usage)
+        llmcbi_buf_text(a, &ours,
+                        ",\"stream_options\":{\"include_usage\":true}");
     if (d->max_tokens > 0 && !llmcbi_has_member(x, other) &&
-        !llmcbi_has_member(y, other) && llmcbi_wire_own(a, b, limit, x, y))
-        llmcbi_buf_int(a, b, d->max_tokens);
-    if (d->n > 1 && llmcbi_wire_own(a, b, "n", x, y))
-        llmcbi_buf_int(a, b, d->n);
-    if (d->tools && llmcbi_wire_own(a, b, "tools", x, y))
-        llmcbi_buf_text(a, b, d->tools);
-    llmcbi_wire_members(a, b, x, y);
-    llmcbi_wire_members(a, b, y, NULL);
+        !llmcbi_has_member(y, other))
+        llmcbi_buf_print(a, &ours, ",\"%s\":%d", limits[openai],
+                         (int64_t)d->max_tokens);
+    if (d->n > 1) llmcbi_buf_print(a, &ours, ",\"n\":%d", (int64_t)d->n);
+    if (d->tools) llmcbi_buf_print(a, &ours, ",\"tools\":%s", d->tools);
+    llmcbi_buf_text(a, &ours, "}");
+    llmcbi_buf_text(a, b, "{");
+    if (ours.failed)
+        b->failed = true;
+    else
+        llmcbi_wire_members(a, b, ours.ptr, x, y);
+    llmcbi_wire_members(a, b, x, y, NULL);
+    llmcbi_wire_members(a, b, y, NULL, NULL);
     llmcbi_buf_text(a, b, "}");
+    llmcbi_buf_free(a, &ours);
 }
 
 /* The whole body: the messages, then the members of `params`. */
@@ -10583,20 +10526,6 @@ static void llmcbi_wire_prompt(const llmcb_allocator *a, llmcbi_buf *b,
 #ifndef LLMCB_NO_KIT
 /* -- an answer that is kept */
 
-static void llmcbi_wire_text(const llmcb_allocator *a, llmcbi_buf *b,
-                             const char *name, llmcb_str s)
-{
-    llmcbi_buf_text(a, b, name);
-    llmcbi_json_quote(a, b, s.ptr, s.len);
-}
-
-static void llmcbi_wire_number(const llmcb_allocator *a, llmcbi_buf *b,
-                               const char *name, int64_t v)
-{
-    llmcbi_buf_text(a, b, name);
-    llmcbi_buf_int(a, b, v);
-}
-
 /* Writes a result as the completion that brings it. */
 static void llmcbi_wire_result(const llmcb_allocator *a, llmcbi_buf *b,
                                const llmcb_result *r)
@@ -10604,39 +10533,34 @@ static void llmcbi_wire_result(const llmcb_allocator *a, llmcbi_buf *b,
     const llmcb_usage *u = &r->usage;
     size_t i, k;
 
-    llmcbi_wire_text(a, b, "{\"id\":", r->id);
-    llmcbi_wire_text(a, b, ",\"model\":", r->model_name);
-    llmcbi_wire_text(a, b, ",\"system_fingerprint\":", r->system_fingerprint);
-    if (u->known) {
-        llmcbi_wire_number(a, b,
-                           ",\"usage\":{\"prompt_tokens\":", u->input_tokens);
-        llmcbi_wire_number(a, b, ",\"completion_tokens\":", u->output_tokens);
-        llmcbi_wire_number(a, b, ",\"total_tokens\":", u->total_tokens);
-        llmcbi_wire_number(
+    llmcbi_buf_print(
+        a, b, "{\"id\":\"%J\",\"model\":\"%J\",\"system_fingerprint\":\"%J\"",
+        &r->id, &r->model_name, &r->system_fingerprint);
+    if (u->known)
+        llmcbi_buf_print(
             a, b,
-            ",\"prompt_tokens_details\":{\"cached_tokens\":", u->cached_tokens);
-        llmcbi_wire_number(
-            a, b, "},\"completion_tokens_details\":{\"reasoning_tokens\":",
-            u->reasoning_tokens);
-        llmcbi_buf_text(a, b, "}}");
-    }
+            ",\"usage\":{\"prompt_tokens\":%d,\"completion_tokens\":%d,"
+            "\"total_tokens\":%d,\"prompt_tokens_details\":"
+            "{\"cached_tokens\":%d},\"completion_tokens_details\":"
+            "{\"reasoning_tokens\":%d}}",
+            u->input_tokens, u->output_tokens, u->total_tokens,
+            u->cached_tokens, u->reasoning_tokens);
     for (i = 0; i < r->n_generations; i++) {
         const llmcb_generation *g = &r->generations[i];
-        llmcbi_wire_number(
-            a, b, i ? ",{\"index\":" : ",\"choices\":[{\"index\":", (int64_t)i);
-        llmcbi_wire_text(a, b, ",\"finish_reason\":", g->finish_reason);
-        llmcbi_wire_text(a, b, ",\"message\":{\"content\":", g->text);
-        llmcbi_wire_text(a, b, ",\"refusal\":", g->refusal);
-        llmcbi_wire_text(a, b, ",\"reasoning_content\":", g->reasoning);
+        llmcbi_buf_print(a, b,
+                         "%s{\"index\":%d,\"finish_reason\":\"%J\",\"message\":"
+                         "{\"content\":\"%J\",\"refusal\":\"%J\","
+                         "\"reasoning_content\":\"%J\"",
+                         i ? "," : ",\"choices\":[", (int64_t)i,
+                         &g->finish_reason, &g->text, &g->refusal,
+                         &g->reasoning);
         for (k = 0; k < g->n_tool_calls; k++) {
             const llmcb_tool_call *call = &g->tool_calls[k];
-            llmcbi_wire_number(
-                a, b, k ? ",{\"index\":" : ",\"tool_calls\":[{\"index\":",
-                (int64_t)k);
-            llmcbi_wire_text(a, b, ",\"id\":", call->id);
-            llmcbi_wire_text(a, b, ",\"function\":{\"name\":", call->name);
-            llmcbi_wire_text(a, b, ",\"arguments\":", call->arguments);
-            llmcbi_buf_text(a, b, "}}");
+            llmcbi_buf_print(a, b,
+                             "%s{\"index\":%d,\"id\":\"%J\",\"function\":"
+                             "{\"name\":\"%J\",\"arguments\":\"%J\"}}",
+                             k ? "," : ",\"tool_calls\":[", (int64_t)k,
+                             &call->id, &call->name, &call->arguments);
         }
         llmcbi_buf_text(a, b, k ? "]}}" : "}}");
     }
@@ -10833,30 +10757,30 @@ typedef struct llmcbi_pattern {
 
 struct llmcb_chat {
     llmcb_loop *loop;
-    size_t refs; /* the program's and each call's */
-    llmcbi_arena arena;
-    llmcb_chat_desc d; /* resolved; strings in the arena */
-    llmcb_error error; /* of the descriptor */
-    char *url;
-    char *auth; /* the header value with the key; wiped at the end */
-    size_t auth_size, key_at;
+    size_t refs;         /* the program's and each call's */
     llmcb_pair *headers; /* one is free for the call's own */
     size_t n_headers;
+    llmcb_chat_desc d; /* resolved; strings in the arena */
+    llmcbi_arena arena;
+    llmcb_error error; /* of the descriptor */
+    char *url;
+    const char *key; /* in the header's value; NULL: none */
     uint64_t identity;
     llmcbi_rules rules; /* of the runs of its prompts */
     llmcb_config own;   /* the lists of their configurations */
-    llmcbi_sink sink;   /* of the exchanges of its prompts */
     llmcbi_pattern *patterns[LLMCBI_PATTERNS]; /* the newest of its streams */
     size_t last_pattern;
     bool openai; /* OpenAI's or Azure's own servers */
+    bool azure;
 };
 
 /* -- the descriptor */
 
+/* The first thing that is wrong is told; NULL: nothing is. */
 static void llmcbi_chat_refuse(llmcb_chat *chat, llmcb_code code,
                                const char *message)
 {
-    if (chat->error.code == LLMCB_OK)
+    if (message && chat->error.code == LLMCB_OK)
         llmcbi_error_set(&chat->error, code, message);
 }
 
@@ -10905,21 +10829,12 @@ static void llmcbi_limits_default(llmcb_limits *l)
                                         1024,
                                         (size_t)1 << 20 };
 
-#define LLMCBI_DEFAULT(m) \
-    if (!l->m) l->m = usual.m
-    LLMCBI_DEFAULT(header_line);
-    LLMCBI_DEFAULT(header_block);
-    LLMCBI_DEFAULT(header_fields);
-    LLMCBI_DEFAULT(event);
-    LLMCBI_DEFAULT(text);
-    LLMCBI_DEFAULT(arguments);
-    LLMCBI_DEFAULT(tool_calls);
-    LLMCBI_DEFAULT(choices);
-    LLMCBI_DEFAULT(error_body);
-    LLMCBI_DEFAULT(body);
-    LLMCBI_DEFAULT(window_events);
-    LLMCBI_DEFAULT(window_bytes);
-#undef LLMCBI_DEFAULT
+    /* they hold nothing but sizes */
+    size_t i, *limit = (size_t *)(void *)l;
+    const size_t *otherwise = (const size_t *)(const void *)&usual;
+
+    for (i = 0; i < sizeof usual / sizeof *limit; i++)
+        if (!limit[i]) limit[i] = otherwise[i];
 }
 
 static bool llmcbi_ends_with(llmcb_str s, const char *tail)
@@ -10949,17 +10864,16 @@ static void llmcbi_chat_set_url(llmcb_chat *chat, const char *base)
     memcpy(chat->url + len, path, sizeof path);
     strcpy(chat->url + len + sizeof path - 1, query);
     why = llmcbi_url_parse(&u, chat->url);
-    if (why) {
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
-        return;
+    if (!why) {
+        chat->azure = llmcbi_ends_with(u.host, ".azure.com");
+        chat->openai =
+            chat->azure || llmcbi_str_is_nocase(u.host, "api.openai.com");
+        if (*chat->d.api_key && !u.tls && !chat->d.allow_cleartext_key &&
+            !llmcbi_url_is_local(&u))
+            why = "an API key would go out in clear text: use https://, or set "
+                  "allow_cleartext_key";
     }
-    chat->openai = llmcbi_str_is_nocase(u.host, "api.openai.com") ||
-                   llmcbi_ends_with(u.host, ".azure.com");
-    if (*chat->d.api_key && !u.tls && !chat->d.allow_cleartext_key &&
-        !llmcbi_url_is_local(&u))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "an API key would go out in clear text: use "
-                           "https://, or set allow_cleartext_key");
+    llmcbi_chat_refuse(chat, LLMCB_EINVAL, why);
 }
 
 static void llmcbi_chat_header(llmcb_chat *chat, const char *key,
@@ -10976,12 +10890,13 @@ static void llmcbi_chat_set_headers(llmcb_chat *chat)
     const llmcb_allocator *a = &chat->loop->alloc;
     const llmcb_chat_desc *d = &chat->d;
     size_t i, len = strlen(d->api_key);
-    llmcbi_url u;
-    bool azure;
+    size_t before = chat->azure ? 0 : 7; /* Bearer and a blank */
+    char *auth;
 
     chat->headers = (llmcb_pair *)llmcbi_arena_get(
         a, &chat->arena, (d->n_headers + 7) * sizeof *chat->headers);
-    if (!chat->headers) return;
+    auth = (char *)llmcbi_arena_get(a, &chat->arena, before + len + 1);
+    if (!chat->headers || !auth) return;
     llmcbi_chat_header(chat, "Content-Type", "application/json");
     llmcbi_chat_header(chat, "Accept", "text/event-stream, application/json");
     llmcbi_chat_header(chat, "User-Agent", "llmcb/" LLMCB_VERSION);
@@ -11001,63 +10916,41 @@ static void llmcbi_chat_set_headers(llmcb_chat *chat)
     }
     if (!len) return;
     /* the only copy of the key, apart from those on their way out */
-    azure = chat->url && !llmcbi_url_parse(&u, chat->url) &&
-            llmcbi_ends_with(u.host, ".azure.com");
-    chat->key_at = azure ? 0 : 7;
-    chat->auth_size = chat->key_at + len + 1;
-    chat->auth = (char *)llmcbi_alloc(a, chat->auth_size);
-    if (!chat->auth) {
-        chat->arena.failed = true;
-        return;
-    }
-    memcpy(chat->auth, "Bearer ", chat->key_at);
-    memcpy(chat->auth + chat->key_at, d->api_key, len);
-    llmcbi_chat_header(chat, azure ? "api-key" : "Authorization", chat->auth);
+    memcpy(auth, "Bearer ", before);
+    chat->key = strcpy(auth + before, d->api_key);
+    llmcbi_chat_header(chat, chat->azure ? "api-key" : "Authorization", auth);
 }
 
 /* Copies of the lists that serve the chat's own runs. */
-static void llmcbi_chat_copy_lists(llmcb_chat *chat)
+LLMCBI_APART static void llmcbi_chat_copy_lists(llmcb_chat *chat)
 {
     const llmcb_allocator *a = &chat->loop->alloc;
-    llmcb_chat_desc *d = &chat->d;
-    llmcb_handler **callbacks = (llmcb_handler **)llmcbi_arena_get(
-        a, &chat->arena, (d->n_callbacks + 1) * sizeof *callbacks);
-    const char **tags = (const char **)llmcbi_arena_get(
-        a, &chat->arena, (d->n_tags + 1) * sizeof *tags);
-    llmcb_pair *metadata = (llmcb_pair *)llmcbi_arena_get(
-        a, &chat->arena, (d->n_metadata + 4) * sizeof *metadata);
+    const llmcb_chat_desc *d = &chat->d;
+    llmcb_config *own = &chat->own;
     char digits[24];
-    size_t i, n;
+    llmcb_pair ls[] = { { "ls_provider", "openai" },
+                        { "ls_model_name", d->model },
+                        { "ls_model_type", "chat" },
+                        { "ls_max_tokens", NULL } };
+    llmcbi_setup s;
 
-    if (!callbacks || !tags || !metadata) return;
-    for (i = 0; i < d->n_callbacks; i++) {
-        callbacks[i] = d->callbacks[i];
-        if (llmcbi_check_handler(callbacks[i]) != LLMCB_OK)
-            llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                               "a handler is NULL, or has one event in both "
-                               "tables");
-    }
-    d->n_tags = llmcbi_add_tags(tags, 0, d->tags, d->n_tags);
-    for (i = 0; i < d->n_tags; i++)
-        tags[i] = llmcbi_chat_copy(chat, tags[i]);
-    n = llmcbi_add_pairs(metadata, 0, d->metadata, d->n_metadata);
-    for (i = 0; i < n; i++) {
-        metadata[i].key = llmcbi_chat_copy(chat, metadata[i].key);
-        metadata[i].value = llmcbi_chat_copy(chat, metadata[i].value);
-    }
-    n = llmcbi_add_pair(metadata, n, "ls_provider", "openai");
-    n = llmcbi_add_pair(metadata, n, "ls_model_name", d->model);
-    n = llmcbi_add_pair(metadata, n, "ls_model_type", "chat");
-    if (d->max_tokens > 0)
-        n = llmcbi_add_pair(
-            metadata, n, "ls_max_tokens",
-            llmcbi_chat_copy(chat, llmcbi_decimal(digits, d->max_tokens)));
-    chat->own.callbacks = callbacks;
-    chat->own.n_callbacks = d->n_callbacks;
-    chat->own.tags = tags;
-    chat->own.n_tags = d->n_tags;
-    chat->own.metadata = metadata;
-    chat->own.n_metadata = n;
+    ls[3].value = llmcbi_decimal(digits, d->max_tokens);
+    own->local_metadata = ls;
+    own->n_local_metadata = d->max_tokens > 0 ? 4 : 3;
+    memset(&s, 0, sizeof s);
+    s.handlers = (llmcb_handler **)llmcbi_arena_get(
+        a, &chat->arena, own->n_callbacks * sizeof *s.handlers);
+    llmcbi_setup_tags(a, &chat->arena, &s, own);
+    llmcbi_setup_metadata(a, &chat->arena, &s, own);
+    if (!chat->arena.failed)
+        llmcbi_setup_add(&s, own->callbacks, own->n_callbacks);
+    memset(own, 0, sizeof *own);
+    own->callbacks = s.handlers;
+    own->n_callbacks = s.n_handlers;
+    own->tags = s.tags;
+    own->n_tags = s.n_tags;
+    own->metadata = s.metadata;
+    own->n_metadata = s.n_metadata;
 }
 
 static const char *llmcbi_env(const char *given, const char *name,
@@ -11067,25 +10960,65 @@ static const char *llmcbi_env(const char *given, const char *name,
     return given ? given : otherwise;
 }
 
-static int64_t llmcbi_ms(int64_t given, int64_t otherwise)
+LLMCBI_APART static void llmcbi_ms(int64_t *ms, int64_t otherwise)
 {
-    return given ? llmcbi_span(given) : otherwise;
+    *ms = *ms ? llmcbi_span(*ms) : otherwise;
+}
+
+/* What is wrong with a descriptor, but for its lists and its address. */
+static const char *llmcbi_chat_wrong(const llmcb_chat *chat, bool no_address)
+{
+    const llmcb_chat_desc *d = &chat->d;
+
+    if (!llmcbi_secret_ok(d->api_key))
+        return "api_key holds a blank, line end, control or non-ASCII "
+               "character, or is too long";
+    if (!llmcbi_secret_ok(d->organization))
+        return "organization holds a bad character";
+    if (no_address && !*d->api_key && !d->transport)
+        return "no API key: set OPENAI_API_KEY, or api_key, or base_url for a "
+               "server that needs none";
+    if (!llmcbi_json_text_is(d->tools, LLMCBI_JSON_ARRAY))
+        return "tools is not a JSON array";
+    if (!llmcbi_json_text_is(d->extra, LLMCBI_JSON_OBJECT))
+        return "extra is not a JSON object";
+#ifndef LLMCB_ALLOW_INSECURE_TLS
+    if (d->insecure_tls)
+        return "insecure_tls needs a build with LLMCB_ALLOW_INSECURE_TLS";
+#endif
+    if (d->transport && d->transport->loop != chat->loop)
+        return "the transport belongs to another loop, or to none";
+#ifndef LLMCB_NO_KIT
+    if (d->limiter && d->limiter->loop != chat->loop)
+        return "the limiter belongs to another loop";
+    if (d->cache && d->cache->loop != chat->loop)
+        return "the cache belongs to another loop";
+#endif
+    return NULL;
 }
 
 static void llmcbi_chat_resolve(llmcb_chat *chat)
 {
     llmcb_chat_desc *d = &chat->d;
-    const char *base;
+    llmcb_config *own = &chat->own;
+    const char *base, *why;
+    llmcb_code code;
     bool no_address = !d->base_url && !getenv("OPENAI_BASE_URL");
 
+    own->callbacks = d->callbacks;
+    own->n_callbacks = d->n_callbacks;
+    own->tags = d->tags;
+    own->n_tags = d->n_tags;
+    own->metadata = d->metadata;
+    own->n_metadata = d->n_metadata;
     if ((d->n_callbacks && !d->callbacks) || (d->n_tags && !d->tags) ||
-        (d->n_metadata && !d->metadata) || (d->n_headers && !d->headers)) {
-        d->n_callbacks = d->n_tags = d->n_metadata = d->n_headers = 0;
+        (d->n_metadata && !d->metadata) || (d->n_headers && !d->headers))
         llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a list is NULL");
-    }
-    if (!llmcbi_labels_ok(d->tags, d->n_tags, d->metadata, d->n_metadata)) {
-        d->n_tags = d->n_metadata = 0;
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "a tag or metadata is NULL");
+    why = llmcbi_config_check(chat->loop, own, &code);
+    llmcbi_chat_refuse(chat, code, why);
+    if (chat->error.code != LLMCB_OK) {
+        memset(own, 0, sizeof *own);
+        d->n_headers = 0;
     }
     base =
         llmcbi_env(d->base_url, "OPENAI_BASE_URL", "https://api.openai.com/v1");
@@ -11099,51 +11032,22 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     if (d->n < 1) d->n = 1;
     if (!d->max_retries) d->max_retries = 2;
     if (d->max_retries < 0) d->max_retries = 0;
-    d->connect_ms = llmcbi_ms(d->connect_ms, 10000);
-    d->first_byte_ms = llmcbi_ms(d->first_byte_ms, 600000);
-    d->idle_ms = llmcbi_ms(d->idle_ms, 120000);
-    d->total_ms = llmcbi_ms(d->total_ms, LLMCB_FOREVER);
+    llmcbi_ms(&d->connect_ms, 10000);
+    llmcbi_ms(&d->first_byte_ms, 600000);
+    llmcbi_ms(&d->idle_ms, 120000);
+    llmcbi_ms(&d->total_ms, LLMCB_FOREVER);
     llmcbi_limits_default(&d->limits);
-    if (!llmcbi_secret_ok(d->api_key))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "api_key holds a blank, line end, control or "
-                           "non-ASCII character, or is too long");
-    if (!llmcbi_secret_ok(d->organization))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "organization holds a bad character");
-    if (d->transport && d->transport->loop != chat->loop)
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "the transport belongs to another loop, or to none");
-    if (no_address && !*d->api_key && !d->transport)
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "no API key: set OPENAI_API_KEY, or api_key, or "
-                           "base_url for a server that needs none");
-    if (!llmcbi_utf8_valid(d->model, strlen(d->model)))
+    llmcbi_chat_refuse(chat, LLMCB_EINVAL, llmcbi_chat_wrong(chat, no_address));
+    if (!llmcbi_str_valid(llmcb_text(d->model)))
         llmcbi_chat_refuse(chat, LLMCB_EUTF8, "model is not valid UTF-8");
-    if (!llmcbi_json_text_is(d->tools, LLMCBI_JSON_ARRAY))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "tools is not a JSON array");
-    if (!llmcbi_json_text_is(d->extra, LLMCBI_JSON_OBJECT))
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL, "extra is not a JSON object");
-#ifndef LLMCB_ALLOW_INSECURE_TLS
-    if (d->insecure_tls)
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "insecure_tls needs a build with "
-                           "LLMCB_ALLOW_INSECURE_TLS");
-#endif
     llmcbi_chat_set_url(chat, base);
     llmcbi_chat_set_headers(chat);
     llmcbi_chat_copy_lists(chat);
-    d->api_key = NULL; /* the caller's; ours is in auth */
+    d->api_key = NULL; /* the caller's; ours is in a header */
 #ifndef LLMCB_NO_KIT
-    if (d->limiter && d->limiter->loop != chat->loop) {
+    if (chat->error.code != LLMCB_OK) { /* they may be another loop's */
         d->limiter = NULL;
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "the limiter belongs to another loop");
-    }
-    if (d->cache && d->cache->loop != chat->loop) {
         d->cache = NULL;
-        llmcbi_chat_refuse(chat, LLMCB_EINVAL,
-                           "the cache belongs to another loop");
     }
     if (d->limiter) d->limiter->refs++;
     if (d->cache) d->cache->refs++;
@@ -11167,13 +11071,11 @@ static void llmcbi_chat_unref(llmcb_chat *chat)
     for (chat->last_pattern = 0; chat->last_pattern < LLMCBI_PATTERNS;)
         llmcbi_pattern_unref(a, chat->patterns[chat->last_pattern++]);
 #endif
-    if (chat->auth) llmcbi_wipe(chat->auth, chat->auth_size);
-    llmcbi_free(a, chat->auth, chat->auth_size);
 #ifndef LLMCB_NO_KIT
     llmcb_limiter_free(chat->d.limiter);
     llmcb_cache_free(chat->d.cache);
 #endif
-    /* further headers may be keys too, such as api-key */
+    /* the key, and further headers that may be keys */
     for (b = chat->arena.blocks; b; b = b->next)
         llmcbi_wipe(b + 1, b->size - sizeof *b);
     llmcbi_arena_free(a, &chat->arena);
@@ -11188,7 +11090,6 @@ static void llmcbi_parts_clear(llmcb_parts *parts)
         llmcbi_slice("", 0);
 }
 
-static void llmcbi_chat_listen(llmcbi_sink *sink);
 static void llmcbi_prompt_told(llmcbi_run *run);
 
 static void llmcbi_chat_rule(llmcb_chat *chat)
@@ -11210,7 +11111,6 @@ LLMCBI_DEF llmcb_chat *llmcb_chat_new(llmcb_loop *loop,
     if (!chat) return NULL;
     chat->loop = loop;
     chat->refs = 1;
-    llmcbi_chat_listen(&chat->sink);
     chat->identity = ++loop->last_identity;
     if (desc) chat->d = *desc;
     llmcbi_error_set(&chat->error, LLMCB_OK, NULL);
@@ -11381,7 +11281,7 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
     if (e->retry_after_ms < 0) e->retry_after_ms = p->retry_after;
     llmcbi_copy_clean(e->request_id, sizeof e->request_id, p->request_id.ptr,
                       p->request_id.len);
-    if (chat->auth) llmcbi_hide_in(e, chat->auth + chat->key_at);
+    if (chat->key) llmcbi_hide_in(e, chat->key);
     /* behind three of our own: others may be keys too; a short one is none */
     for (i = 3; i < chat->n_headers; i++)
         if (strlen(chat->headers[i].value) >= 16)
@@ -11545,8 +11445,7 @@ static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
                                             const llmcbi_tool_piece *piece)
 {
     size_t i = llmcbi_tool_find(r, piece);
-    void *x = r->tools, *y = r->calls;
-    bool ok;
+    void *block;
 
     if (i < r->n_tools) return &r->tools[i];
     if (i >= p->chat->d.limits.tool_calls) {
@@ -11554,14 +11453,14 @@ static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
                            "more tool calls than limits.tool_calls");
         return NULL;
     }
-    ok = llmcbi_grow_pair(llmcbi_prompt_alloc(p), &x, sizeof *r->tools, &y,
-                          sizeof *r->calls, &r->tools_cap, i + 1);
-    r->tools = (llmcbi_tool_slot *)x;
-    r->calls = (llmcb_tool_call *)y;
-    if (!ok) {
+    block = llmcbi_grow_pair(llmcbi_prompt_alloc(p), r->tools, sizeof *r->tools,
+                             sizeof *r->calls, &r->tools_cap, i + 1);
+    if (!block) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return NULL;
     }
+    r->tools = (llmcbi_tool_slot *)block;
+    r->calls = (llmcb_tool_call *)(void *)(r->tools + r->tools_cap);
     r->n_tools++;
     r->tools[i].index = piece->index;
     return &r->tools[i];
@@ -11586,8 +11485,9 @@ static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_rarity *r,
         delta->name = llmcbi_raw_whole(at, &piece->name);
         if (!llmcbi_prompt_keep(p, &s->name, delta->name)) return false;
     }
-    if (piece->arguments.len && !(piece->object && s->arguments.len)) {
-        if (piece->object)
+    if (piece->arguments.len &&
+        !(piece->arguments.object && s->arguments.len)) {
+        if (piece->arguments.object)
             delta->arguments = llmcbi_record_utf8(
                 at, llmcbi_slice(piece->arguments.ptr, piece->arguments.len));
         else
@@ -11625,10 +11525,10 @@ static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_rarity *r,
         }
     }
     if (w->function_call.len) {
-        memset(&piece, 0, sizeof piece);
         llmcbi_json_init(&j, w->function_call.ptr, w->function_call.len);
         llmcbi_json_next(&j);
-        llmcbi_wire_function(&j, &piece);
+        llmcbi_wire_function(&j, &piece, 1);
+        piece.index = 0;
         if (!out || llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at)) n++;
     }
     return n;
@@ -11715,7 +11615,8 @@ static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
         c->finished = true;
     }
     if (w->logprobs.len) {
-        parts->logprobs = llmcbi_record_utf8(at, w->logprobs);
+        parts->logprobs = llmcbi_record_utf8(
+            at, llmcbi_slice(w->logprobs.ptr, w->logprobs.len));
         if (!llmcbi_prompt_logprobs(p, &r->logprobs, parts->logprobs))
             return false;
     }
@@ -12538,15 +12439,11 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         llmcbi_prompt_fail(p, code, NULL);
 }
 
-static void llmcbi_chat_listen(llmcbi_sink *sink)
-{
-    sink->connected = llmcbi_prompt_connected;
-    sink->sent = llmcbi_prompt_sent;
-    sink->status = llmcbi_prompt_status;
-    sink->header = llmcbi_prompt_header;
-    sink->data = llmcbi_prompt_data;
-    sink->end = llmcbi_prompt_end;
-}
+/* What listens to the exchanges of all prompts. */
+static const llmcbi_sink llmcbi_prompt_sink = {
+    llmcbi_prompt_connected, llmcbi_prompt_sent, llmcbi_prompt_status,
+    llmcbi_prompt_header,    llmcbi_prompt_data, llmcbi_prompt_end
+};
 
 /* -- attempts */
 
@@ -12590,7 +12487,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     llmcbi_prompt_forget_id(p);
     p->sse.limit = chat->d.limits.event;
     if (!tr) tr = llmcbi_default_transport(loop);
-    p->x = tr ? llmcbi_exchange_new(tr, &chat->sink, p) : NULL;
+    p->x = tr ? llmcbi_exchange_new(tr, &llmcbi_prompt_sink, p) : NULL;
     if (!p->x) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return;
@@ -14480,7 +14377,7 @@ static bool llmcbi_arguments_wrong(char *why, size_t cap, const char *text,
 
     llmcbi_copy_clean(why, cap, text, strlen(text));
     used = strlen(why);
-    if (name) llmcbi_json_clean(why + used, cap - used, name);
+    if (name) llmcbi_json_clean(why + used, cap - used, name->str, name->len);
     return false;
 }
 
@@ -14751,20 +14648,22 @@ static void llmcbi_agent_extra(llmcbi_agent *g, const char *extra)
     size_t i;
 
     llmcbi_buf_text(a, b, "{");
-    llmcbi_wire_members(a, b, extra, NULL);
-    if (g->d.n_tools && llmcbi_wire_own(a, b, "tools", extra, NULL)) {
+    llmcbi_wire_members(a, b, extra, NULL, NULL);
+    if (g->d.n_tools && !llmcbi_has_member(extra, "tools")) {
+        llmcbi_buf_text(a, b, b->len > 1 ? ",\"tools\":" : "\"tools\":");
         for (i = 0; i < g->d.n_tools; i++) {
             const llmcb_tool *t = &g->d.tools[i];
-            llmcbi_buf_text(a, b, i ? ",{" : "[{");
-            llmcbi_buf_text(a, b, "\"type\":\"function\",\"function\":{");
-            llmcbi_wire_member(a, b, "\"name\":", t->name);
-            llmcbi_wire_member(a, b, ",\"description\":", t->description);
-            llmcbi_buf_text(a, b, ",\"parameters\":");
-            llmcbi_buf_text(a, b,
-                            t->parameters ? t->parameters
-                                          : "{\"type\":\"object\","
-                                            "\"properties\":{}}");
-            llmcbi_buf_text(a, b, "}}");
+            llmcbi_buf_print(a, b,
+                             "%s{\"type\":\"function\",\"function\":"
+                             "{\"name\":\"%j\"",
+                             i ? "," : "[", t->name);
+            if (t->description)
+                llmcbi_buf_print(a, b, ",\"description\":\"%j\"",
+                                 t->description);
+            llmcbi_buf_print(a, b, ",\"parameters\":%s}}",
+                             t->parameters ? t->parameters
+                                           : "{\"type\":\"object\","
+                                             "\"properties\":{}}");
         }
         llmcbi_buf_text(a, b, "]");
     }
@@ -14945,6 +14844,7 @@ static llmcbi_work *llmcbi_agent_invalid(llmcbi_agent *g,
     llmcb_agent_desc d = g->d;
     llmcbi_buf names, arguments;
     llmcbi_work *w = NULL;
+    llmcb_str known;
     size_t i;
 
     d.approve = NULL; /* nothing is called */
@@ -14954,11 +14854,11 @@ static llmcbi_work *llmcbi_agent_invalid(llmcbi_agent *g,
         if (i) llmcbi_buf_text(a, &names, ", ");
         llmcbi_buf_text(a, &names, g->d.tools[i].name);
     }
-    llmcbi_buf_text(a, &arguments, "{\"requested_tool_name\":");
-    llmcbi_json_quote(a, &arguments, call->name.ptr, call->name.len);
-    llmcbi_buf_text(a, &arguments, ",\"available_tool_names\":");
-    llmcbi_json_quote(a, &arguments, names.ptr, names.len);
-    llmcbi_buf_text(a, &arguments, "}");
+    known = llmcbi_buf_str(&names);
+    llmcbi_buf_print(a, &arguments,
+                     "{\"requested_tool_name\":\"%J\","
+                     "\"available_tool_names\":\"%J\"}",
+                     &call->name, &known);
     instead.arguments = llmcbi_buf_str(&arguments);
     if (!names.failed && !arguments.failed)
         w = llmcbi_tool_new(g->w->op.loop, &tool, &instead, &d, config);
@@ -15826,10 +15726,7 @@ static void llmcbi_jsonl_text(llmcbi_kit *k, const char *name, llmcb_str s)
 
 static void llmcbi_jsonl_int(llmcbi_kit *k, const char *name, int64_t v)
 {
-    llmcbi_buf_text(&k->alloc, &k->line, ",\"");
-    llmcbi_buf_text(&k->alloc, &k->line, name);
-    llmcbi_buf_text(&k->alloc, &k->line, "\":");
-    llmcbi_buf_int(&k->alloc, &k->line, v);
+    llmcbi_buf_print(&k->alloc, &k->line, ",\"%s\":%d", name, v);
 }
 
 /* What was said, or only how long it was. */

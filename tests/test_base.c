@@ -193,7 +193,7 @@ TEST(decimal_digits)
         llmcbi_buf b;
         memset(&b, 0, sizeof b);
         CHECK_STR(llmcbi_decimal(digits, rows[i].v), rows[i].want);
-        llmcbi_buf_int(&a, &b, rows[i].v);
+        llmcbi_buf_print(&a, &b, "%d", rows[i].v);
         CHECK_STR(b.ptr, rows[i].want);
         llmcbi_buf_free(&a, &b);
     }

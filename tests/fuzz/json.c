@@ -44,7 +44,8 @@ static void check_string(const llmcbi_json *j)
                plain.len == 0 || !llmcbi_utf8_valid(s.ptr, s.len) ||
                strstr(plain.ptr, "\xEF\xBF\xBD"));
     /* written and read again */
-    llmcbi_json_quote(&fuzz_plain, &quoted, plain.ptr, plain.len);
+    s = llmcbi_buf_str(&plain);
+    llmcbi_buf_print(&fuzz_plain, &quoted, "\"%J\"", &s);
     exact = fuzz_copy(quoted.ptr, quoted.len);
     FUZZ_CHECK(fuzz_json_valid(fuzz_slice(exact, quoted.len)));
     llmcbi_json_init(&k, exact, quoted.len);
