@@ -2948,41 +2948,50 @@ typedef struct llmcbi_job llmcbi_job;
 typedef struct llmcbi_block llmcbi_block;
 
 struct llmcb_loop {
+    /* First what most code asks for: the code is smaller for it. */
     llmcb_allocator alloc;
-    void (*log)(void *user, const char *line);
-    void *log_user;
-    llmcb_host host;
-    int64_t host_timer; /* what the host was told; -2: nothing yet */
-    int64_t shutdown_ms;
     int64_t now;
-    llmcbi_random random;
-    unsigned workers;
-    size_t worker_stack;
-    int pool_errno; /* why the pool has no thread: of a LLMCB_ESYS */
-    pid_t pid;
-    pthread_t thread;
-    bool thread_known;
-    bool virtual_clock;
+    llmcbi_ready ready; /* list head */
+    llmcb_host host;
+    llmcbi_sleep *heap; /* from 1 */
+    llmcbi_watch **watches;
+    size_t n_watches;
     bool turning; /* inside a turn: user code may be on the stack */
+    bool virtual_clock;
     bool stopping;
     bool freeing; /* awaits end at once, nothing new starts */
+    bool thread_known;
+    /* Shared with other threads, under the mutex. */
+    bool sleeping;     /* the loop waits, or its host does */
+    bool closed;       /* no more posts */
+    bool progress_due; /* one of `progress` has reached its mark */
+    llmcbi_pool *pool; /* set once, by the loop */
+    pthread_mutex_t mutex;
+    llmcbi_post *posts, **last_post;
+    llmcbi_job *finished;  /* blocking functions that have returned */
+    llmcbi_away *progress; /* of cursors that workers have moved */
 
-    llmcbi_ready ready, round; /* list heads */
-    llmcbi_sleep *heap;        /* from 1 */
+    llmcb_op *ops;  /* all, done or not */
+    size_t n_alive; /* operations that are not done */
     size_t n_timers, heap_cap, timers_made;
     uint64_t timer_seq;
-    llmcbi_watch **watches;
-    size_t n_watches, watches_cap;
+    size_t watches_cap;
     size_t poll_start;
     struct pollfd *fds; /* poll(2) alone */
     size_t fds_cap;
+    pid_t pid;
+    pthread_t thread;
     int epoll_fd;
-    llmcbi_fired fired[LLMCBI_MAX_FIRED];
-    size_t n_fired;
     int wake_fd[2];
     llmcbi_flag cancels; /* some op has cancel_wanted */
-    llmcb_op *ops;       /* all, done or not */
-    size_t n_alive;      /* operations that are not done */
+    int64_t host_timer;  /* what the host was told; -2: nothing yet */
+    int64_t shutdown_ms;
+    void (*log)(void *user, const char *line);
+    void *log_user;
+    llmcbi_random random;
+    unsigned workers;
+    int pool_errno; /* why the pool has no thread: of a LLMCB_ESYS */
+    size_t worker_stack;
     llmcb_transport *transports, *default_transport;
     uint64_t last_identity;
     void *scratch;              /* shared read buffer of the socket transport */
@@ -2991,18 +3000,11 @@ struct llmcb_loop {
     size_t n_spare;
     llmcb_handler **hooks; /* told of all runs */
     size_t n_hooks, hooks_cap;
-    llmcb_event token; /* as inline handlers are shown one: all else is NULL */
+    llmcbi_ready round; /* what of `ready` is run at the moment */
+    llmcb_event token;  /* as inline handlers are shown one: all else is NULL */
     llmcb_chunk token_room;
-
-    /* Shared with other threads, under the mutex. */
-    pthread_mutex_t mutex;
-    bool sleeping; /* the loop waits, or its host does */
-    bool closed;   /* no more posts */
-    llmcbi_post *posts, **last_post;
-    llmcbi_pool *pool;     /* set once, by the loop */
-    llmcbi_job *finished;  /* blocking functions that have returned */
-    llmcbi_away *progress; /* of cursors that workers have moved */
-    bool progress_due;     /* one of them has reached its mark */
+    size_t n_fired;
+    llmcbi_fired fired[LLMCBI_MAX_FIRED];
 };
 
 static void llmcbi_log(llmcb_loop *loop, const char *line)
