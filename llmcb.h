@@ -6811,7 +6811,7 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
     size_t i;
 
     if (!x || x->ended) return false;
-    if (!x->paused) x->sink->data(x->owner, pieces, n);
+    if (n && !x->paused) x->sink->data(x->owner, pieces, n);
     for (i = 0; i < n; i++) {
         if (!pieces[i].len) continue;
         x->paused = true;
@@ -6870,8 +6870,8 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
             llmcbi_slice(h->bytes.ptr + h->taken, h->bytes.len - h->taken);
         x->sink->data(x->owner, &rest, 1);
         h->taken = h->bytes.len - rest.len;
+        if (rest.len) return;
     }
-    if (h && h->taken < h->bytes.len) return;
     if (h && x->ended) {
         x->paused = false;
         x->sink->end(x->owner, h->ending, h->end_error);
@@ -6899,85 +6899,103 @@ static bool llmcbi_clean_text(const char *s)
     return true;
 }
 
-static bool llmcbi_url_port(llmcbi_url *u, llmcb_str port)
+/* The number that len digits are, or at least INT64_MAX / 10; -1: not all of
+ * them are digits. */
+static int64_t llmcbi_number(const char *s, size_t len)
 {
-    uint32_t v = 0;
-    size_t i;
+    int64_t v = 0;
 
-    for (i = 0; i < port.len; i++) {
-        if (port.ptr[i] < '0' || port.ptr[i] > '9' || v > 65535) return false;
-        v = v * 10 + (uint32_t)(port.ptr[i] - '0');
+    for (; len; len--, s++) {
+        if (*s < '0' || *s > '9') return -1;
+        if (v < INT64_MAX / 10) v = v * 10 + (*s - '0');
     }
-    if (!v || v > 65535) return false;
-    u->port = (uint16_t)v;
-    return true;
+    return v;
 }
 
 /* What is wrong with an address, or NULL. */
 static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
 {
-    const char *p, *end, *colon;
+    const char *p, *end, *mark;
+    bool bracket;
+    int64_t port;
 
     memset(u, 0, sizeof *u);
     if (!llmcbi_clean_text(url) || strchr(url, ' '))
         return "the address holds a blank or a control character";
     if (llmcbi_str_begins(url, "unix:")) {
         p = url + 5;
-        colon = strchr(p, ':');
-        u->unix_path = llmcbi_slice(p, colon ? (size_t)(colon - p) : 0);
-        u->target = llmcb_text(colon ? colon + 1 : NULL);
-        u->host = u->authority = llmcb_text("localhost");
-        if (!u->unix_path.len || *u->target.ptr != '/')
+        mark = strchr(p, ':');
+        if (!mark || mark == p || mark[1] != '/')
             return "the address is not of the form unix:/path:/target";
+        u->unix_path = llmcbi_slice(p, (size_t)(mark - p));
+        u->target = llmcb_text(mark + 1);
+        u->host = u->authority = llmcb_text("localhost");
         return NULL;
     }
     u->tls = llmcbi_str_begins(url, "https://");
     if (!u->tls && !llmcbi_str_begins(url, "http://"))
         return "the address begins with none of https://, http:// and unix:";
-    p = url + (u->tls ? 8 : 7);
+    p = url + 7 + u->tls;
     end = p + strcspn(p, "/?#");
     u->port = u->tls ? 443 : 80;
     u->authority = llmcbi_slice(p, (size_t)(end - p));
     u->target = llmcb_text(*end == '/' ? end : "/");
-    if (*end == '?' || *end == '#' || strpbrk(end, "#"))
+    if (*end == '?' || strchr(end, '#'))
         return "the address has a query or fragment in the wrong place";
     if (memchr(p, '@', u->authority.len))
         return "the address holds a user name; use api_key";
-    if (*p == '[') {
-        colon = (const char *)memchr(p, ']', u->authority.len);
-        if (!colon) return "the address has an unclosed bracket";
-        u->host = llmcbi_slice(p + 1, (size_t)(colon - p - 1));
-        p = colon + 1;
-    } else {
-        colon = (const char *)memchr(p, ':', u->authority.len);
-        u->host = llmcbi_slice(p, (size_t)((colon ? colon : end) - p));
-        p = colon ? colon : end;
-    }
+    bracket = *p == '[';
+    mark = (const char *)memchr(p, bracket ? ']' : ':', u->authority.len);
+    if (!mark && bracket) return "the address has an unclosed bracket";
+    if (!mark) mark = end;
+    p += bracket;
+    u->host = llmcbi_slice(p, (size_t)(mark - p));
     if (!u->host.len) return "the address has no host";
-    if (p < end &&
-        (*p != ':' ||
-         !llmcbi_url_port(u, llmcbi_slice(p + 1, (size_t)(end - p - 1)))))
+    mark += bracket;
+    if (mark == end) return NULL;
+    port = llmcbi_number(mark + 1, (size_t)(end - mark - 1));
+    if (*mark != ':' || port < 1 || port > 65535)
         return "the address has a bad port";
+    u->port = (uint16_t)port;
     return NULL;
 }
 
 /* Whether what is sent there stays on this machine. */
 static bool llmcbi_url_is_local(const llmcbi_url *u)
 {
-    size_t i;
-
-    if (u->unix_path.len || llmcbi_str_is_nocase(u->host, "localhost") ||
-        llmcbi_str_is(u->host, "::1"))
-        return true;
-    if (u->host.len < 4 || memcmp(u->host.ptr, "127.", 4) != 0) return false;
-    for (i = 0; i < u->host.len; i++) /* 127.evil.example is a name */
-        if (u->host.ptr[i] != '.' &&
-            (u->host.ptr[i] < '0' || u->host.ptr[i] > '9'))
-            return false;
-    return true;
+    return u->unix_path.len || llmcbi_str_is_nocase(u->host, "localhost") ||
+           llmcbi_str_is(u->host, "::1") ||
+           /* 127.evil.example is a name */
+           (llmcbi_str_begins(u->host.ptr, "127.") &&
+            strspn(u->host.ptr, "0123456789.") >= u->host.len);
 }
 
 /* -- the response parser: bytes to head, body and end */
+
+#define LLMCBI_H1_FAULTS(X)                                                 \
+    X(NOT_HTTP, LLMCB_EPROTO, "not an HTTP/1 response")                     \
+    X(BAD_STATUS, LLMCB_EPROTO, "a bad status line")                        \
+    X(BAD_LINE, LLMCB_EPROTO, "a bad line in the response head")            \
+    X(BAD_FIELD, LLMCB_EPROTO, "a bad header field")                        \
+    X(BAD_LENGTH, LLMCB_EPROTO, "a bad Content-Length")                     \
+    X(BAD_CODING, LLMCB_EPROTO, "an unknown transfer coding")               \
+    X(TWO_LENGTHS, LLMCB_EPROTO, "both Content-Length and chunked")         \
+    X(BAD_CHUNK, LLMCB_EPROTO, "bad chunk framing")                         \
+    X(MUCH_FRAMING, LLMCB_ELIMIT, "the chunk framing outweighs the data")   \
+    X(LONG_EXTENSION, LLMCB_ELIMIT, "a chunk extension is too long")        \
+    X(LONG_TRAILER, LLMCB_ELIMIT, "the trailer is too long")                \
+    X(MANY_INTERIM, LLMCB_ELIMIT, "too many interim responses")             \
+    X(LONG_BODY, LLMCB_ELIMIT, "the response exceeds limits.body")          \
+    X(LONG_LINE, LLMCB_ELIMIT, "a header line exceeds limits.header_line")  \
+    X(LONG_HEAD, LLMCB_ELIMIT,                                              \
+      "the response head exceeds limits.header_block")                      \
+    X(MANY_FIELDS, LLMCB_ELIMIT,                                            \
+      "more header fields than limits.header_fields")                       \
+    X(NO_ANSWER, LLMCB_EIO, "the connection closed before an answer")       \
+    X(CUT_STATUS, LLMCB_EPROTO, "the connection closed in the status line") \
+    X(CUT_HEAD, LLMCB_ETRUNCATED,                                           \
+      "the connection closed in the response head")                         \
+    X(NO_MEMORY, LLMCB_ENOMEM, NULL)
 
 typedef enum llmcbi_h1_type {
     LLMCBI_H1_MORE,
@@ -6985,7 +7003,11 @@ typedef enum llmcbi_h1_type {
     LLMCBI_H1_HEADER,
     LLMCBI_H1_DATA,
     LLMCBI_H1_END,
-    LLMCBI_H1_ERROR
+    LLMCBI_H1_ERROR,
+/* within the parser: which error */
+#define LLMCBI_ENTRY(name, code, text) LLMCBI_H1_##name,
+    LLMCBI_H1_FAULTS(LLMCBI_ENTRY)
+#undef LLMCBI_ENTRY
 } llmcbi_h1_type;
 
 enum {
@@ -7037,67 +7059,41 @@ static void llmcbi_h1_free(const llmcb_allocator *a, llmcbi_h1 *h)
     llmcbi_buf_free(a, &h->line);
 }
 
-static llmcbi_h1_type llmcbi_h1_fail(llmcbi_h1 *h, llmcb_code code,
-                                     const char *message)
-{
-    h->state = LLMCBI_H1_AT_ERROR;
-    h->code = code;
-    h->message = message;
-    return LLMCBI_H1_ERROR;
-}
-
-/* One line of the head without its CRLF. False: more is needed, or it
- * failed. Limits are checked before anything is kept. */
-static bool llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
-                           const char **p, const char *end, llmcb_str *line)
+/* One line of the head without its CRLF. Limits are checked before anything
+ * is kept. */
+static llmcbi_h1_type llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
+                                     const char **p, const char *end,
+                                     llmcb_str *line)
 {
     const char *lf = (const char *)memchr(*p, '\n', (size_t)(end - *p));
     size_t n = (size_t)((lf ? lf + 1 : end) - *p);
 
-    bool full = n > h->max_block - h->block;
-
-    if (full || h->line.len + n > h->max_line) {
-        llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                       full ? "the response head exceeds limits.header_block"
-                            : "a header line exceeds limits.header_line");
-        return false;
-    }
+    if (n > h->max_block - h->block) return LLMCBI_H1_LONG_HEAD;
+    if (h->line.len + n > h->max_line) return LLMCBI_H1_LONG_LINE;
+    *line = llmcbi_slice(*p, n);
     if (h->line.len || !lf) {
         llmcbi_buf_add(a, &h->line, *p, n);
-        if (h->line.failed) {
-            llmcbi_h1_fail(h, LLMCB_ENOMEM, NULL);
-            return false;
-        }
+        if (h->line.failed) return LLMCBI_H1_NO_MEMORY;
         *line = llmcbi_buf_str(&h->line);
-    } else {
-        *line = llmcbi_slice(*p, n);
     }
     h->block += (uint32_t)n;
     *p += n;
-    if (!lf) return false;
+    if (!lf) return LLMCBI_H1_MORE;
     h->line.len = 0;
     if (line->len < 2 || line->ptr[line->len - 2] != '\r' ||
         memchr(line->ptr, '\r', line->len - 2) ||
-        memchr(line->ptr, '\0', line->len)) {
-        llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad line in the response head");
-        return false;
-    }
+        memchr(line->ptr, '\0', line->len))
+        return LLMCBI_H1_BAD_LINE;
     line->len -= 2;
-    return true;
+    return LLMCBI_H1_HEADER;
 }
 
 static bool llmcbi_h1_status_line(llmcbi_h1 *h, llmcb_str s)
 {
-    int i;
-
-    if (s.len < 12 || s.ptr[8] != ' ' || s.ptr[7] < '0' || s.ptr[7] > '9' ||
+    if (s.len < 12 || s.ptr[8] != ' ' || llmcbi_number(s.ptr + 7, 1) < 0 ||
         (s.len > 12 && s.ptr[12] != ' '))
         return false;
-    h->status = 0;
-    for (i = 9; i < 12; i++) {
-        if (s.ptr[i] < '0' || s.ptr[i] > '9') return false;
-        h->status = h->status * 10 + (s.ptr[i] - '0');
-    }
+    h->status = (int)llmcbi_number(s.ptr + 9, 3);
     h->close = s.ptr[7] == '0';
     h->interim = h->status < 200;
     return h->status >= 100 && h->status < 600 && h->status != 101;
@@ -7109,39 +7105,42 @@ static bool llmcbi_token_char(char c)
            (c >= 'A' && c <= 'Z') || (c && strchr("!#$%&'*+-.^_`|~", c));
 }
 
+/* Without the blanks around it. */
+static llmcb_str llmcbi_trim(llmcb_str s)
+{
+    while (s.len && (*s.ptr == ' ' || *s.ptr == '\t'))
+        s.ptr++, s.len--;
+    while (s.len && (s.ptr[s.len - 1] == ' ' || s.ptr[s.len - 1] == '\t'))
+        s.len--;
+    return s;
+}
+
 /* Splits "name: value". */
 static bool llmcbi_h1_field(llmcb_str line, llmcbi_field *field)
 {
-    const char *s = line.ptr, *end = s + line.len, *name_end;
+    const char *s = line.ptr;
+    size_t i = 0;
 
-    for (name_end = s; name_end < end && llmcbi_token_char(*name_end);)
-        name_end++;
-    if (name_end == s || name_end == end || *name_end != ':') return false;
-    field->name = llmcbi_slice(s, (size_t)(name_end - s));
-    for (s = name_end + 1; s < end && (*s == ' ' || *s == '\t');)
-        s++;
-    while (end > s && (end[-1] == ' ' || end[-1] == '\t'))
-        end--;
-    field->value = llmcbi_slice(s, (size_t)(end - s));
-    for (; s < end; s++)
-        if (((unsigned char)*s < 0x20 && *s != '\t') || *s == 0x7F)
+    while (i < line.len && llmcbi_token_char(s[i]))
+        i++;
+    if (i == 0 || i == line.len || s[i] != ':') return false;
+    field->name = llmcbi_slice(s, i);
+    for (i++; i < line.len; i++)
+        if (((unsigned char)s[i] < 0x20 && s[i] != '\t') || s[i] == 0x7F)
             return false;
+    i = field->name.len + 1;
+    field->value = llmcbi_trim(llmcbi_slice(s + i, line.len - i));
     return true;
 }
 
 static bool llmcbi_h1_length(llmcbi_h1 *h, llmcb_str s)
 {
-    uint64_t v = 0;
-    size_t i;
+    int64_t v = llmcbi_number(s.ptr, s.len);
 
-    if (!s.len || s.len > 18) return false;
-    for (i = 0; i < s.len; i++) {
-        if (s.ptr[i] < '0' || s.ptr[i] > '9') return false;
-        v = v * 10 + (uint64_t)(s.ptr[i] - '0');
-    }
-    if (h->has_length && h->left != v) return false;
+    if (!s.len || s.len > 18 || v < 0) return false;
+    if (h->has_length && h->left != (uint64_t)v) return false;
     h->has_length = true;
-    h->left = v;
+    h->left = (uint64_t)v;
     return true;
 }
 
@@ -7150,15 +7149,9 @@ static bool llmcbi_has_word(llmcb_str list, const char *word)
     size_t i, begin = 0;
 
     for (i = 0; i <= list.len; i++) {
-        llmcb_str item;
+        llmcb_str item = llmcbi_slice(list.ptr + begin, i - begin);
         if (i < list.len && list.ptr[i] != ',') continue;
-        item = llmcbi_slice(list.ptr + begin, i - begin);
-        while (item.len && (*item.ptr == ' ' || *item.ptr == '\t'))
-            item.ptr++, item.len--;
-        while (item.len && (item.ptr[item.len - 1] == ' ' ||
-                            item.ptr[item.len - 1] == '\t'))
-            item.len--;
-        if (llmcbi_str_is_nocase(item, word)) return true;
+        if (llmcbi_str_is_nocase(llmcbi_trim(item), word)) return true;
         begin = i + 1;
     }
     return false;
@@ -7167,19 +7160,14 @@ static bool llmcbi_has_word(llmcb_str list, const char *word)
 static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line,
                                        llmcbi_field *field)
 {
-    if (!llmcbi_h1_field(line, field))
-        return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad header field");
-    if (++h->fields > h->max_fields)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "more header fields than limits.header_fields");
+    if (!llmcbi_h1_field(line, field)) return LLMCBI_H1_BAD_FIELD;
+    if (++h->fields > h->max_fields) return LLMCBI_H1_MANY_FIELDS;
     if (h->interim) return LLMCBI_H1_MORE;
     if (llmcbi_str_is_nocase(field->name, "content-length")) {
-        if (!llmcbi_h1_length(h, field->value))
-            return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad Content-Length");
+        if (!llmcbi_h1_length(h, field->value)) return LLMCBI_H1_BAD_LENGTH;
     } else if (llmcbi_str_is_nocase(field->name, "transfer-encoding")) {
         if (!llmcbi_str_is_nocase(field->value, "chunked") || h->chunked)
-            return llmcbi_h1_fail(h, LLMCB_EPROTO,
-                                  "an unknown transfer coding");
+            return LLMCBI_H1_BAD_CODING;
         h->chunked = true;
     } else if (llmcbi_str_is_nocase(field->name, "connection")) {
         if (llmcbi_has_word(field->value, "close")) h->close_said = true;
@@ -7194,45 +7182,40 @@ static llmcbi_h1_type llmcbi_h1_head_end(llmcbi_h1 *h)
 {
     if (h->interim) {
         if (++h->interims > LLMCBI_H1_MAX_INTERIM)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                                  "too many interim responses");
+            return LLMCBI_H1_MANY_INTERIM;
         h->state = LLMCBI_H1_AT_STATUS;
         h->begun = false;
         return LLMCBI_H1_MORE;
     }
-    if (h->chunked && h->has_length)
-        return llmcbi_h1_fail(h, LLMCB_EPROTO,
-                              "both Content-Length and chunked");
-    if (h->has_length && h->left > h->max_body)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "the response exceeds limits.body");
-    if (h->status == 204 || h->status == 304)
+    if (h->chunked && h->has_length) return LLMCBI_H1_TWO_LENGTHS;
+    if (h->left > h->max_body) return LLMCBI_H1_LONG_BODY;
+    h->state = h->chunked      ? LLMCBI_H1_AT_SIZE
+               : h->has_length ? LLMCBI_H1_AT_LENGTH
+                               : LLMCBI_H1_AT_CLOSE;
+    if (h->status == 204 || h->status == 304 || (h->has_length && !h->left))
         h->state = LLMCBI_H1_AT_END;
-    else if (h->chunked)
-        h->state = LLMCBI_H1_AT_SIZE;
-    else if (h->has_length)
-        h->state = h->left ? LLMCBI_H1_AT_LENGTH : LLMCBI_H1_AT_END;
-    else
-        h->state = LLMCBI_H1_AT_CLOSE;
-    if (h->state == LLMCBI_H1_AT_CLOSE) h->close = true;
+    if (h->state == LLMCBI_H1_AT_CLOSE) {
+        h->close = true;
+        h->left = UINT64_MAX;
+    }
     return LLMCBI_H1_MORE;
 }
 
-/* Body bytes, at most `max` of them. */
 static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
-                                     const char *end, uint64_t max,
-                                     llmcb_str *data)
+                                     const char *end, llmcb_str *data)
 {
-    size_t n = (size_t)(end - *p);
+    uint64_t n = (uint64_t)(end - *p);
 
-    if (h->body == h->max_body)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "the response exceeds limits.body");
-    if (max > h->max_body - h->body) max = h->max_body - h->body;
-    if (n > max) n = (size_t)max;
-    *data = llmcbi_slice(*p, n);
+    if (h->body == h->max_body) return LLMCBI_H1_LONG_BODY;
+    if (n > h->max_body - h->body) n = h->max_body - h->body;
+    if (n > h->left) n = h->left;
+    *data = llmcbi_slice(*p, (size_t)n);
     *p += n;
     h->body += n;
+    h->left -= n;
+    if (!h->left)
+        h->state = h->state == LLMCBI_H1_AT_CHUNK ? LLMCBI_H1_AT_CHUNK_CR
+                                                  : LLMCBI_H1_AT_END;
     return LLMCBI_H1_DATA;
 }
 
@@ -7242,8 +7225,7 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
     int digit;
 
     if (++h->framing > LLMCBI_H1_FREE_FRAMING && h->body < h->framing / 3)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "the chunk framing outweighs the data");
+        return LLMCBI_H1_MUCH_FRAMING;
     switch (h->state) {
     case LLMCBI_H1_AT_SIZE:
         digit = llmcbi_hex(c);
@@ -7253,9 +7235,7 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
             return LLMCBI_H1_MORE;
         }
         if (!h->digits || h->left > INT64_MAX) break;
-        if (h->left > h->max_body - h->body)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                                  "the response exceeds limits.body");
+        if (h->left > h->max_body - h->body) return LLMCBI_H1_LONG_BODY;
         if (c != '\r' && c != ';') break;
         h->state = c == ';' ? LLMCBI_H1_AT_EXTENSION : LLMCBI_H1_AT_SIZE_LF;
         h->extension = 0;
@@ -7265,8 +7245,7 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
         if (c == '\r')
             h->state = LLMCBI_H1_AT_SIZE_LF;
         else if (++h->extension > LLMCBI_H1_MAX_EXTENSION)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                                  "a chunk extension is too long");
+            return LLMCBI_H1_LONG_EXTENSION;
         return LLMCBI_H1_MORE;
     case LLMCBI_H1_AT_SIZE_LF:
         if (c != '\n') break;
@@ -7283,7 +7262,7 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
         h->state = LLMCBI_H1_AT_SIZE;
         return LLMCBI_H1_MORE;
     }
-    return llmcbi_h1_fail(h, LLMCB_EPROTO, "bad chunk framing");
+    return LLMCBI_H1_BAD_CHUNK;
 }
 
 static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
@@ -7292,26 +7271,22 @@ static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
 {
     static const char magic[] = "HTTP/1.";
     size_t seen = h->line.len, n = (size_t)(end - *p);
+    llmcbi_h1_type type;
     llmcb_str line;
-    bool whole;
 
     /* something else than HTTP need not send a line end to be known */
     if (h->state == LLMCBI_H1_AT_STATUS && seen < 7 &&
         memcmp(*p, magic + seen, n < 7 - seen ? n : 7 - seen) != 0)
-        return llmcbi_h1_fail(h, LLMCB_EPROTO, "not an HTTP/1 response");
-    whole = llmcbi_h1_line(a, h, p, end, &line);
-    if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
+        return LLMCBI_H1_NOT_HTTP;
+    type = llmcbi_h1_line(a, h, p, end, &line);
+    if (type != LLMCBI_H1_HEADER) return type;
     if (h->state == LLMCBI_H1_AT_STATUS) {
-        if (!whole) return LLMCBI_H1_MORE;
-        if (!llmcbi_h1_status_line(h, line))
-            return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad status line");
+        if (!llmcbi_h1_status_line(h, line)) return LLMCBI_H1_BAD_STATUS;
         h->state = LLMCBI_H1_AT_HEADER;
         return h->interim ? LLMCBI_H1_MORE : LLMCBI_H1_STATUS;
     }
-    if (!whole) return LLMCBI_H1_MORE;
     if (h->state == LLMCBI_H1_AT_TRAILER) {
-        if (h->block > LLMCBI_H1_MAX_TRAILER)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT, "the trailer is too long");
+        if (h->block > LLMCBI_H1_MAX_TRAILER) return LLMCBI_H1_LONG_TRAILER;
         if (!line.len) h->state = LLMCBI_H1_AT_END;
         return LLMCBI_H1_MORE;
     }
@@ -7337,8 +7312,8 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
         size = size << 4 | digit;
     }
     if (!size || end - q < 4 || size > (uint64_t)(end - q - 4) ||
-        memcmp(q, "\r\n", 2) != 0 || memcmp(q + 2 + size, "\r\n", 2) != 0 ||
-        size > h->max_body - h->body ||
+        q[0] != '\r' || q[1] != '\n' || q[2 + size] != '\r' ||
+        q[3 + size] != '\n' || size > h->max_body - h->body ||
         (h->framing + 12 > LLMCBI_H1_FREE_FRAMING &&
          h->body < (h->framing + 12) / 3))
         return false;
@@ -7348,6 +7323,21 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
     data->len = (size_t)size;
     *p = q + size + 4;
     return true;
+}
+
+static llmcbi_h1_type llmcbi_h1_fail(llmcbi_h1 *h, llmcbi_h1_type fault)
+{
+#define LLMCBI_ENTRY(name, code, text) { code, text },
+    static const struct {
+        llmcb_code code;
+        const char *message;
+    } table[] = { LLMCBI_H1_FAULTS(LLMCBI_ENTRY) };
+#undef LLMCBI_ENTRY
+
+    h->state = LLMCBI_H1_AT_ERROR;
+    h->code = table[fault - LLMCBI_H1_ERROR - 1].code;
+    h->message = table[fault - LLMCBI_H1_ERROR - 1].message;
+    return LLMCBI_H1_ERROR;
 }
 
 /* The next thing in the input; a header or data into *out. After
@@ -7371,20 +7361,13 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
             type = llmcbi_h1_head(a, h, p, end, out);
             break;
         case LLMCBI_H1_AT_CLOSE:
-            type = llmcbi_h1_body(h, p, end, UINT64_MAX, &out->value);
-            break;
         case LLMCBI_H1_AT_LENGTH:
         case LLMCBI_H1_AT_CHUNK:
-            type = llmcbi_h1_body(h, p, end, h->left, &out->value);
-            if (type != LLMCBI_H1_DATA) break;
-            h->left -= out->value.len;
-            if (!h->left)
-                h->state = h->state == LLMCBI_H1_AT_CHUNK
-                               ? LLMCBI_H1_AT_CHUNK_CR
-                               : LLMCBI_H1_AT_END;
+            type = llmcbi_h1_body(h, p, end, &out->value);
             break;
         default: type = llmcbi_h1_frame(h, *(*p)++); break;
         }
+        if (type > LLMCBI_H1_ERROR) type = llmcbi_h1_fail(h, type);
         if (type != LLMCBI_H1_MORE) return type;
     }
 }
@@ -7392,22 +7375,13 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
 /* What an orderly close of the connection means at this point. */
 static llmcb_ending llmcbi_h1_eof(llmcbi_h1 *h)
 {
-    h->code = LLMCB_OK;
-    h->message = NULL;
     if (h->state == LLMCBI_H1_AT_CLOSE || h->state == LLMCBI_H1_AT_END)
         return LLMCB_ORDERLY;
-    if (h->state == LLMCBI_H1_AT_STATUS) {
-        h->code = h->begun ? LLMCB_EPROTO : LLMCB_EIO;
-        h->message = h->begun ? "the connection closed in the status line"
-                              : "the connection closed before an answer";
-        return LLMCB_BROKEN;
-    }
-    if (h->state == LLMCBI_H1_AT_HEADER) {
-        h->code = LLMCB_ETRUNCATED;
-        h->message = "the connection closed in the response head";
-        return LLMCB_BROKEN;
-    }
-    return LLMCB_CUT;
+    if (h->state > LLMCBI_H1_AT_HEADER) return LLMCB_CUT;
+    llmcbi_h1_fail(h, h->state == LLMCBI_H1_AT_HEADER ? LLMCBI_H1_CUT_HEAD
+                      : h->begun                      ? LLMCBI_H1_CUT_STATUS
+                                                      : LLMCBI_H1_NO_ANSWER);
+    return LLMCB_BROKEN;
 }
 
 /* -- retry rules */
@@ -7418,42 +7392,37 @@ static llmcb_ending llmcbi_h1_eof(llmcbi_h1 *h)
 /* Whole or decimal seconds to milliseconds; LLMCBI_NO_WISH: not a number. */
 static int64_t llmcbi_parse_seconds(llmcb_str s, int64_t unit)
 {
-    int64_t v = 0, part = unit;
+    int64_t v, digit, part = unit;
     size_t i = 0;
 
-    if (!s.len || s.ptr[0] < '0' || s.ptr[0] > '9') return LLMCBI_NO_WISH;
-    for (; i < s.len && s.ptr[i] >= '0' && s.ptr[i] <= '9'; i++)
-        if (v < INT64_MAX / 100000) v = v * 10 + (s.ptr[i] - '0');
+    while (i < s.len && s.ptr[i] != '.')
+        i++;
+    v = llmcbi_number(s.ptr, i);
+    if (!i || v < 0) return LLMCBI_NO_WISH;
+    if (v > INT64_MAX / 100000) v = INT64_MAX / 100000;
     v *= unit;
-    if (i < s.len && s.ptr[i] == '.')
-        for (i++; i < s.len && s.ptr[i] >= '0' && s.ptr[i] <= '9'; i++) {
-            part /= 10;
-            v += part * (s.ptr[i] - '0');
-        }
-    return i == s.len ? v : LLMCBI_NO_WISH;
-}
-
-static int llmcbi_two_digits(const char *s)
-{
-    return s[0] >= '0' && s[0] <= '9' && s[1] >= '0' && s[1] <= '9'
-               ? (s[0] - '0') * 10 + (s[1] - '0')
-               : -10000;
+    while (++i < s.len) {
+        digit = llmcbi_number(s.ptr + i, 1);
+        if (digit < 0) return LLMCBI_NO_WISH;
+        part /= 10;
+        v += part * digit;
+    }
+    return v;
 }
 
 /* "Tue, 14 Nov 2023 22:13:20 GMT" in seconds since 1970, or -1. */
 static int64_t llmcbi_parse_date(llmcb_str s)
 {
     static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-    int day, month, year, hour, minute, second, era_year;
-    int64_t days;
     const char *p = s.ptr;
+    int64_t day, month, year, hour, minute, second, days;
 
     if (s.len != 29 || memcmp(p + 25, " GMT", 4) != 0) return -1;
-    day = llmcbi_two_digits(p + 5);
-    year = llmcbi_two_digits(p + 12) * 100 + llmcbi_two_digits(p + 14);
-    hour = llmcbi_two_digits(p + 17);
-    minute = llmcbi_two_digits(p + 20);
-    second = llmcbi_two_digits(p + 23);
+    day = llmcbi_number(p + 5, 2);
+    year = llmcbi_number(p + 12, 4);
+    hour = llmcbi_number(p + 17, 2);
+    minute = llmcbi_number(p + 20, 2);
+    second = llmcbi_number(p + 23, 2);
     for (month = 0; month < 12; month++)
         if (memcmp(p + 8, months + 3 * month, 3) == 0) break;
     if (month == 12 || day < 1 || day > 31 || year < 1970 || hour < 0 ||
@@ -7461,9 +7430,9 @@ static int64_t llmcbi_parse_date(llmcb_str s)
         return -1;
     /* days from the civil calendar, years that begin in March */
     month += month >= 2 ? -1 : 11;
-    era_year = month >= 11 ? year - 1 : year;
-    days = (int64_t)era_year * 365 + era_year / 4 - era_year / 100 +
-           era_year / 400 + (153 * (month - 1) + 2) / 5 + day - 719469;
+    if (month >= 11) year--;
+    days = year * 365 + year / 4 - year / 100 + year / 400 +
+           (153 * (month - 1) + 2) / 5 + day - 719469;
     return days * 86400 + hour * 3600 + minute * 60 + second;
 }
 
@@ -7502,28 +7471,22 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
 {
     llmcbi_field found;
     llmcb_str pieces[16]; /* many at once cost less than one by one */
-    const size_t most = sizeof pieces / sizeof *pieces;
-    size_t n;
+    size_t n = 0;
 
     for (;;) {
         llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end, &found);
-        switch (type) {
-        case LLMCBI_H1_STATUS: llmcb_exchange_status(x, h->status); break;
-        case LLMCBI_H1_HEADER:
-            llmcb_exchange_header(x, found.name, found.value);
-            break;
-        case LLMCBI_H1_DATA:
-            pieces[0] = found.value;
-            for (n = 1;
-                 n < most && llmcbi_h1_next_chunk(h, p, end, &pieces[n]);)
-                n++;
-            llmcbi_exchange_pieces(x, pieces, n);
-            break;
-        case LLMCBI_H1_MORE:
-        case LLMCBI_H1_END:
-        case LLMCBI_H1_ERROR:
-        default: return type;
+        if (type == LLMCBI_H1_DATA) {
+            pieces[n++] = found.value;
+            if (n < sizeof pieces / sizeof *pieces) continue;
         }
+        llmcbi_exchange_pieces(x, pieces, n);
+        n = 0;
+        if (type == LLMCBI_H1_STATUS)
+            llmcb_exchange_status(x, h->status);
+        else if (type == LLMCBI_H1_HEADER)
+            llmcb_exchange_header(x, found.name, found.value);
+        else if (type != LLMCBI_H1_DATA)
+            return type;
     }
 }
 
