@@ -7003,12 +7003,16 @@ typedef enum llmcbi_h1_type {
     LLMCBI_H1_HEADER,
     LLMCBI_H1_DATA,
     LLMCBI_H1_END,
-    LLMCBI_H1_ERROR,
-/* within the parser: which error */
+    LLMCBI_H1_ERROR
+} llmcbi_h1_type;
+
+/* What the parser's own functions return instead of LLMCBI_H1_ERROR. */
+enum {
+    LLMCBI_H1_FAULT = LLMCBI_H1_ERROR,
 #define LLMCBI_ENTRY(name, code, text) LLMCBI_H1_##name,
     LLMCBI_H1_FAULTS(LLMCBI_ENTRY)
 #undef LLMCBI_ENTRY
-} llmcbi_h1_type;
+};
 
 enum {
     LLMCBI_H1_AT_STATUS,
@@ -7061,9 +7065,8 @@ static void llmcbi_h1_free(const llmcb_allocator *a, llmcbi_h1 *h)
 
 /* One line of the head without its CRLF. Limits are checked before anything
  * is kept. */
-static llmcbi_h1_type llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
-                                     const char **p, const char *end,
-                                     llmcb_str *line)
+static int llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
+                          const char **p, const char *end, llmcb_str *line)
 {
     const char *lf = (const char *)memchr(*p, '\n', (size_t)(end - *p));
     size_t n = (size_t)((lf ? lf + 1 : end) - *p);
@@ -7157,8 +7160,7 @@ static bool llmcbi_has_word(llmcb_str list, const char *word)
     return false;
 }
 
-static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line,
-                                       llmcbi_field *field)
+static int llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line, llmcbi_field *field)
 {
     if (!llmcbi_h1_field(line, field)) return LLMCBI_H1_BAD_FIELD;
     if (++h->fields > h->max_fields) return LLMCBI_H1_MANY_FIELDS;
@@ -7178,7 +7180,7 @@ static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line,
 }
 
 /* The blank line behind the header fields. */
-static llmcbi_h1_type llmcbi_h1_head_end(llmcbi_h1 *h)
+static int llmcbi_h1_head_end(llmcbi_h1 *h)
 {
     if (h->interim) {
         if (++h->interims > LLMCBI_H1_MAX_INTERIM)
@@ -7201,8 +7203,8 @@ static llmcbi_h1_type llmcbi_h1_head_end(llmcbi_h1 *h)
     return LLMCBI_H1_MORE;
 }
 
-static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
-                                     const char *end, llmcb_str *data)
+static int llmcbi_h1_body(llmcbi_h1 *h, const char **p, const char *end,
+                          llmcb_str *data)
 {
     uint64_t n = (uint64_t)(end - *p);
 
@@ -7220,7 +7222,7 @@ static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
 }
 
 /* One byte of chunk framing. */
-static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
+static int llmcbi_h1_frame(llmcbi_h1 *h, char c)
 {
     int digit;
 
@@ -7265,14 +7267,13 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
     return LLMCBI_H1_BAD_CHUNK;
 }
 
-static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
-                                     const char **p, const char *end,
-                                     llmcbi_field *field)
+static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
+                          const char **p, const char *end, llmcbi_field *field)
 {
     static const char magic[] = "HTTP/1.";
     size_t seen = h->line.len, n = (size_t)(end - *p);
-    llmcbi_h1_type type;
     llmcb_str line;
+    int type;
 
     /* something else than HTTP need not send a line end to be known */
     if (h->state == LLMCBI_H1_AT_STATUS && seen < 7 &&
@@ -7325,18 +7326,18 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
     return true;
 }
 
-static llmcbi_h1_type llmcbi_h1_fail(llmcbi_h1 *h, llmcbi_h1_type fault)
+static int llmcbi_h1_fail(llmcbi_h1 *h, int fault)
 {
 #define LLMCBI_ENTRY(name, code, text) { code, text },
     static const struct {
         llmcb_code code;
         const char *message;
-    } table[] = { LLMCBI_H1_FAULTS(LLMCBI_ENTRY) };
+    } table[] = { { LLMCB_OK, NULL }, LLMCBI_H1_FAULTS(LLMCBI_ENTRY) };
 #undef LLMCBI_ENTRY
 
     h->state = LLMCBI_H1_AT_ERROR;
-    h->code = table[fault - LLMCBI_H1_ERROR - 1].code;
-    h->message = table[fault - LLMCBI_H1_ERROR - 1].message;
+    h->code = table[fault - LLMCBI_H1_FAULT].code;
+    h->message = table[fault - LLMCBI_H1_FAULT].message;
     return LLMCBI_H1_ERROR;
 }
 
@@ -7348,7 +7349,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
                                      llmcbi_field *out)
 {
     for (;;) {
-        llmcbi_h1_type type;
+        int type;
         if (h->state == LLMCBI_H1_AT_END) return LLMCBI_H1_END;
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
@@ -7368,7 +7369,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         default: type = llmcbi_h1_frame(h, *(*p)++); break;
         }
         if (type > LLMCBI_H1_ERROR) type = llmcbi_h1_fail(h, type);
-        if (type != LLMCBI_H1_MORE) return type;
+        if (type != LLMCBI_H1_MORE) return (llmcbi_h1_type)type;
     }
 }
 
@@ -7414,26 +7415,25 @@ static int64_t llmcbi_parse_seconds(llmcb_str s, int64_t unit)
 static int64_t llmcbi_parse_date(llmcb_str s)
 {
     static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-    const char *p = s.ptr;
-    int64_t day, month, year, hour, minute, second, days;
+    static const unsigned char at[] = { 5, 12, 17, 20, 23 };
+    int v[5], i, month, year; /* day, year, hour, minute, second */
+    int64_t days;
 
-    if (s.len != 29 || memcmp(p + 25, " GMT", 4) != 0) return -1;
-    day = llmcbi_number(p + 5, 2);
-    year = llmcbi_number(p + 12, 4);
-    hour = llmcbi_number(p + 17, 2);
-    minute = llmcbi_number(p + 20, 2);
-    second = llmcbi_number(p + 23, 2);
+    if (s.len != 29 || memcmp(s.ptr + 25, " GMT", 4) != 0) return -1;
+    for (i = 0; i < 5; i++) {
+        v[i] = (int)llmcbi_number(s.ptr + at[i], i == 1 ? 4 : 2);
+        if (v[i] < 0) return -1;
+    }
+    year = v[1];
     for (month = 0; month < 12; month++)
-        if (memcmp(p + 8, months + 3 * month, 3) == 0) break;
-    if (month == 12 || day < 1 || day > 31 || year < 1970 || hour < 0 ||
-        minute < 0 || second < 0)
-        return -1;
+        if (memcmp(s.ptr + 8, months + 3 * month, 3) == 0) break;
+    if (month == 12 || v[0] < 1 || v[0] > 31 || year < 1970) return -1;
     /* days from the civil calendar, years that begin in March */
     month += month >= 2 ? -1 : 11;
     if (month >= 11) year--;
     days = year * 365 + year / 4 - year / 100 + year / 400 +
-           (153 * (month - 1) + 2) / 5 + day - 719469;
-    return days * 86400 + hour * 3600 + minute * 60 + second;
+           (153 * (month - 1) + 2) / 5 + v[0] - 719469;
+    return days * 86400 + v[2] * 3600 + v[3] * 60 + v[4];
 }
 
 /* The milliseconds that a Retry-After value asks for. Dates round up. */
