@@ -3386,7 +3386,7 @@ static bool llmcbi_poller_wait(llmcb_loop *loop, int timeout)
 }
 #endif
 
-static llmcb_code llmcbi_watch_add(llmcb_loop *loop, llmcbi_watch *w, int fd)
+static llmcb_code llmcbi_watch_add(llmcb_loop *loop, llmcbi_watch *w)
 {
     if (loop->n_watches == loop->watches_cap) {
         size_t cap = loop->watches_cap ? 2 * loop->watches_cap : 8;
@@ -3397,7 +3397,6 @@ static llmcb_code llmcbi_watch_add(llmcb_loop *loop, llmcbi_watch *w, int fd)
         loop->watches = list;
         loop->watches_cap = cap;
     }
-    w->fd = fd;
     loop->watches[loop->n_watches] = w;
     w->place = ++loop->n_watches;
     return LLMCB_OK;
@@ -3414,16 +3413,15 @@ static void llmcbi_watch_remove(llmcb_loop *loop, llmcbi_watch *w)
         if (loop->fired[i].watch == w) loop->fired[i].watch = NULL;
 }
 
-/* Watches fd for events; 0 ends it. Must be told before fd is closed. */
-static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w, int fd,
+/* Watches w->fd for events; 0 ends it. Must be told before that is closed. */
+static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w,
                                    int events)
 {
-    int before = w->place ? w->events : 0;
+    int before = w->events;
     bool ok;
 
     if (events == before) return LLMCB_OK;
-    if (!before && llmcbi_watch_add(loop, w, fd) != LLMCB_OK)
-        return LLMCB_ENOMEM;
+    if (!before && llmcbi_watch_add(loop, w) != LLMCB_OK) return LLMCB_ENOMEM;
     w->events = events;
     ok = llmcbi_poller_set(loop, w, before);
     if (!ok) w->events = before;
@@ -4091,7 +4089,7 @@ static void llmcbi_task_disarm(llmcbi_task *t)
     size_t i;
 
     llmcbi_timer_stop(t->loop, &t->timer);
-    llmcbi_watch_set(t->loop, &t->watch, -1, 0);
+    llmcbi_watch_set(t->loop, &t->watch, 0);
     llmcbi_waiter_leave(&t->waiter);
     for (i = 0; i < t->n_many; i++)
         llmcbi_waiter_leave(&t->many[i]);
@@ -4254,7 +4252,8 @@ LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *t, int fd, int events,
     for (i = 0; i < task->loop->n_watches; i++)
         if (task->loop->watches[i]->fd == fd)
             return llmcbi_await_over(task, LLMCB_EBUSY);
-    code = llmcbi_watch_set(task->loop, &task->watch, fd, events);
+    task->watch.fd = fd;
+    code = llmcbi_watch_set(task->loop, &task->watch, events);
     /* epoll refuses what is always ready: files */
     if (code == LLMCB_ESYS && errno == EPERM)
         code = LLMCB_OK;
@@ -6831,25 +6830,32 @@ LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
     return llmcbi_exchange_pieces(x, &piece, len ? 1 : 0);
 }
 
-LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
-                                   llmcb_code code, int sys_errno,
-                                   const char *message)
+static void llmcbi_exchange_over(llmcb_exchange *x, llmcb_ending ending,
+                                 const llmcb_error *e)
 {
     llmcbi_held *h;
-    llmcb_error e;
 
     if (!x || x->ended) return;
-    llmcbi_error_set(&e, code, message);
-    e.sys_errno = sys_errno;
     x->ended = true;
     if (!x->paused) {
-        x->sink->end(x->owner, ending, &e);
+        x->sink->end(x->owner, ending, e);
         return;
     }
     h = llmcbi_exchange_hold(x);
     if (!h) return;
     h->ending = ending;
-    h->end_error = llmcbi_error_keep(&x->tr->loop->alloc, &e);
+    h->end_error = llmcbi_error_keep(&x->tr->loop->alloc, e);
+}
+
+LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
+                                   llmcb_code code, int sys_errno,
+                                   const char *message)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, code, message);
+    e.sys_errno = sys_errno;
+    llmcbi_exchange_over(x, ending, &e);
 }
 
 /* There is room again. Not inside a call of the transport's. */
@@ -7543,28 +7549,28 @@ typedef struct llmcbi_conn llmcbi_conn;
 /* A connection, with the exchange that it serves at the moment. */
 struct llmcbi_conn {
     /* First what each read looks at, so that it is in one place. */
-    llmcbi_watch watch;
-    int fd;
+    llmcbi_watch watch; /* fd -1: not connected */
     uint8_t state;
     bool reused;   /* its descriptor has served another exchange */
     bool replayed; /* a reused one has failed already */
-    llmcbi_sock *sock;
+    int sys_errno; /* why the last address failed */
+    llmcb_loop *loop;
     llmcb_exchange *x;            /* NULL: lingering or idle */
     const llmcb_request *request; /* of x, until it is sent and answered */
+    size_t sent;                  /* of head and body together */
+    llmcbi_buf head;              /* request head, until it is sent */
+    llmcbi_timer timer;           /* connect share, linger or idle */
     llmcbi_h1 h1;
 
-    size_t sent;              /* of head and body together */
+    llmcbi_sock *sock;
     llmcbi_conn *prev, *next; /* of the transport */
     llmcbi_ready ready;
-    llmcbi_timer timer; /* connect share, linger or idle */
     llmcbi_job *dns;
     struct addrinfo *addresses, *address; /* all, and the one tried */
-    llmcbi_buf head;                      /* request head, until it is sent */
-    size_t lingered;
     int64_t born;
     uint64_t identity;
-    int sys_errno; /* why the last address failed */
-    char key[1];   /* the address without its path: who may share it */
+    uint32_t lingered;
+    char key[1]; /* the address without its path: who may share it */
 };
 
 struct llmcbi_sock {
@@ -7576,21 +7582,21 @@ struct llmcbi_sock {
 
 static void llmcbi_conn_disconnect(llmcbi_conn *c)
 {
-    if (c->fd < 0) return;
-    llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, 0);
-    LLMCBI_SYS(close)(c->fd);
-    c->fd = -1;
+    if (c->watch.fd < 0) return;
+    llmcbi_watch_set(c->loop, &c->watch, 0);
+    LLMCBI_SYS(close)(c->watch.fd);
+    c->watch.fd = -1;
 }
 
 static void llmcbi_conn_wipe_head(llmcbi_conn *c)
 {
-    if (c->head.ptr) llmcbi_wipe(c->head.ptr, c->head.cap);
-    llmcbi_buf_free(&c->sock->base.loop->alloc, &c->head);
+    llmcbi_wipe(c->head.ptr, c->head.cap);
+    llmcbi_buf_free(&c->loop->alloc, &c->head);
 }
 
 static void llmcbi_conn_free(llmcbi_conn *c)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    const llmcb_allocator *a = &c->loop->alloc;
 
     if (c->state == LLMCBI_CONN_IDLE) {
         size_t i = 0;
@@ -7602,15 +7608,15 @@ static void llmcbi_conn_free(llmcbi_conn *c)
     if (c->dns) c->dns->owner = NULL;
     if (c->addresses) freeaddrinfo(c->addresses);
     llmcbi_unready(&c->ready);
-    llmcbi_timer_free(loop, &c->timer);
+    llmcbi_timer_free(c->loop, &c->timer);
     llmcbi_conn_wipe_head(c);
-    llmcbi_h1_free(&loop->alloc, &c->h1);
+    llmcbi_h1_free(a, &c->h1);
     if (c->next) c->next->prev = c->prev;
     if (c->prev)
         c->prev->next = c->next;
     else
         c->sock->conns = c->next;
-    llmcbi_free(&loop->alloc, c, sizeof *c + strlen(c->key));
+    llmcbi_free(a, c, sizeof *c + strlen(c->key));
 }
 
 static llmcbi_conn **llmcbi_conn_slot(llmcb_exchange *x)
@@ -7618,62 +7624,62 @@ static llmcbi_conn **llmcbi_conn_slot(llmcb_exchange *x)
     return (llmcbi_conn **)llmcb_exchange_state(x);
 }
 
-/* Ends the exchange; the connection is gone or on its own. */
-static void llmcbi_conn_end(llmcbi_conn *c, llmcb_ending ending,
-                            llmcb_code code, const char *message)
+/* The end of the connection, and of an exchange that it serves. */
+static void llmcbi_conn_end(llmcbi_conn *c, llmcb_code code,
+                            const char *message, llmcb_ending ending)
 {
     llmcb_exchange *x = c->x;
-    int sys_errno = code == LLMCB_OK ? 0 : c->sys_errno;
+    char digits[24];
+    llmcb_error e;
 
-    c->x = NULL;
+    llmcbi_error_set(&e, code, message);
+    if (code != LLMCB_OK && c->sys_errno) {
+        e.sys_errno = c->sys_errno;
+        llmcbi_error_add(&e, ", errno ", 8);
+        message = llmcbi_decimal(digits, c->sys_errno);
+        llmcbi_error_add(&e, message, strlen(message));
+    }
     llmcbi_conn_free(c);
-    if (x) llmcb_exchange_end(x, ending, code, sys_errno, message);
+    llmcbi_exchange_over(x, ending, &e);
 }
 
 static void llmcbi_conn_fail(llmcbi_conn *c, llmcb_code code,
                              const char *message)
 {
-    char text[160], digits[24];
-    size_t n;
+    llmcbi_conn_end(c, code, message, LLMCB_BROKEN);
+}
 
-    llmcbi_copy_clean(text, sizeof text, message, strlen(message));
-    if (c->sys_errno) {
-        n = strlen(text);
-        llmcbi_copy_clean(text + n, sizeof text - n, ", errno ", 8);
-        n = strlen(text);
-        message = llmcbi_decimal(digits, c->sys_errno);
-        llmcbi_copy_clean(text + n, sizeof text - n, message, strlen(message));
-    }
-    llmcbi_conn_end(c, LLMCB_BROKEN, code, text);
+static void llmcbi_conn_write_line(llmcbi_conn *c, const char *name,
+                                   const char *between, llmcb_str value,
+                                   const char *end)
+{
+    const llmcb_allocator *a = &c->loop->alloc;
+
+    llmcbi_buf_text(a, &c->head, name);
+    llmcbi_buf_text(a, &c->head, between);
+    llmcbi_buf_add(a, &c->head, value.ptr, value.len);
+    llmcbi_buf_text(a, &c->head, end);
 }
 
 static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
 {
-    const llmcb_allocator *a = &c->sock->base.loop->alloc;
     const llmcb_request *q = c->request;
-    llmcbi_buf *b = &c->head;
-    size_t i;
-
-    /* in one piece, so that no copy of the key stays behind */
+    const llmcb_pair *h = q->headers, *last = h + q->n_headers;
     size_t size = 256 + u->target.len + u->authority.len;
-    for (i = 0; i < q->n_headers; i++)
-        size += strlen(q->headers[i].key) + strlen(q->headers[i].value) + 4;
-    if (!llmcbi_buf_reserve(a, b, size)) return;
-    llmcbi_buf_text(a, b, q->method);
-    llmcbi_buf_add(a, b, " ", 1);
-    llmcbi_buf_add(a, b, u->target.ptr, u->target.len);
-    llmcbi_buf_text(a, b, " HTTP/1.1\r\nHost: ");
-    llmcbi_buf_add(a, b, u->authority.ptr, u->authority.len);
-    llmcbi_buf_text(a, b, "\r\nContent-Length: ");
-    llmcbi_buf_int(a, b, (int64_t)q->body_len);
-    llmcbi_buf_text(a, b, "\r\n");
-    for (i = 0; i < q->n_headers; i++) {
-        llmcbi_buf_text(a, b, q->headers[i].key);
-        llmcbi_buf_text(a, b, ": ");
-        llmcbi_buf_text(a, b, q->headers[i].value);
-        llmcbi_buf_text(a, b, "\r\n");
-    }
-    llmcbi_buf_text(a, b, "\r\n");
+    char digits[24];
+    llmcb_str value;
+
+    for (; h < last; h++)
+        size += strlen(h->key) + strlen(h->value) + 4;
+    /* in one piece, so that no copy of the key stays behind */
+    llmcbi_buf_reserve(&c->loop->alloc, &c->head, size);
+    llmcbi_conn_write_line(c, q->method, " ", u->target, " HTTP/1.1\r\n");
+    llmcbi_conn_write_line(c, "Host", ": ", u->authority, "\r\n");
+    value = llmcb_text(llmcbi_decimal(digits, (int64_t)q->body_len));
+    llmcbi_conn_write_line(c, "Content-Length", ": ", value, "\r\n");
+    for (h = q->headers; h < last; h++)
+        llmcbi_conn_write_line(c, h->key, ": ", llmcb_text(h->value), "\r\n");
+    llmcbi_buf_text(&c->loop->alloc, &c->head, "\r\n");
 }
 
 static bool llmcbi_conn_unsent(const llmcbi_conn *c)
@@ -7692,12 +7698,11 @@ static void llmcbi_conn_watch(llmcbi_conn *c)
     else if (c->state != LLMCBI_CONN_IDLE)
         events = (c->x && c->x->paused ? 0 : LLMCB_READ) |
                  (llmcbi_conn_unsent(c) ? LLMCB_WRITE : 0);
-    code = llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, events);
+    code = llmcbi_watch_set(c->loop, &c->watch, events);
     if (code == LLMCB_OK) return;
     if (code == LLMCB_ESYS) c->sys_errno = errno;
     llmcbi_conn_fail(c, code,
-                     code == LLMCB_ESYS ? "a socket cannot be watched"
-                                        : "out of memory");
+                     code == LLMCB_ESYS ? "a socket cannot be watched" : NULL);
 }
 
 /* false: the connection is gone. */
@@ -7718,7 +7723,7 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
         parts[0].iov_len = head - head_sent;
         parts[1].iov_base = llmcbi_unconst(c->request->body + body_sent);
         parts[1].iov_len = c->request->body_len - body_sent;
-        n = LLMCBI_SYS(sendmsg)(c->fd, &m, LLMCBI_NOSIGNAL);
+        n = LLMCBI_SYS(sendmsg)(c->watch.fd, &m, LLMCBI_NOSIGNAL);
         if (n > 0) {
             c->sent += (size_t)n;
             continue;
@@ -7737,30 +7742,20 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
          * the next read, or the read fails too. */
         c->sent = all;
     }
-    if (c->head.ptr) {
-        llmcbi_wipe(c->head.ptr, c->head.cap);
-        c->sent -= head;
-        llmcbi_buf_free(&c->sock->base.loop->alloc, &c->head);
-    }
+    c->sent -= head;
+    llmcbi_conn_wipe_head(c);
     return true;
 }
 
 static void llmcbi_conn_established(llmcbi_conn *c)
 {
-    llmcbi_url u;
-
-    llmcbi_timer_stop(c->sock->base.loop, &c->timer);
+    llmcbi_timer_stop(c->loop, &c->timer);
     if (c->addresses) freeaddrinfo(c->addresses);
     c->addresses = c->address = NULL;
     c->state = LLMCBI_CONN_ACTIVE;
     c->sys_errno = 0;
     llmcb_exchange_connected(c->x);
-    llmcbi_url_parse(&u, c->request->url); /* which has been tried */
-    llmcbi_conn_write_head(c, &u);
-    if (c->head.failed)
-        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
-    else if (llmcbi_conn_send(c))
-        llmcbi_conn_watch(c);
+    if (llmcbi_conn_send(c)) llmcbi_conn_watch(c);
 }
 
 /* A non-blocking socket that begins to connect. */
@@ -7794,38 +7789,53 @@ fail:
     return -1;
 }
 
+/* LLMCB_ESYS: this machine is short of something. */
+static llmcb_code
+llmcbi_conn_connect(llmcbi_conn *c, const struct sockaddr *addr, socklen_t len)
+{
+    c->watch.fd = llmcbi_connect(addr, len);
+    if (c->watch.fd >= 0) {
+        c->state = LLMCBI_CONN_CONNECTING;
+        return LLMCB_OK;
+    }
+    c->sys_errno = errno;
+    return llmcbi_errno_is_local(errno) ? LLMCB_ESYS : LLMCB_ECONNECT;
+}
+
+/* What follows llmcbi_conn_connect. */
+static void llmcbi_conn_tried(llmcbi_conn *c, llmcb_code code,
+                              const char *message)
+{
+    if (code == LLMCB_OK)
+        llmcbi_conn_watch(c);
+    else
+        llmcbi_conn_fail(
+            c, code, code == LLMCB_ESYS ? "no socket could be made" : message);
+}
+
 /* Tries addresses from c->address on, until one is on its way. */
 static void llmcbi_conn_try(llmcbi_conn *c)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    llmcb_code code = LLMCB_ECONNECT;
     struct addrinfo *ai;
     int64_t left = 0;
 
-    for (; c->address; c->address = c->address->ai_next) {
-        c->fd = llmcbi_connect(c->address->ai_addr, c->address->ai_addrlen);
-        if (c->fd >= 0) break;
-        c->sys_errno = errno;
-        if (llmcbi_errno_is_local(errno)) {
-            llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
-            return;
-        }
+    for (; (ai = c->address); c->address = ai->ai_next) {
+        code = llmcbi_conn_connect(c, ai->ai_addr, ai->ai_addrlen);
+        if (code != LLMCB_ECONNECT) break;
     }
-    if (!c->address) {
-        llmcbi_conn_fail(c, LLMCB_ECONNECT, "could not connect to the server");
-        return;
-    }
-    c->state = LLMCBI_CONN_CONNECTING;
     /* an address that does not answer leaves time for the others */
-    for (ai = c->address; ai; ai = ai->ai_next)
+    for (; ai; ai = ai->ai_next)
         left++;
     if (left > 1 && c->request->connect_ms > 0)
-        llmcbi_timer_start(loop, &c->timer, c->request->connect_ms / left);
-    llmcbi_conn_watch(c);
+        llmcbi_timer_start(c->loop, &c->timer, c->request->connect_ms / left);
+    llmcbi_conn_tried(c, code, NULL);
 }
 
 static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
 {
     struct sockaddr_un addr;
+    llmcb_code code;
 
     memset(&addr, 0, sizeof addr);
     addr.sun_family = AF_UNIX;
@@ -7834,52 +7844,31 @@ static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
         return;
     }
     memcpy(addr.sun_path, path.ptr, path.len);
-    c->fd = llmcbi_connect((const struct sockaddr *)(const void *)&addr,
-                           (socklen_t)sizeof addr);
-    if (c->fd >= 0) {
-        c->state = LLMCBI_CONN_CONNECTING;
-        llmcbi_conn_watch(c);
-        return;
-    }
-    c->sys_errno = errno;
-    if (errno == EAGAIN) { /* Linux: the listener's queue is full; no poll */
-        c->state = LLMCBI_CONN_NEW; /* tells when it is not, so ask again */
-        llmcbi_timer_start(c->sock->base.loop, &c->timer,
-                           LLMCBI_CONNECT_AGAIN_MS);
-        return;
-    }
-    if (llmcbi_errno_is_local(errno))
-        llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
+    code = llmcbi_conn_connect(c, (const struct sockaddr *)(const void *)&addr,
+                               (socklen_t)sizeof addr);
+    /* Linux: the listener's queue is full; no poll tells when it is not, so
+     * ask again */
+    if (code == LLMCB_ECONNECT && c->sys_errno == EAGAIN)
+        llmcbi_timer_start(c->loop, &c->timer, LLMCBI_CONNECT_AGAIN_MS);
     else
-        llmcbi_conn_fail(c, LLMCB_ECONNECT, "could not connect to the socket");
+        llmcbi_conn_tried(c, code, "could not connect to the socket");
 }
 
 /* -- names: the system's resolver blocks, so it runs on the pool */
 
 typedef struct llmcbi_dns {
-    struct addrinfo *found;
+    struct addrinfo hints, *found;
     size_t size;
-    char port[8];
-    char host[1]; /* and more */
+    const char *port;
+    char digits[24]; /* of it */
+    char host[1];    /* and more */
 } llmcbi_dns;
-
-static int llmcbi_dns_look_up(const char *host, const char *port, int flags,
-                              struct addrinfo **found)
-{
-    struct addrinfo hints;
-
-    memset(&hints, 0, sizeof hints);
-    hints.ai_family = AF_UNSPEC;
-    hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = flags;
-    return LLMCBI_SYS(getaddrinfo)(host, port, &hints, found);
-}
 
 static int llmcbi_dns_work(void *arg)
 {
     llmcbi_dns *d = (llmcbi_dns *)arg;
 
-    return llmcbi_dns_look_up(d->host, d->port, 0, &d->found) == 0 ? 0 : -1;
+    return LLMCBI_SYS(getaddrinfo)(d->host, d->port, &d->hints, &d->found);
 }
 
 static void llmcbi_dns_done(llmcbi_job *job)
@@ -7894,8 +7883,7 @@ static void llmcbi_dns_done(llmcbi_job *job)
             d->found = NULL;
             llmcbi_conn_try(c);
         } else {
-            llmcbi_conn_fail(c, LLMCB_EDNS,
-                             "the host name could not be resolved");
+            llmcbi_conn_fail(c, LLMCB_EDNS, NULL);
         }
     }
     if (d->found) freeaddrinfo(d->found);
@@ -7904,28 +7892,29 @@ static void llmcbi_dns_done(llmcbi_job *job)
 
 static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    llmcb_loop *loop = c->loop;
     size_t size = sizeof(llmcbi_dns) + u->host.len;
     llmcbi_dns *d = (llmcbi_dns *)llmcbi_alloc(&loop->alloc, size);
-    char digits[24];
-    const char *port = llmcbi_decimal(digits, u->port);
     llmcb_code code;
 
     if (!d) {
-        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
         return;
     }
     d->size = size;
     memcpy(d->host, u->host.ptr, u->host.len);
-    llmcbi_copy_clean(d->port, sizeof d->port, port, strlen(port));
-    if (llmcbi_dns_look_up(d->host, d->port, AI_NUMERICHOST, &c->addresses) ==
-        0) {
+    d->port = llmcbi_decimal(d->digits, u->port);
+    d->hints.ai_family = AF_UNSPEC;
+    d->hints.ai_socktype = SOCK_STREAM;
+    d->hints.ai_flags = AI_NUMERICHOST;
+    if (llmcbi_dns_work(d) == 0) {
+        c->addresses = c->address = d->found;
         llmcbi_free(&loop->alloc, d, size);
-        c->address = c->addresses;
         llmcbi_conn_try(c);
         return;
     }
-    c->addresses = NULL;
+    d->found = NULL;
+    d->hints.ai_flags = 0;
     c->state = LLMCBI_CONN_RESOLVING;
     c->dns =
         llmcbi_job_start(loop, llmcbi_dns_work, d, llmcbi_dns_done, c, &code);
@@ -7941,7 +7930,7 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
  * has not closed. */
 static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
 {
-    int64_t now = c->sock->base.loop->now;
+    int64_t now = c->loop->now;
     size_t at;
 
     for (at = c->sock->n_idle; at-- > 0;) {
@@ -7949,7 +7938,7 @@ static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
         char byte;
         ssize_t n;
         if (i->identity != c->identity || strcmp(i->key, c->key) != 0) continue;
-        n = LLMCBI_SYS(recv)(i->fd, &byte, 1, MSG_PEEK);
+        n = LLMCBI_SYS(recv)(i->watch.fd, &byte, 1, MSG_PEEK);
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) &&
             now - i->born < LLMCBI_LIFE_MS)
             return i;
@@ -7961,10 +7950,10 @@ static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
 /* Takes over the descriptor of an idle connection. */
 static void llmcbi_conn_adopt(llmcbi_conn *c, llmcbi_conn *idle)
 {
-    c->fd = idle->fd;
+    c->watch.fd = idle->watch.fd;
     c->born = idle->born;
     c->reused = true;
-    idle->fd = -1;
+    idle->watch.fd = -1;
     llmcbi_conn_free(idle);
     llmcbi_conn_established(c);
 }
@@ -7984,11 +7973,16 @@ static void llmcbi_conn_begin(llmcbi_ready *r)
                          "libcurl, built without LLMCB_NO_CURL");
         return;
     }
-    llmcbi_h1_free(&c->sock->base.loop->alloc, &c->h1);
+    llmcbi_h1_free(&c->loop->alloc, &c->h1);
     llmcbi_h1_init(&c->h1, c->request->limits);
     llmcbi_conn_wipe_head(c);
+    llmcbi_conn_write_head(c, &u);
+    if (c->head.failed) {
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
+        return;
+    }
     c->sent = 0;
-    c->born = c->sock->base.loop->now;
+    c->born = c->loop->now;
     idle = c->replayed ? NULL : llmcbi_conn_find_idle(c);
     if (idle)
         llmcbi_conn_adopt(c, idle);
@@ -8007,7 +8001,7 @@ static bool llmcbi_conn_replay(llmcbi_conn *c)
     c->reused = false;
     c->replayed = true;
     c->sys_errno = 0;
-    llmcbi_make_ready(c->sock->base.loop, &c->ready);
+    llmcbi_make_ready(c->loop, &c->ready);
     return true;
 }
 
@@ -8019,29 +8013,33 @@ static void llmcbi_conn_keep(llmcbi_conn *c)
         llmcbi_conn_free(c);
         return;
     }
-    llmcbi_h1_free(&c->sock->base.loop->alloc, &c->h1);
+    llmcbi_h1_free(&c->loop->alloc, &c->h1);
     c->state = LLMCBI_CONN_IDLE;
     c->sock->idle[c->sock->n_idle++] = c;
-    llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, 0);
-    llmcbi_timer_start(c->sock->base.loop, &c->timer, LLMCBI_IDLE_MS);
+    llmcbi_conn_watch(c);
+    llmcbi_timer_start(c->loop, &c->timer, LLMCBI_IDLE_MS);
+}
+
+/* An address has failed, or it does not answer. */
+static void llmcbi_conn_try_next(llmcbi_conn *c, int failed)
+{
+    llmcbi_timer_stop(c->loop, &c->timer);
+    llmcbi_conn_disconnect(c);
+    c->sys_errno = failed;
+    if (c->address) c->address = c->address->ai_next;
+    llmcbi_conn_try(c);
 }
 
 static void llmcbi_conn_timer(llmcbi_timer *t)
 {
     llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, timer, t);
 
-    if (c->state == LLMCBI_CONN_NEW) {
-        llmcbi_make_ready(c->sock->base.loop, &c->ready);
-        return;
-    }
-    if (c->state != LLMCBI_CONN_CONNECTING) {
+    if (c->state == LLMCBI_CONN_NEW)
+        llmcbi_make_ready(c->loop, &c->ready);
+    else if (c->state == LLMCBI_CONN_CONNECTING)
+        llmcbi_conn_try_next(c, ETIMEDOUT);
+    else
         llmcbi_conn_free(c); /* lingered or idled long enough */
-        return;
-    }
-    llmcbi_conn_disconnect(c);
-    c->sys_errno = ETIMEDOUT;
-    c->address = c->address->ai_next;
-    llmcbi_conn_try(c);
 }
 
 static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
@@ -8053,18 +8051,17 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
         c->request = NULL;
         llmcb_exchange_sent(c->x);
     }
-    type = llmcbi_h1_drive(c->sock->base.loop, &c->h1, c->x, &p, end);
+    type = llmcbi_h1_drive(c->loop, &c->h1, c->x, &p, end);
     if (type == LLMCBI_H1_ERROR) {
         c->sys_errno = 0;
-        llmcbi_conn_fail(c, c->h1.code,
-                         c->h1.message ? c->h1.message : "out of memory");
+        llmcbi_conn_fail(c, c->h1.code, c->h1.message);
     } else if (type == LLMCBI_H1_END) {
         llmcb_exchange *x = c->x;
         /* bytes behind a response belong to nobody */
         if (p < end || llmcbi_conn_unsent(c)) c->h1.close = true;
         llmcbi_conn_keep(c);
         if (x) llmcb_exchange_end(x, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
-    } else if (!c->x && (c->lingered += n) > LLMCBI_LINGER_BYTES) {
+    } else if (!c->x && (c->lingered += (uint32_t)n) > LLMCBI_LINGER_BYTES) {
         llmcbi_conn_free(c);
     } else {
         llmcbi_conn_watch(c);
@@ -8073,18 +8070,18 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
 
 static void llmcbi_conn_read(llmcbi_conn *c)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    llmcb_loop *loop = c->loop;
     llmcb_ending ending;
     ssize_t n;
 
     if (!loop->scratch) {
         loop->scratch = llmcbi_resize(&loop->alloc, NULL, 0, LLMCBI_SCRATCH);
         if (!loop->scratch) {
-            llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+            llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
             return;
         }
     }
-    n = LLMCBI_SYS(recv)(c->fd, loop->scratch, LLMCBI_SCRATCH, 0);
+    n = LLMCBI_SYS(recv)(c->watch.fd, loop->scratch, LLMCBI_SCRATCH, 0);
     if (n > 0) {
         llmcbi_conn_received(c, (const char *)loop->scratch, (size_t)n);
         return;
@@ -8094,14 +8091,11 @@ static void llmcbi_conn_read(llmcbi_conn *c)
     if (n < 0) c->sys_errno = errno;
     if (llmcbi_conn_replay(c)) return;
     if (n < 0) {
-        llmcbi_conn_fail(c, LLMCB_EIO, "the connection broke");
+        llmcbi_conn_fail(c, LLMCB_EIO, NULL);
         return;
     }
     ending = llmcbi_h1_eof(&c->h1);
-    if (ending == LLMCB_BROKEN)
-        llmcbi_conn_fail(c, c->h1.code, c->h1.message);
-    else
-        llmcbi_conn_end(c, ending, LLMCB_OK, NULL);
+    llmcbi_conn_end(c, c->h1.code, c->h1.message, ending);
 }
 
 static void llmcbi_conn_connecting(llmcbi_conn *c)
@@ -8109,17 +8103,13 @@ static void llmcbi_conn_connecting(llmcbi_conn *c)
     int failed = 0;
     socklen_t len = sizeof failed;
 
-    if (LLMCBI_SYS(getsockopt)(c->fd, SOL_SOCKET, SO_ERROR, &failed, &len) != 0)
+    if (LLMCBI_SYS(getsockopt)(c->watch.fd, SOL_SOCKET, SO_ERROR, &failed,
+                               &len) != 0)
         failed = errno;
-    if (!failed) {
+    if (failed)
+        llmcbi_conn_try_next(c, failed);
+    else
         llmcbi_conn_established(c);
-        return;
-    }
-    llmcbi_timer_stop(c->sock->base.loop, &c->timer);
-    llmcbi_conn_disconnect(c);
-    c->sys_errno = failed;
-    if (c->address) c->address = c->address->ai_next;
-    llmcbi_conn_try(c);
 }
 
 static void llmcbi_conn_event(llmcbi_watch *w, int events)
@@ -8143,15 +8133,17 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
     llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
     llmcb_loop *loop = tr->loop;
     llmcbi_conn *c;
-    const char *slash = strstr(request->url, "://");
-    size_t n = slash ? 3 + (size_t)(slash - request->url) : 0;
+    const char *end = strstr(request->url, "://");
+    size_t n;
 
-    n = slash ? n + strcspn(request->url + n, "/") : strlen(request->url);
+    if (end) end = strchr(end + 3, '/');
+    n = end ? (size_t)(end - request->url) : strlen(request->url);
     c = (llmcbi_conn *)llmcbi_alloc(&loop->alloc, sizeof *c + n);
     if (!c) return LLMCB_ENOMEM;
     memcpy(c->key, request->url, n); /* it is freed by its length */
+    c->loop = loop;
     c->sock = sock;
-    c->fd = -1;
+    c->watch.fd = -1;
     c->x = x;
     c->request = request;
     c->identity = request->identity;
@@ -8179,7 +8171,7 @@ static void llmcbi_sock_cancel(llmcb_transport *tr, llmcb_exchange *x)
 {
     llmcbi_conn *c = *llmcbi_conn_slot(x);
     struct linger hard;
-    int fd = c->fd;
+    int fd = c->watch.fd;
 
     (void)tr;
     c->x = NULL;
@@ -8214,6 +8206,15 @@ static void llmcbi_sock_free(llmcb_transport *tr)
     llmcbi_free(&tr->loop->alloc, sock, sizeof *sock);
 }
 
+static const llmcb_transport llmcbi_sock_transport = { sizeof(llmcbi_conn *),
+                                                       llmcbi_sock_start,
+                                                       llmcbi_sock_resume,
+                                                       llmcbi_sock_release,
+                                                       llmcbi_sock_cancel,
+                                                       llmcbi_sock_free,
+                                                       NULL,
+                                                       NULL };
+
 LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
 {
     llmcbi_sock *sock;
@@ -8221,12 +8222,7 @@ LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
     if (llmcbi_enter(loop) != LLMCB_OK) return NULL;
     sock = (llmcbi_sock *)llmcbi_alloc(&loop->alloc, sizeof *sock);
     if (!sock) return NULL;
-    sock->base.state_size = sizeof(llmcbi_conn *);
-    sock->base.start = llmcbi_sock_start;
-    sock->base.resume = llmcbi_sock_resume;
-    sock->base.release = llmcbi_sock_release;
-    sock->base.cancel = llmcbi_sock_cancel;
-    sock->base.free = llmcbi_sock_free;
+    sock->base = llmcbi_sock_transport;
     llmcb_transport_init(loop, &sock->base);
     return &sock->base;
 }
@@ -8642,7 +8638,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
 
     if (what == CURL_POLL_REMOVE) {
         if (!f) return 0;
-        llmcbi_watch_set(loop, &f->watch, fd, 0);
+        llmcbi_watch_set(loop, &f->watch, 0);
         if (f->next) f->next->prev = f->prev;
         if (f->prev)
             f->prev->next = f->next;
@@ -8662,7 +8658,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
         c->fds = f;
         curl_multi_assign(c->multi, fd, f);
     }
-    code = llmcbi_watch_set(loop, &f->watch, fd, events);
+    code = llmcbi_watch_set(loop, &f->watch, events);
     return code == LLMCB_OK ? 0 : llmcbi_curl_unwatched(c, easy, code);
 }
 
@@ -8873,7 +8869,7 @@ static void llmcbi_curl_free(llmcb_transport *tr)
     while (c->fds) {
         llmcbi_curl_fd *f = c->fds;
         c->fds = f->next;
-        llmcbi_watch_set(loop, &f->watch, f->watch.fd, 0);
+        llmcbi_watch_set(loop, &f->watch, 0);
         llmcbi_free(&loop->alloc, f, sizeof *f);
     }
     llmcbi_timer_free(loop, &c->timer);
@@ -8930,7 +8926,7 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
         if (tr->free == llmcbi_sock_free) {
             llmcbi_conn *c = ((llmcbi_sock *)(void *)tr)->conns;
             for (; c; c = c->next)
-                if (c->fd >= 0) LLMCBI_SYS(close)(c->fd);
+                if (c->watch.fd >= 0) LLMCBI_SYS(close)(c->watch.fd);
         }
 #endif
 #ifndef LLMCB_NO_CURL
