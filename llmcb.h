@@ -3035,6 +3035,18 @@ static llmcb_code llmcbi_enter(llmcb_loop *loop)
                                                        : LLMCB_ESTATE;
 }
 
+/* An array with room for more than n, or NULL: no memory. */
+static void *llmcbi_room(llmcb_loop *loop, void *array, size_t n, size_t *cap,
+                         size_t size)
+{
+    size_t more = *cap + *cap / 2 + 16;
+
+    if (n < *cap) return array;
+    array = llmcbi_resize(&loop->alloc, array, *cap * size, more * size);
+    if (array) *cap = more;
+    return array;
+}
+
 /* -- ready list */
 
 static void llmcbi_list_init(llmcbi_ready *head)
@@ -3144,15 +3156,11 @@ static void llmcbi_heap_down(llmcb_loop *loop, size_t i, llmcbi_sleep s)
 static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
                               void (*fn)(llmcbi_timer *))
 {
-    if (loop->timers_made + 1 >= loop->heap_cap) {
-        size_t cap = loop->heap_cap + loop->heap_cap / 2 + 16;
-        llmcbi_sleep *heap = (llmcbi_sleep *)llmcbi_resize(
-            &loop->alloc, loop->heap, loop->heap_cap * sizeof *heap,
-            cap * sizeof *heap);
-        if (!heap) return false;
-        loop->heap = heap;
-        loop->heap_cap = cap;
-    }
+    llmcbi_sleep *heap = (llmcbi_sleep *)llmcbi_room(
+        loop, loop->heap, loop->timers_made + 1, &loop->heap_cap, sizeof *heap);
+
+    if (!heap) return false;
+    loop->heap = heap;
     loop->timers_made++;
     memset(t, 0, sizeof *t);
     t->fn = fn;
@@ -3297,16 +3305,12 @@ static void llmcbi_poller_close(llmcb_loop *loop)
 
 static bool llmcbi_poller_set(llmcb_loop *loop, llmcbi_watch *w, int before)
 {
+    struct pollfd *fds = (struct pollfd *)llmcbi_room(
+        loop, loop->fds, loop->n_watches, &loop->fds_cap, sizeof *fds);
+
     (void)before;
-    if (loop->watches_cap >= loop->fds_cap) {
-        size_t cap = loop->watches_cap + 1;
-        struct pollfd *fds = (struct pollfd *)llmcbi_resize(
-            &loop->alloc, loop->fds, loop->fds_cap * sizeof *fds,
-            cap * sizeof *fds);
-        if (!fds) return !w->events;
-        loop->fds = fds;
-        loop->fds_cap = cap;
-    }
+    if (!fds) return !w->events;
+    loop->fds = fds;
     llmcbi_host_watch(loop, w->fd, w->events);
     return true;
 }
@@ -3386,20 +3390,16 @@ static bool llmcbi_poller_wait(llmcb_loop *loop, int timeout)
 }
 #endif
 
-static llmcb_code llmcbi_watch_add(llmcb_loop *loop, llmcbi_watch *w)
+static bool llmcbi_watch_add(llmcb_loop *loop, llmcbi_watch *w)
 {
-    if (loop->n_watches == loop->watches_cap) {
-        size_t cap = loop->watches_cap ? 2 * loop->watches_cap : 8;
-        llmcbi_watch **list = (llmcbi_watch **)llmcbi_resize(
-            &loop->alloc, loop->watches, loop->watches_cap * sizeof *list,
-            cap * sizeof *list);
-        if (!list) return LLMCB_ENOMEM;
-        loop->watches = list;
-        loop->watches_cap = cap;
-    }
-    loop->watches[loop->n_watches] = w;
+    llmcbi_watch **list = (llmcbi_watch **)llmcbi_room(
+        loop, loop->watches, loop->n_watches, &loop->watches_cap, sizeof *list);
+
+    if (!list) return false;
+    loop->watches = list;
+    list[loop->n_watches] = w;
     w->place = ++loop->n_watches;
-    return LLMCB_OK;
+    return true;
 }
 
 static void llmcbi_watch_remove(llmcb_loop *loop, llmcbi_watch *w)
@@ -3421,7 +3421,7 @@ static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w,
     bool ok;
 
     if (events == before) return LLMCB_OK;
-    if (!before && llmcbi_watch_add(loop, w) != LLMCB_OK) return LLMCB_ENOMEM;
+    if (!before && !llmcbi_watch_add(loop, w)) return LLMCB_ENOMEM;
     w->events = events;
     ok = llmcbi_poller_set(loop, w, before);
     if (!ok) w->events = before;
@@ -7559,12 +7559,12 @@ struct llmcbi_conn {
     const llmcb_request *request; /* of x, until it is sent and answered */
     size_t sent;                  /* of head and body together */
     llmcbi_buf head;              /* request head, until it is sent */
-    llmcbi_timer timer;           /* connect share, linger or idle */
+    llmcbi_ready ready;
+    llmcbi_timer timer; /* connect share, linger or idle */
     llmcbi_h1 h1;
 
     llmcbi_sock *sock;
     llmcbi_conn *prev, *next; /* of the transport */
-    llmcbi_ready ready;
     llmcbi_job *dns;
     struct addrinfo *addresses, *address; /* all, and the one tried */
     int64_t born;
@@ -7621,7 +7621,7 @@ static void llmcbi_conn_free(llmcbi_conn *c)
 
 static llmcbi_conn **llmcbi_conn_slot(llmcb_exchange *x)
 {
-    return (llmcbi_conn **)llmcb_exchange_state(x);
+    return (llmcbi_conn **)(void *)((char *)x + LLMCBI_EXCHANGE_HEAD);
 }
 
 /* The end of the connection, and of an exchange that it serves. */
@@ -7711,18 +7711,18 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
     size_t head = c->head.len, all = head + c->request->body_len;
 
     while (c->sent < all) { /* both in one call: mostly one packet */
-        size_t head_sent = c->sent < head ? c->sent : head;
-        size_t body_sent = c->sent - head_sent;
+        size_t left = c->sent < head ? head - c->sent : 0; /* of the head */
         struct iovec parts[2];
         struct msghdr m;
         ssize_t n;
         memset(&m, 0, sizeof m);
         m.msg_iov = parts;
         m.msg_iovlen = 2;
-        parts[0].iov_base = c->head.ptr + head_sent;
-        parts[0].iov_len = head - head_sent;
-        parts[1].iov_base = llmcbi_unconst(c->request->body + body_sent);
-        parts[1].iov_len = c->request->body_len - body_sent;
+        parts[0].iov_base = c->head.ptr + head - left;
+        parts[0].iov_len = left;
+        parts[1].iov_len = all - left - c->sent;
+        parts[1].iov_base = llmcbi_unconst(
+            c->request->body + c->request->body_len - parts[1].iov_len);
         n = LLMCBI_SYS(sendmsg)(c->watch.fd, &m, LLMCBI_NOSIGNAL);
         if (n > 0) {
             c->sent += (size_t)n;
