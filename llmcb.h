@@ -2895,6 +2895,11 @@ static llmcbi_sse_status llmcbi_sse_next(const llmcb_allocator *a,
 
 /* ==== [LOOP] poll set, timers, wake-up, posts, embedding =============== */
 
+/* A place in a list; its head is a pointer. Zeroed: in none. */
+typedef struct llmcbi_link {
+    struct llmcbi_link *next, **at;
+} llmcbi_link;
+
 /* Something that the loop is to do in this turn. Zeroed: not queued. */
 typedef struct llmcbi_ready {
     struct llmcbi_ready *prev, *next;
@@ -2971,8 +2976,8 @@ struct llmcb_loop {
     llmcbi_job *finished;  /* blocking functions that have returned */
     llmcbi_away *progress; /* of cursors that workers have moved */
 
-    llmcb_op *ops;  /* all, done or not */
-    size_t n_alive; /* operations that are not done */
+    llmcbi_link *ops; /* all, done or not */
+    size_t n_alive;   /* operations that are not done */
     size_t n_timers, heap_cap, timers_made;
     uint64_t timer_seq;
     size_t watches_cap;
@@ -3033,6 +3038,22 @@ static llmcb_code llmcbi_enter(llmcb_loop *loop)
     }
     return pthread_equal(loop->thread, pthread_self()) ? LLMCB_OK
                                                        : LLMCB_ESTATE;
+}
+
+static void llmcbi_link_in(llmcbi_link **list, llmcbi_link *l)
+{
+    l->next = *list;
+    l->at = list;
+    if (l->next) l->next->at = &l->next;
+    *list = l;
+}
+
+static void llmcbi_link_out(llmcbi_link *l)
+{
+    if (!l->at) return;
+    *l->at = l->next;
+    if (l->next) l->next->at = l->at;
+    l->at = NULL;
 }
 
 /* An array with room for more than n, or NULL: no memory. */
@@ -3837,8 +3858,8 @@ typedef struct llmcbi_task llmcbi_task;
 
 /* One task that awaits one op. */
 typedef struct llmcbi_waiter {
-    struct llmcbi_waiter *prev, *next;
-    llmcb_op *op; /* NULL: not waiting */
+    llmcbi_link link; /* of the op's */
+    llmcb_op *op;
     llmcbi_task *task;
 } llmcbi_waiter;
 
@@ -3856,17 +3877,19 @@ typedef struct llmcbi_op_kind {
 } llmcbi_op_kind;
 
 struct llmcb_op {
+    llmcbi_link sibling; /* of the parent's children */
+    llmcbi_link all;     /* of the loop's */
     llmcb_loop *loop;
     const llmcbi_op_kind *kind;
-    llmcb_op *prev, *next;
     /* A tree: what is under way within an op. It ends before that op does,
      * and begins when that is open. */
-    llmcb_op *parent, *children, *prev_sibling, *next_sibling;
+    llmcb_op *parent;
+    llmcbi_link *children;
     llmcb_run *run;           /* its first; may be NULL */
     llmcb_op *answer;         /* the op whose result it shows, if not its own */
     const llmcb_usage *usage; /* likewise; NULL: its own */
     const llmcb_output *output; /* of its run, if that is no model's */
-    llmcbi_waiter *waiters;
+    llmcbi_link *waiters;
     llmcbi_task *reader;      /* awaits a chunk */
     const llmcb_error *error; /* of a done op */
     bool open;                /* children may begin */
@@ -3876,37 +3899,39 @@ struct llmcb_op {
     llmcbi_flag cancel_wanted; /* the detail of it */
 };
 
-static void llmcbi_op_init(llmcb_loop *loop, llmcb_op *op,
-                           const llmcbi_op_kind *kind)
+/* A new operation in so many bytes, all else zeroed. */
+static llmcb_op *llmcbi_op_new(llmcb_loop *loop, size_t size,
+                               const llmcbi_op_kind *kind)
 {
+    llmcb_op *op = (llmcb_op *)llmcbi_alloc(&loop->alloc, size);
+
+    if (!op) return NULL;
     op->loop = loop;
     op->kind = kind;
-    op->next = loop->ops;
-    if (op->next) op->next->prev = op;
-    loop->ops = op;
+    llmcbi_link_in(&loop->ops, &op->all);
     loop->n_alive++;
+    return op;
 }
 
 static void llmcbi_op_destroy(llmcb_op *op)
 {
-    llmcb_loop *loop = op->loop;
-
-    if (op->next) op->next->prev = op->prev;
-    if (op->prev)
-        op->prev->next = op->next;
-    else
-        loop->ops = op->next;
-    llmcbi_error_drop(&loop->alloc, op->error);
+    llmcbi_link_out(&op->all);
+    llmcbi_error_drop(&op->loop->alloc, op->error);
     op->kind->destroy(op);
+}
+
+/* The op that is linked there, or NULL: op->children, or the sibling.next of
+ * one of them. */
+static llmcb_op *llmcbi_op_at(llmcbi_link *l)
+{
+    return (llmcb_op *)(void *)l;
 }
 
 /* Makes `child` a part of op until it is done. */
 static void llmcbi_op_adopt(llmcb_op *op, llmcb_op *child)
 {
     child->parent = op;
-    child->next_sibling = op->children;
-    if (op->children) op->children->prev_sibling = child;
-    op->children = child;
+    llmcbi_link_in(&op->children, &child->sibling);
 }
 
 static void llmcbi_op_leave(llmcb_op *child)
@@ -3914,12 +3939,7 @@ static void llmcbi_op_leave(llmcb_op *child)
     llmcb_op *op = child->parent;
 
     if (!op) return;
-    if (child->next_sibling)
-        child->next_sibling->prev_sibling = child->prev_sibling;
-    if (child->prev_sibling)
-        child->prev_sibling->next_sibling = child->next_sibling;
-    else
-        op->children = child->next_sibling;
+    llmcbi_link_out(&child->sibling);
     child->parent = NULL;
     op->kind->child_done(op, child);
 }
@@ -3943,7 +3963,7 @@ static void llmcbi_op_finish(llmcb_op *op, const llmcb_error *error)
     llmcbi_op_leave(op);
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_OK);
     while (op->waiters)
-        llmcbi_task_told(op->waiters);
+        llmcbi_task_told((llmcbi_waiter *)(void *)op->waiters);
     if (op->detached && !op->waiting) llmcbi_op_destroy(op);
 }
 
@@ -3973,13 +3993,14 @@ LLMCBI_DEF void llmcb_op_cancel(llmcb_op *op)
 
 static void llmcbi_take_cancels(llmcb_loop *loop)
 {
-    llmcb_op *op, *next;
+    llmcbi_link *l, *next;
 
     if (!LLMCBI_FLAG_GET(&loop->cancels)) return;
     LLMCBI_FLAG_SET(&loop->cancels, 0);
-    for (op = loop->ops; op; op = next) {
+    for (l = loop->ops; l; l = next) {
+        llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, l);
         unsigned char detail = LLMCBI_FLAG_GET(&op->cancel_wanted);
-        next = op->next; /* cancel destroys no other op */
+        next = l->next; /* cancel destroys no other op */
         if (!detail) continue;
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
         if (!op->done) op->kind->cancel(op, (llmcb_detail)detail);
@@ -3999,7 +4020,7 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
     }
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_ECANCELLED);
     while (op->waiters)
-        llmcbi_task_told(op->waiters);
+        llmcbi_task_told((llmcbi_waiter *)(void *)op->waiters);
     llmcbi_op_want_cancel(op, LLMCB_DETAIL_CONSUMER);
     if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
 }
@@ -4062,25 +4083,11 @@ struct llmcbi_task {
     bool stepping;        /* its function is on the stack */
 };
 
-static void llmcbi_waiter_leave(llmcbi_waiter *w)
-{
-    if (!w->op) return;
-    if (w->next) w->next->prev = w->prev;
-    if (w->prev)
-        w->prev->next = w->next;
-    else
-        w->op->waiters = w->next;
-    w->op = NULL;
-}
-
 static void llmcbi_waiter_join(llmcbi_waiter *w, llmcbi_task *t, llmcb_op *op)
 {
     w->task = t;
     w->op = op;
-    w->prev = NULL;
-    w->next = op->waiters;
-    if (w->next) w->next->prev = w;
-    op->waiters = w;
+    llmcbi_link_in(&op->waiters, &w->link);
     if (op->kind->waited) op->kind->waited(op);
 }
 
@@ -4090,9 +4097,9 @@ static void llmcbi_task_disarm(llmcbi_task *t)
 
     llmcbi_timer_stop(t->loop, &t->timer);
     llmcbi_watch_set(t->loop, &t->watch, 0);
-    llmcbi_waiter_leave(&t->waiter);
+    llmcbi_link_out(&t->waiter.link);
     for (i = 0; i < t->n_many; i++)
-        llmcbi_waiter_leave(&t->many[i]);
+        llmcbi_link_out(&t->many[i].link);
     llmcbi_free(&t->loop->alloc, t->many, t->n_many * sizeof *t->many);
     t->many = NULL;
     t->n_many = 0;
@@ -4152,7 +4159,7 @@ static void llmcbi_task_told(llmcbi_waiter *w)
         llmcbi_task_wake(t, code);
         return;
     }
-    llmcbi_waiter_leave(w);
+    llmcbi_link_out(&w->link);
     if (code != LLMCB_OK && (size_t)(w - t->many) < t->pub.index) {
         t->pub.index = (size_t)(w - t->many);
         t->pub.result = code;
@@ -4412,14 +4419,13 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
                                       size_t frame_size, void *self)
 {
     llmcbi_task_op *o;
-    size_t head = LLMCBI_ALIGN(sizeof *o);
+    size_t head = LLMCBI_ALIGN(sizeof *o), size = head + frame_size;
 
-    if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing ||
-        frame_size > SIZE_MAX / 2)
+    if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing || size < head)
         return NULL;
-    o = (llmcbi_task_op *)llmcbi_alloc(&loop->alloc, head + frame_size);
+    o = (llmcbi_task_op *)(void *)llmcbi_op_new(loop, size, &llmcbi_task_kind);
     if (!o) return NULL;
-    o->size = head + frame_size;
+    o->size = size;
     o->fn = fn;
     o->task.step = llmcbi_task_op_step;
     o->task.finish = llmcbi_task_op_finish;
@@ -4427,10 +4433,10 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
     o->task.pub.self = self;
     o->task.pub.frame = (char *)o + head;
     if (!llmcbi_task_init(loop, &o->task)) {
-        llmcbi_free(&loop->alloc, o, o->size);
+        o->op.detached = true;
+        llmcbi_op_finish(&o->op, NULL);
         return NULL;
     }
-    llmcbi_op_init(loop, &o->op, &llmcbi_task_kind);
     o->task.armed = true;
     llmcbi_make_ready(loop, &o->task.ready);
     return &o->op;
@@ -4717,9 +4723,9 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
     llmcb_code code;
 
     if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing) return NULL;
-    o = (llmcbi_offload_op *)llmcbi_alloc(&loop->alloc, sizeof *o);
+    o = (llmcbi_offload_op *)(void *)llmcbi_op_new(loop, sizeof *o,
+                                                   &llmcbi_offload_kind);
     if (!o) return NULL;
-    llmcbi_op_init(loop, &o->op, &llmcbi_offload_kind);
     o->job = llmcbi_job_start(loop, fn, arg, llmcbi_offload_done, o, &code);
     if (!o->job) {
         llmcb_error e;
@@ -6566,10 +6572,11 @@ LLMCBI_DEF llmcb_code llmcb_loop_hook(llmcb_loop *loop, llmcb_handler *h)
 
 static void llmcbi_cancel_all(llmcb_loop *loop)
 {
-    llmcb_op *op, *next;
+    llmcbi_link *l, *next;
 
-    for (op = loop->ops; op; op = next) {
-        next = op->next;
+    for (l = loop->ops; l; l = next) {
+        llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, l);
+        next = l->next;
         if (!op->done) op->kind->cancel(op, LLMCB_DETAIL_LOOP);
     }
 }
@@ -6617,8 +6624,9 @@ static void llmcbi_loop_release(llmcb_loop *loop, bool stuck)
         if (tr->free) tr->free(tr);
     }
     while (loop->ops) {
-        loop->ops->done = true;
-        llmcbi_op_destroy(loop->ops);
+        llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, loop->ops);
+        op->done = true;
+        llmcbi_op_destroy(op);
     }
     llmcbi_block_trim(loop, 0);
     llmcbi_poller_close(loop);
@@ -7564,7 +7572,7 @@ struct llmcbi_conn {
     llmcbi_h1 h1;
 
     llmcbi_sock *sock;
-    llmcbi_conn *prev, *next; /* of the transport */
+    llmcbi_link link; /* of the transport's */
     llmcbi_job *dns;
     struct addrinfo *addresses, *address; /* all, and the one tried */
     int64_t born;
@@ -7575,7 +7583,7 @@ struct llmcbi_conn {
 
 struct llmcbi_sock {
     llmcb_transport base;
-    llmcbi_conn *conns;
+    llmcbi_link *conns;
     llmcbi_conn *idle[LLMCBI_MAX_IDLE];
     size_t n_idle;
 };
@@ -7611,11 +7619,7 @@ static void llmcbi_conn_free(llmcbi_conn *c)
     llmcbi_timer_free(c->loop, &c->timer);
     llmcbi_conn_wipe_head(c);
     llmcbi_h1_free(a, &c->h1);
-    if (c->next) c->next->prev = c->prev;
-    if (c->prev)
-        c->prev->next = c->next;
-    else
-        c->sock->conns = c->next;
+    llmcbi_link_out(&c->link);
     llmcbi_free(a, c, sizeof *c + strlen(c->key));
 }
 
@@ -8149,9 +8153,7 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
     c->identity = request->identity;
     c->ready.fn = llmcbi_conn_begin;
     c->watch.fn = llmcbi_conn_event;
-    c->next = sock->conns;
-    if (c->next) c->next->prev = c;
-    sock->conns = c;
+    llmcbi_link_in(&sock->conns, &c->link);
     if (!llmcbi_timer_init(loop, &c->timer, llmcbi_conn_timer)) {
         llmcbi_conn_free(c);
         return LLMCB_ENOMEM;
@@ -8202,7 +8204,7 @@ static void llmcbi_sock_free(llmcb_transport *tr)
     llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
 
     while (sock->conns)
-        llmcbi_conn_free(sock->conns);
+        llmcbi_conn_free(LLMCBI_OWNER(llmcbi_conn, link, sock->conns));
     llmcbi_free(&tr->loop->alloc, sock, sizeof *sock);
 }
 
@@ -8924,9 +8926,11 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
     for (tr = loop->transports; tr; tr = tr->next) {
 #ifndef LLMCB_NO_SOCKETS
         if (tr->free == llmcbi_sock_free) {
-            llmcbi_conn *c = ((llmcbi_sock *)(void *)tr)->conns;
-            for (; c; c = c->next)
+            llmcbi_link *l = ((llmcbi_sock *)(void *)tr)->conns;
+            for (; l; l = l->next) {
+                llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, link, l);
                 if (c->watch.fd >= 0) LLMCBI_SYS(close)(c->watch.fd);
+            }
         }
 #endif
 #ifndef LLMCB_NO_CURL
@@ -13184,7 +13188,8 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     loop = chat->loop;
     code = llmcbi_enter(loop);
     if (code == LLMCB_ESTATE) return NULL; /* another thread's loop */
-    c = (llmcbi_call *)llmcbi_alloc(&loop->alloc, sizeof *c);
+    c = (llmcbi_call *)(void *)llmcbi_op_new(loop, sizeof *c,
+                                             &llmcbi_call_kind);
     if (!c) return NULL;
     memset(&none, 0, sizeof none);
     if (!config) config = &none;
@@ -13192,7 +13197,6 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     chat->refs++;
     c->pull = pull;
     c->ready.fn = llmcbi_call_step;
-    llmcbi_op_init(loop, &c->op, &llmcbi_call_kind);
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK)
         code = llmcbi_call_check(chat, prompts, n, config, &why);
@@ -13484,7 +13488,8 @@ static void llmcbi_op_open(llmcb_op *op)
     llmcb_op *child;
 
     op->open = true;
-    for (child = op->children; child; child = child->next_sibling)
+    for (child = llmcbi_op_at(op->children); child;
+         child = llmcbi_op_at(child->sibling.next))
         if (child->kind->begin) child->kind->begin(child);
 }
 
@@ -13563,7 +13568,8 @@ static void llmcbi_work_reap(llmcbi_work *w, bool all)
 {
     llmcb_op *child;
 
-    for (child = w->op.children; child; child = child->next_sibling)
+    for (child = llmcbi_op_at(w->op.children); child;
+         child = llmcbi_op_at(child->sibling.next))
         if (all || llmcbi_work_is_left(child))
             llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
 }
@@ -13859,13 +13865,13 @@ static llmcbi_work *llmcbi_work_new(llmcb_loop *loop,
     llmcbi_work *w;
 
     if (!loop || code == LLMCB_ESTATE) return NULL;
-    w = (llmcbi_work *)llmcbi_alloc(&loop->alloc, sizeof *w);
+    w = (llmcbi_work *)(void *)llmcbi_op_new(loop, sizeof *w,
+                                             &llmcbi_work_kind);
     if (!w) return NULL;
     memset(&none, 0, sizeof none);
     if (!config) config = &none;
     if (desc) w->d = *desc;
     w->ready.fn = llmcbi_work_step;
-    llmcbi_op_init(loop, &w->op, &llmcbi_work_kind);
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK && refused) code = LLMCB_EINVAL;
     if (code == LLMCB_OK) why = llmcbi_config_check(loop, config, &code);
@@ -14825,7 +14831,8 @@ static llmcb_op *llmcbi_agent_rest(llmcbi_agent *g)
 {
     llmcb_op *child, *last = NULL;
 
-    for (child = g->w->op.children; child; child = child->next_sibling)
+    for (child = llmcbi_op_at(g->w->op.children); child;
+         child = llmcbi_op_at(child->sibling.next))
         if (child != g->w->body) {
             llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
             last = child;
