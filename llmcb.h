@@ -3144,32 +3144,25 @@ static bool llmcbi_sleep_before(const llmcbi_sleep *a, const llmcbi_sleep *b)
     return a->due != b->due ? a->due < b->due : a->seq < b->seq;
 }
 
-static void llmcbi_heap_put(llmcb_loop *loop, size_t place, llmcbi_sleep s)
+static void llmcbi_heap_put(llmcb_loop *loop, size_t i, const llmcbi_sleep *s)
 {
-    loop->heap[place] = s;
-    s.timer->place = place;
+    loop->heap[i] = *s;
+    s->timer->place = i;
 }
 
-static void llmcbi_heap_up(llmcb_loop *loop, size_t i, llmcbi_sleep s)
-{
-    for (; i > 1 && llmcbi_sleep_before(&s, &loop->heap[(i + 2) / 4]);
-         i = (i + 2) / 4)
-        llmcbi_heap_put(loop, i, loop->heap[(i + 2) / 4]);
-    llmcbi_heap_put(loop, i, s);
-}
-
-static void llmcbi_heap_down(llmcb_loop *loop, size_t i, llmcbi_sleep s)
+/* Finds the place of s, which begins at i. */
+static void llmcbi_heap_sift(llmcb_loop *loop, size_t i, const llmcbi_sleep *s)
 {
     const llmcbi_sleep *heap = loop->heap;
-    size_t n = loop->n_timers, first;
+    size_t n = loop->n_timers, k, least;
 
-    for (first = 4 * i - 2; first <= n; first = 4 * i - 2) {
-        size_t k, least = first;
-        for (k = first + 1; k <= n && k < first + 4; k++)
+    for (; i > 1 && llmcbi_sleep_before(s, &heap[(i + 2) / 4]); i = (i + 2) / 4)
+        llmcbi_heap_put(loop, i, &heap[(i + 2) / 4]);
+    for (; (least = 4 * i - 2) <= n; i = least) {
+        for (k = least + 1; k <= n && k < 4 * i + 2; k++)
             if (llmcbi_sleep_before(&heap[k], &heap[least])) least = k;
-        if (!llmcbi_sleep_before(&heap[least], &s)) break;
-        llmcbi_heap_put(loop, i, heap[least]);
-        i = least;
+        if (!llmcbi_sleep_before(&heap[least], s)) break;
+        llmcbi_heap_put(loop, i, &heap[least]);
     }
     llmcbi_heap_put(loop, i, s);
 }
@@ -3196,11 +3189,7 @@ static void llmcbi_timer_stop(llmcb_loop *loop, llmcbi_timer *t)
     if (!i) return;
     t->place = 0;
     last = loop->heap[loop->n_timers--];
-    if (last.timer == t) return;
-    if (i > 1 && llmcbi_sleep_before(&last, &loop->heap[(i + 2) / 4]))
-        llmcbi_heap_up(loop, i, last);
-    else
-        llmcbi_heap_down(loop, i, last);
+    if (last.timer != t) llmcbi_heap_sift(loop, i, &last);
 }
 
 /* fn once, ms from now; at the earliest in the next turn. */
@@ -3217,7 +3206,7 @@ static void llmcbi_timer_start(llmcb_loop *loop, llmcbi_timer *t, int64_t ms)
                                 : llmcbi_clock_ms() + ms + (ms > 0);
     s.seq = ++loop->timer_seq;
     s.timer = t;
-    llmcbi_heap_up(loop, ++loop->n_timers, s);
+    llmcbi_heap_sift(loop, ++loop->n_timers, &s);
     if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
 }
 
@@ -3835,7 +3824,6 @@ LLMCBI_DEF llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc)
     loop->last_post = &loop->posts;
     loop->epoll_fd = -1;
     llmcbi_list_init(&loop->ready);
-    llmcbi_list_init(&loop->round);
     llmcbi_random_seed(&loop->random);
     if (LLMCBI_SYS(pipe)(loop->wake_fd) != 0) goto no_pipe;
     if (!llmcbi_cloexec_nonblock(loop->wake_fd[0]) ||
@@ -3877,7 +3865,8 @@ typedef struct llmcbi_op_kind {
 } llmcbi_op_kind;
 
 struct llmcb_op {
-    llmcbi_link sibling; /* of the parent's children */
+    llmcbi_link sibling; /* of the parent's children; first, so that one of
+                            them is the op itself */
     llmcbi_link all;     /* of the loop's */
     llmcb_loop *loop;
     const llmcbi_op_kind *kind;
@@ -3918,13 +3907,6 @@ static void llmcbi_op_destroy(llmcb_op *op)
     llmcbi_link_out(&op->all);
     llmcbi_error_drop(&op->loop->alloc, op->error);
     op->kind->destroy(op);
-}
-
-/* The op that is linked there, or NULL: op->children, or the sibling.next of
- * one of them. */
-static llmcb_op *llmcbi_op_at(llmcbi_link *l)
-{
-    return (llmcb_op *)(void *)l;
 }
 
 /* Makes `child` a part of op until it is done. */
@@ -4063,24 +4045,24 @@ LLMCBI_DEF llmcb_code llmcb_op_wait(llmcb_op *op)
 struct llmcbi_task {
     llmcb_task pub;
     llmcb_loop *loop;
+    bool armed;      /* suspended, or about to be */
+    bool any;        /* one of `many` is enough */
+    bool timing_out; /* the timer is a limit, not the thing awaited */
+    bool cancelled;  /* told at the next await */
+    bool stepping;   /* its function is on the stack */
     llmcb_step (*step)(llmcbi_task *t);              /* calls the function */
     void (*finish)(llmcbi_task *t, llmcb_code code); /* it has ended */
-    llmcbi_ready ready;
-    llmcbi_timer timer;
-    llmcbi_waiter waiter;
     llmcbi_waiter *many; /* of llmcb_await_all and llmcb_await_any */
     size_t n_many, n_left;
+    llmcb_op *owned;    /* freed when the await ends */
+    llmcbi_task **slot; /* where it waits for a chunk, or for handlers */
+    llmcbi_timer timer;
+    llmcbi_ready ready;
+    llmcbi_waiter waiter;
     llmcbi_watch watch;
     size_t size;          /* of a handler's task, with its frame */
-    llmcb_op *owned;      /* freed when the await ends */
-    llmcbi_task **slot;   /* where it waits for a chunk, or for handlers */
     void *owner;          /* for step and finish */
     const llmcb_op *home; /* what it is, or whose handler it is */
-    bool armed;           /* suspended, or about to be */
-    bool any;             /* one of `many` is enough */
-    bool timing_out;      /* the timer is a limit, not the thing awaited */
-    bool cancelled;       /* told at the next await */
-    bool stepping;        /* its function is on the stack */
 };
 
 static void llmcbi_waiter_join(llmcbi_waiter *w, llmcbi_task *t, llmcb_op *op)
@@ -4178,10 +4160,9 @@ static void llmcbi_task_run(llmcbi_ready *r)
     t->stepping = false;
     if (step == LLMCB_WAIT && t->armed) return;
     /* it says that it waits, but for nothing; or it ends while it waits */
-    if (step > 0) step = LLMCB_ESTATE;
     llmcbi_unready(&t->ready);
     llmcbi_task_disarm(t);
-    t->finish(t, llmcbi_code_of(step));
+    t->finish(t, step > 0 ? LLMCB_ESTATE : llmcbi_code_of(step));
 }
 
 static bool llmcbi_task_init(llmcb_loop *loop, llmcbi_task *t)
@@ -4310,31 +4291,29 @@ static llmcb_step llmcbi_await_many(llmcb_task *pub, llmcb_op *const *ops,
                                     size_t n, int64_t timeout_ms, bool any)
 {
     llmcbi_task *t = llmcbi_await(pub);
-    llmcb_code code = LLMCB_OK;
-    size_t i, first = n;
+    llmcb_code code = LLMCB_OK, bad;
+    size_t i, first = n, left = 0;
 
     if (!t) return LLMCB_WAIT;
     if (n && !ops) return llmcbi_await_over(t, LLMCB_EINVAL);
     for (i = 0; i < n; i++) {
-        code = llmcbi_awaitable(t, ops[i]);
-        if (code != LLMCB_OK) return llmcbi_await_over(t, code);
-    }
-    t->any = any;
-    t->n_left = 0;
-    for (i = 0; i < n; i++) {
+        bad = llmcbi_awaitable(t, ops[i]);
+        if (bad != LLMCB_OK) return llmcbi_await_over(t, bad);
         if (!ops[i]->done) {
-            t->n_left++;
+            left++;
         } else if (first == n && (any || ops[i]->error->code != LLMCB_OK)) {
             first = i;
             code = ops[i]->error->code;
         }
     }
     t->pub.index = first;
-    if (t->n_left == 0 || (any && first < n)) return llmcbi_await_over(t, code);
+    if (left == 0 || (any && first < n)) return llmcbi_await_over(t, code);
     t->many =
         (llmcbi_waiter *)llmcbi_alloc(&t->loop->alloc, n * sizeof *t->many);
     if (!t->many) return llmcbi_await_over(t, LLMCB_ENOMEM);
+    t->any = any;
     t->n_many = n;
+    t->n_left = left;
     t->pub.result = code;
     for (i = 0; i < n; i++)
         if (!ops[i]->done) llmcbi_waiter_join(&t->many[i], t, ops[i]);
@@ -13481,6 +13460,13 @@ LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
 #ifndef LLMCB_NO_AGENT
 
 /* -- a run for work of the program's own */
+
+/* The op that is linked there, or NULL: op->children, or the sibling.next of
+ * one of them. */
+static llmcb_op *llmcbi_op_at(llmcbi_link *l)
+{
+    return (llmcb_op *)(void *)l;
+}
 
 /* The start of op has been told. */
 static void llmcbi_op_open(llmcb_op *op)
