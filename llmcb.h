@@ -2953,43 +2953,46 @@ typedef struct llmcbi_job llmcbi_job;
 typedef struct llmcbi_block llmcbi_block;
 
 struct llmcb_loop {
-    /* First what most code asks for: the code is smaller for it. */
+    /* First what most code asks for, within 127 bytes, where instructions
+     * that reach it are shorter. */
     llmcb_allocator alloc;
     int64_t now;
     llmcbi_ready ready; /* list head */
-    llmcb_host host;
-    llmcbi_sleep *heap; /* from 1 */
-    llmcbi_watch **watches;
-    size_t n_watches;
-    bool turning; /* inside a turn: user code may be on the stack */
+    bool turning;       /* inside a turn: user code may be on the stack */
     bool virtual_clock;
     bool stopping;
     bool freeing; /* awaits end at once, nothing new starts */
     bool thread_known;
+    bool sleeping;      /* under the mutex: it waits, or its host does */
+    bool closed;        /* under the mutex: no more posts */
+    bool progress_due;  /* under the mutex: some of it has reached its mark */
+    llmcbi_pool *pool;  /* set once, by the loop */
+    llmcbi_link *ops;   /* all, done or not */
+    size_t n_alive;     /* operations that are not done */
+    llmcbi_sleep *heap; /* from 1 */
+    pid_t pid;
+    int epoll_fd;
+    int wake_fd[2];
+    llmcbi_block *spare; /* blocks of logs, for use again */
+    void *scratch;       /* shared read buffer of the socket transport */
+
     /* Shared with other threads, under the mutex. */
-    bool sleeping;     /* the loop waits, or its host does */
-    bool closed;       /* no more posts */
-    bool progress_due; /* one of `progress` has reached its mark */
-    llmcbi_pool *pool; /* set once, by the loop */
     pthread_mutex_t mutex;
     llmcbi_post *posts, **last_post;
     llmcbi_job *finished;  /* blocking functions that have returned */
     llmcbi_away *progress; /* of cursors that workers have moved */
 
-    llmcbi_link *ops; /* all, done or not */
-    size_t n_alive;   /* operations that are not done */
+    llmcb_host host;
+    int64_t host_timer; /* what the host was told; -2: nothing yet */
     size_t n_timers, heap_cap, timers_made;
     uint64_t timer_seq;
-    size_t watches_cap;
+    llmcbi_watch **watches;
+    size_t n_watches, watches_cap;
     size_t poll_start;
     struct pollfd *fds; /* poll(2) alone */
     size_t fds_cap;
-    pid_t pid;
     pthread_t thread;
-    int epoll_fd;
-    int wake_fd[2];
     llmcbi_flag cancels; /* some op has cancel_wanted */
-    int64_t host_timer;  /* what the host was told; -2: nothing yet */
     int64_t shutdown_ms;
     void (*log)(void *user, const char *line);
     void *log_user;
@@ -2999,15 +3002,13 @@ struct llmcb_loop {
     size_t worker_stack;
     llmcb_transport *transports, *default_transport;
     uint64_t last_identity;
-    void *scratch;              /* shared read buffer of the socket transport */
     llmcbi_cursor *unpublished; /* whose news the pool must be told */
-    llmcbi_block *spare;        /* blocks of logs, for use again */
     size_t n_spare;
     llmcb_handler **hooks; /* told of all runs */
     size_t n_hooks, hooks_cap;
-    llmcbi_ready round; /* what of `ready` is run at the moment */
-    llmcb_event token;  /* as inline handlers are shown one: all else is NULL */
+    llmcb_event token; /* as inline handlers are shown one: all else is NULL */
     llmcb_chunk token_room;
+    llmcbi_ready round; /* what of `ready` is run at the moment */
     size_t n_fired;
     llmcbi_fired fired[LLMCBI_MAX_FIRED];
 };
