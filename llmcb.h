@@ -3103,6 +3103,7 @@ static void llmcbi_host_timer(llmcb_loop *loop, int64_t ms)
     loop->turning = turning;
 }
 
+/* Outside of a turn: the host is to wait for what is new. */
 static void llmcbi_host_update(llmcb_loop *loop);
 
 static void llmcbi_make_ready(llmcb_loop *loop, llmcbi_ready *r)
@@ -3112,7 +3113,7 @@ static void llmcbi_make_ready(llmcb_loop *loop, llmcbi_ready *r)
     r->next = &loop->ready;
     r->prev->next = r;
     loop->ready.prev = r;
-    if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
+    llmcbi_host_update(loop);
 }
 
 static bool llmcbi_list_empty(const llmcbi_ready *head)
@@ -3208,7 +3209,7 @@ static void llmcbi_timer_start(llmcb_loop *loop, llmcbi_timer *t, int64_t ms)
     s.seq = ++loop->timer_seq;
     s.timer = t;
     llmcbi_heap_sift(loop, ++loop->n_timers, &s);
-    if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
+    llmcbi_host_update(loop);
 }
 
 /* A timer from llmcbi_timer_init that is needed no more. */
@@ -3671,7 +3672,7 @@ LLMCBI_DEF llmcb_code llmcb_clock_advance(llmcb_loop *loop, int64_t ms)
     if (!loop->virtual_clock) return LLMCB_ESTATE;
     if (ms < 0 || ms > INT64_MAX / 2 - loop->now) return LLMCB_EINVAL;
     loop->now += ms;
-    if (!loop->turning) llmcbi_host_update(loop);
+    llmcbi_host_update(loop);
     return LLMCB_OK;
 }
 
@@ -3720,36 +3721,37 @@ static void llmcbi_host_update(llmcb_loop *loop)
 {
     int64_t ms;
 
-    if (!loop->host.timer) return;
+    if (!loop->host.timer || loop->turning) return;
     ms = llmcbi_prepare(loop);
     if (ms < 0 && loop->host_timer == -1) return;
     loop->host_timer = ms;
     llmcbi_host_timer(loop, ms);
 }
 
+/* Has the host watch all that the loop does, or forget it. */
+static void llmcbi_host_watch_all(llmcb_loop *loop, bool all)
+{
+    size_t i;
+
+    llmcbi_host_watch(loop, LLMCBI_EPOLL ? loop->epoll_fd : loop->wake_fd[0],
+                      all ? LLMCB_READ : 0);
+    for (i = 0; i < loop->n_watches && !LLMCBI_EPOLL; i++)
+        llmcbi_host_watch(loop, loop->watches[i]->fd,
+                          all ? loop->watches[i]->events : 0);
+}
+
 LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
                                           const llmcb_host *host)
 {
     llmcb_code code = llmcbi_may_turn(loop);
-    llmcb_host none;
-    size_t i;
 
     if (code != LLMCB_OK) return code;
     if (host && (!host->watch || !host->timer)) return LLMCB_EINVAL;
-    memset(&none, 0, sizeof none);
-    for (i = 0; i < 2; i++) { /* take leave of the old, greet the new */
-        size_t k;
-        if (i) loop->host = host ? *host : none;
-        if (!i) llmcbi_host_timer(loop, -1);
-        if (LLMCBI_EPOLL) {
-            llmcbi_host_watch(loop, loop->epoll_fd, i ? LLMCB_READ : 0);
-            continue;
-        }
-        llmcbi_host_watch(loop, loop->wake_fd[0], i ? LLMCB_READ : 0);
-        for (k = 0; k < loop->n_watches; k++)
-            llmcbi_host_watch(loop, loop->watches[k]->fd,
-                              i ? loop->watches[k]->events : 0);
-    }
+    llmcbi_host_timer(loop, -1);
+    llmcbi_host_watch_all(loop, false);
+    memset(&loop->host, 0, sizeof loop->host);
+    if (host) loop->host = *host;
+    llmcbi_host_watch_all(loop, true);
     loop->host_timer = -2;
     llmcbi_host_update(loop);
     return LLMCB_OK;
@@ -4005,7 +4007,7 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
     while (op->waiters)
         llmcbi_task_told((llmcbi_waiter *)(void *)op->waiters);
     llmcbi_op_want_cancel(op, LLMCB_DETAIL_CONSUMER);
-    if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
+    llmcbi_host_update(loop);
 }
 
 /* The end of op->waiting. Whether op is still there. */
@@ -4472,15 +4474,19 @@ static bool llmcbi_pool_idle(const llmcb_loop *loop)
  * upward: llmcbi_strand_run */
 static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s);
 
+typedef enum llmcbi_due {
+    LLMCBI_DUE_NONE,
+    LLMCBI_DUE_STRAND,
+    LLMCBI_DUE_JOB
+} llmcbi_due;
+
 /* Each kind of work leaves one thread to the other. */
-static bool llmcbi_pool_has_work(const llmcbi_pool *p, bool *strand)
+static llmcbi_due llmcbi_pool_due(const llmcbi_pool *p)
 {
     unsigned most = p->n_threads > 1 ? p->n_threads - 1 : 1;
-    bool strands = p->strands && p->n_strands < most;
-    bool jobs = p->jobs && p->n_jobs < most;
 
-    *strand = strands;
-    return strands || jobs;
+    if (p->strands && p->n_strands < most) return LLMCBI_DUE_STRAND;
+    return p->jobs && p->n_jobs < most ? LLMCBI_DUE_JOB : LLMCBI_DUE_NONE;
 }
 
 static void llmcbi_pool_job(llmcb_loop *loop, llmcbi_pool *p)
@@ -4521,11 +4527,12 @@ static void *llmcbi_worker(void *arg)
 {
     llmcb_loop *loop = (llmcb_loop *)arg;
     llmcbi_pool *p = loop->pool;
-    bool strand, worked = false;
+    bool worked = false;
 
     llmcbi_lock(loop);
     for (;;) {
-        if (!llmcbi_pool_has_work(p, &strand)) {
+        llmcbi_due due = llmcbi_pool_due(p);
+        if (due == LLMCBI_DUE_NONE) {
             if (p->stop) break;
             if (worked) {
                 worked = false;
@@ -4537,13 +4544,13 @@ static void *llmcbi_worker(void *arg)
             continue;
         }
         worked = true;
-        if (strand) {
+        if (due == LLMCBI_DUE_STRAND) {
             llmcbi_strand *s = p->strands;
             p->strands = s->next;
             if (!p->strands) p->last_strand = &p->strands;
             p->n_strands++;
             /* a woken worker wakes the next */
-            if (p->n_idle && llmcbi_pool_has_work(p, &strand))
+            if (p->n_idle && llmcbi_pool_due(p) != LLMCBI_DUE_NONE)
                 pthread_cond_signal(&p->cond);
             llmcbi_strand_run(loop, s);
             p->n_strands--;
@@ -5400,7 +5407,7 @@ static void llmcbi_publish(llmcb_loop *loop)
 {
     llmcbi_cursor *c = loop->unpublished;
     llmcbi_pool *p = loop->pool;
-    bool strand, urgent = false;
+    bool urgent = false;
 
     if (!c) return;
     loop->unpublished = NULL;
@@ -5425,7 +5432,7 @@ static void llmcbi_publish(llmcb_loop *loop)
         }
     }
     if (p && p->n_idle && (urgent || !p->napping) &&
-        llmcbi_pool_has_work(p, &strand))
+        llmcbi_pool_due(p) != LLMCBI_DUE_NONE)
         pthread_cond_signal(&p->cond);
     llmcbi_unlock(loop);
 }
@@ -6914,8 +6921,9 @@ static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
     int64_t port;
 
     memset(u, 0, sizeof *u);
-    if (!llmcbi_clean_text(url) || strchr(url, ' '))
-        return "the address holds a blank or a control character";
+    for (p = url; *p; p++)
+        if ((unsigned char)*p <= ' ' || *p == 0x7F)
+            return "the address holds a blank or a control character";
     if (llmcbi_str_begins(url, "unix:")) {
         p = url + 5;
         mark = strchr(p, ':');
@@ -7409,6 +7417,8 @@ static int64_t llmcbi_parse_seconds(llmcb_str s, int64_t unit)
 static int64_t llmcbi_parse_date(llmcb_str s)
 {
     static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    static const short before[] = { 0,   31,  59,  90,  120, 151,
+                                    181, 212, 243, 273, 304, 334 };
     static const unsigned char at[] = { 5, 12, 17, 20, 23 };
     int v[5], i, month, year; /* day, year, hour, minute, second */
     int64_t days;
@@ -7422,11 +7432,9 @@ static int64_t llmcbi_parse_date(llmcb_str s)
     for (month = 0; month < 12; month++)
         if (memcmp(s.ptr + 8, months + 3 * month, 3) == 0) break;
     if (month == 12 || v[0] < 1 || v[0] > 31 || year < 1970) return -1;
-    /* days from the civil calendar, years that begin in March */
-    month += month >= 2 ? -1 : 11;
-    if (month >= 11) year--;
-    days = year * 365 + year / 4 - year / 100 + year / 400 +
-           (153 * (month - 1) + 2) / 5 + v[0] - 719469;
+    days = year * 365 + before[month] + v[0] - 719528;
+    if (month < 2) year--; /* its leap day is still to come */
+    days += year / 4 - year / 100 + year / 400;
     return days * 86400 + v[2] * 3600 + v[3] * 60 + v[4];
 }
 
@@ -7552,7 +7560,7 @@ struct llmcbi_conn {
     llmcbi_h1 h1;
 
     llmcbi_sock *sock;
-    llmcbi_link link; /* of the transport's */
+    llmcbi_link link; /* of the transport's, in use or idle */
     llmcbi_job *dns;
     struct addrinfo *addresses, *address; /* all, and the one tried */
     int64_t born;
@@ -7563,8 +7571,7 @@ struct llmcbi_conn {
 
 struct llmcbi_sock {
     llmcb_transport base;
-    llmcbi_link *conns;
-    llmcbi_conn *idle[LLMCBI_MAX_IDLE];
+    llmcbi_link *conns, *idle; /* in use, and not */
     size_t n_idle;
 };
 
@@ -7586,12 +7593,7 @@ static void llmcbi_conn_free(llmcbi_conn *c)
 {
     const llmcb_allocator *a = &c->loop->alloc;
 
-    if (c->state == LLMCBI_CONN_IDLE) {
-        size_t i = 0;
-        while (c->sock->idle[i] != c)
-            i++;
-        c->sock->idle[i] = c->sock->idle[--c->sock->n_idle];
-    }
+    if (c->state == LLMCBI_CONN_IDLE) c->sock->n_idle--;
     llmcbi_conn_disconnect(c);
     if (c->dns) c->dns->owner = NULL;
     if (c->addresses) freeaddrinfo(c->addresses);
@@ -7914,17 +7916,16 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
  * has not closed. */
 static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
 {
-    int64_t now = c->loop->now;
-    size_t at;
+    llmcbi_link *l, *next;
 
-    for (at = c->sock->n_idle; at-- > 0;) {
-        llmcbi_conn *i = c->sock->idle[at];
+    for (l = c->sock->idle; l; l = next) {
+        llmcbi_conn *i = LLMCBI_OWNER(llmcbi_conn, link, l);
         char byte;
-        ssize_t n;
+        next = l->next;
         if (i->identity != c->identity || strcmp(i->key, c->key) != 0) continue;
-        n = LLMCBI_SYS(recv)(i->watch.fd, &byte, 1, MSG_PEEK);
-        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) &&
-            now - i->born < LLMCBI_LIFE_MS)
+        if (LLMCBI_SYS(recv)(i->watch.fd, &byte, 1, MSG_PEEK) < 0 &&
+            (errno == EAGAIN || errno == EWOULDBLOCK) &&
+            c->loop->now - i->born < LLMCBI_LIFE_MS)
             return i;
         llmcbi_conn_free(i);
     }
@@ -7999,7 +8000,9 @@ static void llmcbi_conn_keep(llmcbi_conn *c)
     }
     llmcbi_h1_free(&c->loop->alloc, &c->h1);
     c->state = LLMCBI_CONN_IDLE;
-    c->sock->idle[c->sock->n_idle++] = c;
+    c->sock->n_idle++;
+    llmcbi_link_out(&c->link);
+    llmcbi_link_in(&c->sock->idle, &c->link);
     llmcbi_conn_watch(c);
     llmcbi_timer_start(c->loop, &c->timer, LLMCBI_IDLE_MS);
 }
@@ -8179,12 +8182,22 @@ static void llmcbi_sock_release(llmcb_transport *tr, llmcb_exchange *x)
     llmcbi_conn_watch(c);
 }
 
+/* In the child of a fork. */
+static void llmcbi_conns_forked(llmcbi_link *l)
+{
+    for (; l; l = l->next) {
+        llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, link, l);
+        if (c->watch.fd >= 0) LLMCBI_SYS(close)(c->watch.fd);
+    }
+}
+
 static void llmcbi_sock_free(llmcb_transport *tr)
 {
     llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
 
-    while (sock->conns)
-        llmcbi_conn_free(LLMCBI_OWNER(llmcbi_conn, link, sock->conns));
+    while (sock->conns || sock->idle)
+        llmcbi_conn_free(LLMCBI_OWNER(llmcbi_conn, link,
+                                      sock->conns ? sock->conns : sock->idle));
     llmcbi_free(&tr->loop->alloc, sock, sizeof *sock);
 }
 
@@ -8906,11 +8919,8 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
     for (tr = loop->transports; tr; tr = tr->next) {
 #ifndef LLMCB_NO_SOCKETS
         if (tr->free == llmcbi_sock_free) {
-            llmcbi_link *l = ((llmcbi_sock *)(void *)tr)->conns;
-            for (; l; l = l->next) {
-                llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, link, l);
-                if (c->watch.fd >= 0) LLMCBI_SYS(close)(c->watch.fd);
-            }
+            llmcbi_conns_forked(((llmcbi_sock *)(void *)tr)->conns);
+            llmcbi_conns_forked(((llmcbi_sock *)(void *)tr)->idle);
         }
 #endif
 #ifndef LLMCB_NO_CURL
