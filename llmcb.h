@@ -3094,15 +3094,6 @@ static void llmcbi_host_watch(llmcb_loop *loop, int fd, int events)
     loop->turning = turning;
 }
 
-static void llmcbi_host_timer(llmcb_loop *loop, int64_t ms)
-{
-    bool turning = loop->turning;
-
-    loop->turning = true;
-    if (loop->host.timer) loop->host.timer(loop->host.user, ms);
-    loop->turning = turning;
-}
-
 /* Outside of a turn: the host is to wait for what is new. */
 static void llmcbi_host_update(llmcb_loop *loop);
 
@@ -3725,7 +3716,9 @@ static void llmcbi_host_update(llmcb_loop *loop)
     ms = llmcbi_prepare(loop);
     if (ms < 0 && loop->host_timer == -1) return;
     loop->host_timer = ms;
-    llmcbi_host_timer(loop, ms);
+    loop->turning = true;
+    loop->host.timer(loop->host.user, ms);
+    loop->turning = false;
 }
 
 /* Has the host watch all that the loop does, or forget it. */
@@ -3747,7 +3740,9 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
 
     if (code != LLMCB_OK) return code;
     if (host && (!host->watch || !host->timer)) return LLMCB_EINVAL;
-    llmcbi_host_timer(loop, -1);
+    loop->turning = true;
+    if (loop->host.timer) loop->host.timer(loop->host.user, -1);
+    loop->turning = false;
     llmcbi_host_watch_all(loop, false);
     memset(&loop->host, 0, sizeof loop->host);
     if (host) loop->host = *host;
@@ -3759,27 +3754,16 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
 
 LLMCBI_DEF llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd, int events)
 {
-    llmcb_code code = llmcbi_may_turn(loop);
-    bool woken;
+    struct pollfd one;
+    llmcb_code code;
 
-    if (code != LLMCB_OK) return code;
-#if LLMCBI_EPOLL
-    (void)fd;
-    (void)events;
-    woken = llmcbi_poller_wait(loop, 0);
-#else
-    {
-        struct pollfd one;
-        one.fd = fd;
-        one.events = 0;
-        one.revents = (short)((events & LLMCB_READ ? POLLIN : 0) |
-                              (events & LLMCB_WRITE ? POLLOUT : 0));
-        woken = llmcbi_poller_take(loop, &one, 1);
-    }
-#endif
-    llmcbi_process(loop, woken);
-    llmcbi_host_update(loop);
-    return LLMCB_OK;
+    one.fd = fd;
+    one.events = 0;
+    one.revents = (short)((events & LLMCB_READ ? POLLIN : 0) |
+                          (events & LLMCB_WRITE ? POLLOUT : 0));
+    code = llmcb_loop_dispatch(loop, &one, 1);
+    if (code == LLMCB_OK) llmcbi_host_update(loop);
+    return code;
 }
 
 LLMCBI_DEF llmcb_code llmcb_loop_timer_event(llmcb_loop *loop)
@@ -3798,12 +3782,12 @@ LLMCBI_DEF llmcb_code llmcb_loop_timer_event(llmcb_loop *loop)
 
 LLMCBI_DEF llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc)
 {
-    llmcb_loop_desc zero;
+    static const llmcb_loop_desc none = { { NULL, NULL }, 0,   0, false, 0,
+                                          NULL,           NULL };
     llmcb_loop *loop;
     llmcb_allocator a;
 
-    memset(&zero, 0, sizeof zero);
-    if (!desc) desc = &zero;
+    if (!desc) desc = &none;
     a = desc->allocator;
     if (!a.resize) {
         a.resize = llmcbi_default_resize;
@@ -7085,11 +7069,12 @@ static int llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
     *p += n;
     if (!lf) return LLMCBI_H1_MORE;
     h->line.len = 0;
-    if (line->len < 2 || line->ptr[line->len - 2] != '\r' ||
-        memchr(line->ptr, '\r', line->len - 2) ||
-        memchr(line->ptr, '\0', line->len))
+    if (line->len < 2 || line->ptr[line->len - 2] != '\r')
         return LLMCBI_H1_BAD_LINE;
-    line->len -= 2;
+    n = line->len -= 2;
+    while (n-- > 0)
+        if (line->ptr[n] == '\r' || line->ptr[n] == '\0')
+            return LLMCBI_H1_BAD_LINE;
     return LLMCBI_H1_HEADER;
 }
 
@@ -8047,7 +8032,7 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
         /* bytes behind a response belong to nobody */
         if (p < end || llmcbi_conn_unsent(c)) c->h1.close = true;
         llmcbi_conn_keep(c);
-        if (x) llmcb_exchange_end(x, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
+        llmcbi_exchange_over(x, LLMCB_ORDERLY, llmcbi_error_const(LLMCB_OK));
     } else if (!c->x && (c->lingered += (uint32_t)n) > LLMCBI_LINGER_BYTES) {
         llmcbi_conn_free(c);
     } else {
