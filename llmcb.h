@@ -6789,7 +6789,7 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
     size_t i;
 
     if (!x || x->ended) return false;
-    if (n && !x->paused) x->sink->data(x->owner, pieces, n);
+    if (!x->paused) x->sink->data(x->owner, pieces, n);
     for (i = 0; i < n; i++) {
         if (!pieces[i].len) continue;
         x->paused = true;
@@ -7034,10 +7034,16 @@ typedef struct llmcbi_h1 {
     llmcbi_buf line; /* a line that began in earlier input */
 } llmcbi_h1;
 
-/* A header field, or data as the value of none. */
 typedef struct llmcbi_field {
     llmcb_str name, value;
 } llmcbi_field;
+
+/* A header field, or data: many pieces at once cost less than one by one. */
+typedef struct llmcbi_found {
+    llmcbi_field field;
+    size_t n;
+    llmcb_str pieces[16];
+} llmcbi_found;
 
 #define LLMCBI_H1_MAX_INTERIM 8
 #define LLMCBI_H1_MAX_EXTENSION 256
@@ -7333,25 +7339,31 @@ static int llmcbi_h1_fail(llmcbi_h1 *h, int fault)
  * the next call. */
 static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
                                      const char **p, const char *end,
-                                     llmcbi_field *out)
+                                     llmcbi_found *out)
 {
-    for (;;) {
+    const size_t most = sizeof out->pieces / sizeof *out->pieces;
+
+    for (out->n = 0;;) {
         int type;
         if (h->state == LLMCBI_H1_AT_END) return LLMCBI_H1_END;
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
-        if (llmcbi_h1_next_chunk(h, p, end, &out->value)) return LLMCBI_H1_DATA;
+        while (out->n < most &&
+               llmcbi_h1_next_chunk(h, p, end, &out->pieces[out->n]))
+            out->n++;
+        if (out->n) return LLMCBI_H1_DATA;
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
         case LLMCBI_H1_AT_TRAILER:
-            type = llmcbi_h1_head(a, h, p, end, out);
+            type = llmcbi_h1_head(a, h, p, end, &out->field);
             break;
         case LLMCBI_H1_AT_CLOSE:
         case LLMCBI_H1_AT_LENGTH:
         case LLMCBI_H1_AT_CHUNK:
-            type = llmcbi_h1_body(h, p, end, &out->value);
+            type = llmcbi_h1_body(h, p, end, &out->pieces[0]);
+            out->n = 1;
             break;
         default: type = llmcbi_h1_frame(h, *(*p)++); break;
         }
@@ -7456,23 +7468,17 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
                                       llmcb_exchange *x, const char **p,
                                       const char *end)
 {
-    llmcbi_field found;
-    llmcb_str pieces[16]; /* many at once cost less than one by one */
-    size_t n = 0;
+    llmcbi_found found;
 
     for (;;) {
         llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end, &found);
-        if (type == LLMCBI_H1_DATA) {
-            pieces[n++] = found.value;
-            if (n < sizeof pieces / sizeof *pieces) continue;
-        }
-        llmcbi_exchange_pieces(x, pieces, n);
-        n = 0;
         if (type == LLMCBI_H1_STATUS)
             llmcb_exchange_status(x, h->status);
         else if (type == LLMCBI_H1_HEADER)
-            llmcb_exchange_header(x, found.name, found.value);
-        else if (type != LLMCBI_H1_DATA)
+            llmcb_exchange_header(x, found.field.name, found.field.value);
+        else if (type == LLMCBI_H1_DATA)
+            llmcbi_exchange_pieces(x, found.pieces, found.n);
+        else
             return type;
     }
 }
