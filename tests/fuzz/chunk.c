@@ -61,7 +61,7 @@ static llmcbi_h1_type read_chunks(llmcbi_buf *out, size_t *taken, llmcb_str s,
         while ((type = llmcbi_h1_next(&fuzz_alloc, h, &p, piece + n, &found)) ==
                LLMCBI_H1_DATA)
             for (i = 0; i < found.n; i++)
-                fuzz_note_str(out, found.pieces[i]);
+                fuzz_note(out, found.pieces[i].ptr, found.pieces[i].len);
         *taken += (size_t)(p - piece);
         free(piece);
     }

@@ -60,7 +60,8 @@ static void read_all(reading *r, llmcb_str s, const llmcb_limits *limits,
                 FUZZ_CHECK(found.n > 0);
                 for (i = 0; i < found.n; i++) {
                     FUZZ_CHECK(found.pieces[i].len > 0);
-                    fuzz_note_str(&r->body, found.pieces[i]);
+                    fuzz_note(&r->body, found.pieces[i].ptr,
+                              found.pieces[i].len);
                 }
             }
             FUZZ_CHECK(h.line.len <= limits->header_line);
