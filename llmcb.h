@@ -2948,6 +2948,11 @@ llmcbi_sse_next(const llmcb_allocator *a, llmcbi_sse *s, const char **p,
 
 /* ==== [LOOP] poll set, timers, wake-up, posts, embedding =============== */
 
+/* A place in a list; its head is a pointer. Zeroed: in none. */
+typedef struct llmcbi_link {
+    struct llmcbi_link *next, **at;
+} llmcbi_link;
+
 /* Something that the loop is to do in this turn. Zeroed: not queued. */
 typedef struct llmcbi_ready {
     struct llmcbi_ready *prev, *next;
@@ -3001,27 +3006,37 @@ typedef struct llmcbi_job llmcbi_job;
 typedef struct llmcbi_block llmcbi_block;
 
 struct llmcb_loop {
+    /* First what most code asks for, within 127 bytes, where instructions
+     * that reach it are shorter. */
     llmcb_allocator alloc;
-    void (*log)(void *user, const char *line);
-    void *log_user;
-    llmcb_host host;
-    int64_t host_timer; /* what the host was told; -2: nothing yet */
-    int64_t shutdown_ms;
     int64_t now;
-    llmcbi_random random;
-    unsigned workers;
-    size_t worker_stack;
-    int pool_errno; /* why the pool has no thread: of a LLMCB_ESYS */
-    pid_t pid;
-    pthread_t thread;
-    bool thread_known;
+    llmcbi_ready ready; /* list head */
+    bool turning;       /* inside a turn: user code may be on the stack */
     bool virtual_clock;
-    bool turning; /* inside a turn: user code may be on the stack */
     bool stopping;
     bool freeing; /* awaits end at once, nothing new starts */
+    bool thread_known;
+    bool sleeping;      /* under the mutex: it waits, or its host does */
+    bool closed;        /* under the mutex: no more posts */
+    bool progress_due;  /* under the mutex: some of it has reached its mark */
+    llmcbi_pool *pool;  /* set once, by the loop */
+    llmcbi_link *ops;   /* all, done or not */
+    size_t n_alive;     /* operations that are not done */
+    llmcbi_sleep *heap; /* from 1 */
+    pid_t pid;
+    int epoll_fd;
+    int wake_fd[2];
+    llmcbi_block *spare; /* blocks of logs, for use again */
+    void *scratch;       /* shared read buffer of the socket transport */
 
-    llmcbi_ready ready, round; /* list heads */
-    llmcbi_sleep *heap;        /* from 1 */
+    /* Shared with other threads, under the mutex. */
+    pthread_mutex_t mutex;
+    llmcbi_post *posts, **last_post;
+    llmcbi_job *finished;  /* blocking functions that have returned */
+    llmcbi_away *progress; /* of cursors that workers have moved */
+
+    llmcb_host host;
+    int64_t host_timer; /* what the host was told; -2: nothing yet */
     size_t n_timers, heap_cap, timers_made;
     uint64_t timer_seq;
     llmcbi_watch **watches;
@@ -3029,34 +3044,27 @@ struct llmcb_loop {
     size_t poll_start;
     struct pollfd *fds; /* poll(2) alone */
     size_t fds_cap;
-    int epoll_fd;
-    llmcbi_fired fired[LLMCBI_MAX_FIRED];
-    size_t n_fired;
-    int wake_fd[2];
+    pthread_t thread;
     llmcbi_flag cancels; /* some op has cancel_wanted */
-    llmcb_op *ops;       /* all, done or not */
-    size_t n_alive;      /* operations that are not done */
+    int64_t shutdown_ms;
+    void (*log)(void *user, const char *line);
+    void *log_user;
+    llmcbi_random random;
+    unsigned workers;
+    int pool_errno; /* why the pool has no thread: of a LLMCB_ESYS */
+    size_t worker_stack;
     llmcb_transport *transports, *default_transport;
     llmcb_transport none; /* for a recording that there was no memory for */
     uint64_t last_identity;
-    void *scratch;              /* shared read buffer of the socket transport */
     llmcbi_cursor *unpublished; /* whose news the pool must be told */
-    llmcbi_block *spare;        /* blocks of logs, for use again */
     size_t n_spare;
     llmcb_handler **hooks; /* told of all runs */
     size_t n_hooks, hooks_cap;
     llmcb_event token; /* as inline handlers are shown one: all else is NULL */
     llmcb_chunk token_room;
-
-    /* Shared with other threads, under the mutex. */
-    pthread_mutex_t mutex;
-    bool sleeping; /* the loop waits, or its host does */
-    bool closed;   /* no more posts */
-    llmcbi_post *posts, **last_post;
-    llmcbi_pool *pool;     /* set once, by the loop */
-    llmcbi_job *finished;  /* blocking functions that have returned */
-    llmcbi_away *progress; /* of cursors that workers have moved */
-    bool progress_due;     /* one of them has reached its mark */
+    llmcbi_ready round; /* what of `ready` is run at the moment */
+    size_t n_fired;
+    llmcbi_fired fired[LLMCBI_MAX_FIRED];
 };
 
 static void llmcbi_log(llmcb_loop *loop, const char *line)
@@ -3087,6 +3095,34 @@ static llmcb_code llmcbi_enter(llmcb_loop *loop)
                                                        : LLMCB_ESTATE;
 }
 
+static void llmcbi_link_in(llmcbi_link **list, llmcbi_link *l)
+{
+    l->next = *list;
+    l->at = list;
+    if (l->next) l->next->at = &l->next;
+    *list = l;
+}
+
+static void llmcbi_link_out(llmcbi_link *l)
+{
+    if (!l->at) return;
+    *l->at = l->next;
+    if (l->next) l->next->at = l->at;
+    l->at = NULL;
+}
+
+/* An array with room for more than n, or NULL: no memory. */
+static void *llmcbi_room(llmcb_loop *loop, void *array, size_t n, size_t *cap,
+                         size_t size)
+{
+    size_t more = *cap + *cap / 2 + 16;
+
+    if (n < *cap) return array;
+    array = llmcbi_resize(&loop->alloc, array, *cap * size, more * size);
+    if (array) *cap = more;
+    return array;
+}
+
 /* -- ready list */
 
 static void llmcbi_list_init(llmcbi_ready *head)
@@ -3112,15 +3148,7 @@ static void llmcbi_host_watch(llmcb_loop *loop, int fd, int events)
     loop->turning = turning;
 }
 
-static void llmcbi_host_timer(llmcb_loop *loop, int64_t ms)
-{
-    bool turning = loop->turning;
-
-    loop->turning = true;
-    if (loop->host.timer) loop->host.timer(loop->host.user, ms);
-    loop->turning = turning;
-}
-
+/* Outside of a turn: the host is to wait for what is new. */
 static void llmcbi_host_update(llmcb_loop *loop);
 
 static void llmcbi_make_ready(llmcb_loop *loop, llmcbi_ready *r)
@@ -3130,7 +3158,7 @@ static void llmcbi_make_ready(llmcb_loop *loop, llmcbi_ready *r)
     r->next = &loop->ready;
     r->prev->next = r;
     loop->ready.prev = r;
-    if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
+    llmcbi_host_update(loop);
 }
 
 static bool llmcbi_list_empty(const llmcbi_ready *head)
@@ -3163,32 +3191,25 @@ static bool llmcbi_sleep_before(const llmcbi_sleep *a, const llmcbi_sleep *b)
     return a->due != b->due ? a->due < b->due : a->seq < b->seq;
 }
 
-static void llmcbi_heap_put(llmcb_loop *loop, size_t place, llmcbi_sleep s)
+static void llmcbi_heap_put(llmcb_loop *loop, size_t i, const llmcbi_sleep *s)
 {
-    loop->heap[place] = s;
-    s.timer->place = place;
+    loop->heap[i] = *s;
+    s->timer->place = i;
 }
 
-static void llmcbi_heap_up(llmcb_loop *loop, size_t i, llmcbi_sleep s)
-{
-    for (; i > 1 && llmcbi_sleep_before(&s, &loop->heap[(i + 2) / 4]);
-         i = (i + 2) / 4)
-        llmcbi_heap_put(loop, i, loop->heap[(i + 2) / 4]);
-    llmcbi_heap_put(loop, i, s);
-}
-
-static void llmcbi_heap_down(llmcb_loop *loop, size_t i, llmcbi_sleep s)
+/* Finds the place of s, which begins at i. */
+static void llmcbi_heap_sift(llmcb_loop *loop, size_t i, const llmcbi_sleep *s)
 {
     const llmcbi_sleep *heap = loop->heap;
-    size_t n = loop->n_timers, first;
+    size_t n = loop->n_timers, k, least;
 
-    for (first = 4 * i - 2; first <= n; first = 4 * i - 2) {
-        size_t k, least = first;
-        for (k = first + 1; k <= n && k < first + 4; k++)
+    for (; i > 1 && llmcbi_sleep_before(s, &heap[(i + 2) / 4]); i = (i + 2) / 4)
+        llmcbi_heap_put(loop, i, &heap[(i + 2) / 4]);
+    for (; (least = 4 * i - 2) <= n; i = least) {
+        for (k = least + 1; k <= n && k < 4 * i + 2; k++)
             if (llmcbi_sleep_before(&heap[k], &heap[least])) least = k;
-        if (!llmcbi_sleep_before(&heap[least], &s)) break;
-        llmcbi_heap_put(loop, i, heap[least]);
-        i = least;
+        if (!llmcbi_sleep_before(&heap[least], s)) break;
+        llmcbi_heap_put(loop, i, &heap[least]);
     }
     llmcbi_heap_put(loop, i, s);
 }
@@ -3196,15 +3217,11 @@ static void llmcbi_heap_down(llmcb_loop *loop, size_t i, llmcbi_sleep s)
 static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
                               void (*fn)(llmcbi_timer *))
 {
-    if (loop->timers_made + 1 >= loop->heap_cap) {
-        size_t cap = loop->heap_cap + loop->heap_cap / 2 + 16;
-        llmcbi_sleep *heap = (llmcbi_sleep *)llmcbi_resize(
-            &loop->alloc, loop->heap, loop->heap_cap * sizeof *heap,
-            cap * sizeof *heap);
-        if (!heap) return false;
-        loop->heap = heap;
-        loop->heap_cap = cap;
-    }
+    llmcbi_sleep *heap = (llmcbi_sleep *)llmcbi_room(
+        loop, loop->heap, loop->timers_made + 1, &loop->heap_cap, sizeof *heap);
+
+    if (!heap) return false;
+    loop->heap = heap;
     loop->timers_made++;
     memset(t, 0, sizeof *t);
     t->fn = fn;
@@ -3219,11 +3236,7 @@ static void llmcbi_timer_stop(llmcb_loop *loop, llmcbi_timer *t)
     if (!i) return;
     t->place = 0;
     last = loop->heap[loop->n_timers--];
-    if (last.timer == t) return;
-    if (i > 1 && llmcbi_sleep_before(&last, &loop->heap[(i + 2) / 4]))
-        llmcbi_heap_up(loop, i, last);
-    else
-        llmcbi_heap_down(loop, i, last);
+    if (last.timer != t) llmcbi_heap_sift(loop, i, &last);
 }
 
 /* fn once, ms from now; at the earliest in the next turn. */
@@ -3239,8 +3252,8 @@ static void llmcbi_timer_start(llmcb_loop *loop, llmcbi_timer *t, int64_t ms)
     s.due = ms < LLMCBI_LAST_MS - s.due ? s.due + ms : LLMCBI_LAST_MS;
     s.seq = ++loop->timer_seq;
     s.timer = t;
-    llmcbi_heap_up(loop, ++loop->n_timers, s);
-    if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
+    llmcbi_heap_sift(loop, ++loop->n_timers, &s);
+    llmcbi_host_update(loop);
 }
 
 /* A timer from llmcbi_timer_init that is needed no more. */
@@ -3348,16 +3361,12 @@ static void llmcbi_poller_close(llmcb_loop *loop)
 
 static bool llmcbi_poller_set(llmcb_loop *loop, llmcbi_watch *w, int before)
 {
+    struct pollfd *fds = (struct pollfd *)llmcbi_room(
+        loop, loop->fds, loop->n_watches, &loop->fds_cap, sizeof *fds);
+
     (void)before;
-    if (loop->watches_cap >= loop->fds_cap) {
-        size_t cap = loop->watches_cap + 1;
-        struct pollfd *fds = (struct pollfd *)llmcbi_resize(
-            &loop->alloc, loop->fds, loop->fds_cap * sizeof *fds,
-            cap * sizeof *fds);
-        if (!fds) return !w->events;
-        loop->fds = fds;
-        loop->fds_cap = cap;
-    }
+    if (!fds) return !w->events;
+    loop->fds = fds;
     llmcbi_host_watch(loop, w->fd, w->events);
     return true;
 }
@@ -3437,21 +3446,16 @@ static bool llmcbi_poller_wait(llmcb_loop *loop, int timeout)
 }
 #endif
 
-static llmcb_code llmcbi_watch_add(llmcb_loop *loop, llmcbi_watch *w, int fd)
+static bool llmcbi_watch_add(llmcb_loop *loop, llmcbi_watch *w)
 {
-    if (loop->n_watches == loop->watches_cap) {
-        size_t cap = loop->watches_cap ? 2 * loop->watches_cap : 8;
-        llmcbi_watch **list = (llmcbi_watch **)llmcbi_resize(
-            &loop->alloc, loop->watches, loop->watches_cap * sizeof *list,
-            cap * sizeof *list);
-        if (!list) return LLMCB_ENOMEM;
-        loop->watches = list;
-        loop->watches_cap = cap;
-    }
-    w->fd = fd;
-    loop->watches[loop->n_watches] = w;
+    llmcbi_watch **list = (llmcbi_watch **)llmcbi_room(
+        loop, loop->watches, loop->n_watches, &loop->watches_cap, sizeof *list);
+
+    if (!list) return false;
+    loop->watches = list;
+    list[loop->n_watches] = w;
     w->place = ++loop->n_watches;
-    return LLMCB_OK;
+    return true;
 }
 
 static void llmcbi_watch_remove(llmcb_loop *loop, llmcbi_watch *w)
@@ -3465,16 +3469,15 @@ static void llmcbi_watch_remove(llmcb_loop *loop, llmcbi_watch *w)
         if (loop->fired[i].watch == w) loop->fired[i].watch = NULL;
 }
 
-/* Watches fd for events; 0 ends it. Must be told before fd is closed. */
-static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w, int fd,
+/* Watches w->fd for events; 0 ends it. Must be told before that is closed. */
+static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w,
                                    int events)
 {
-    int before = w->place ? w->events : 0;
+    int before = w->events;
     bool ok;
 
     if (events == before) return LLMCB_OK;
-    if (!before && llmcbi_watch_add(loop, w, fd) != LLMCB_OK)
-        return LLMCB_ENOMEM;
+    if (!before && !llmcbi_watch_add(loop, w)) return LLMCB_ENOMEM;
     w->events = events;
     ok = llmcbi_poller_set(loop, w, before);
     if (!ok) w->events = before;
@@ -3713,7 +3716,7 @@ LLMCBI_DEF llmcb_code llmcb_clock_advance(llmcb_loop *loop, int64_t ms)
     if (!loop->virtual_clock) return LLMCB_ESTATE;
     if (ms < 0 || ms > LLMCBI_LAST_MS - loop->now) return LLMCB_EINVAL;
     loop->now += ms;
-    if (!loop->turning) llmcbi_host_update(loop);
+    llmcbi_host_update(loop);
     return LLMCB_OK;
 }
 
@@ -3762,36 +3765,41 @@ static void llmcbi_host_update(llmcb_loop *loop)
 {
     int64_t ms;
 
-    if (!loop->host.timer) return;
+    if (!loop->host.timer || loop->turning) return;
     ms = llmcbi_prepare(loop);
     if (ms < 0 && loop->host_timer == -1) return;
     loop->host_timer = ms;
-    llmcbi_host_timer(loop, ms);
+    loop->turning = true;
+    loop->host.timer(loop->host.user, ms);
+    loop->turning = false;
+}
+
+/* Has the host watch all that the loop does, or forget it. */
+static void llmcbi_host_watch_all(llmcb_loop *loop, bool all)
+{
+    size_t i;
+
+    llmcbi_host_watch(loop, LLMCBI_EPOLL ? loop->epoll_fd : loop->wake_fd[0],
+                      all ? LLMCB_READ : 0);
+    for (i = 0; i < loop->n_watches && !LLMCBI_EPOLL; i++)
+        llmcbi_host_watch(loop, loop->watches[i]->fd,
+                          all ? loop->watches[i]->events : 0);
 }
 
 LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
                                           const llmcb_host *host)
 {
     llmcb_code code = llmcbi_may_turn(loop);
-    llmcb_host none;
-    size_t i;
 
     if (code != LLMCB_OK) return code;
     if (host && (!host->watch || !host->timer)) return LLMCB_EINVAL;
-    memset(&none, 0, sizeof none);
-    for (i = 0; i < 2; i++) { /* take leave of the old, greet the new */
-        size_t k;
-        if (i) loop->host = host ? *host : none;
-        if (!i) llmcbi_host_timer(loop, -1);
-        if (LLMCBI_EPOLL) {
-            llmcbi_host_watch(loop, loop->epoll_fd, i ? LLMCB_READ : 0);
-            continue;
-        }
-        llmcbi_host_watch(loop, loop->wake_fd[0], i ? LLMCB_READ : 0);
-        for (k = 0; k < loop->n_watches; k++)
-            llmcbi_host_watch(loop, loop->watches[k]->fd,
-                              i ? loop->watches[k]->events : 0);
-    }
+    loop->turning = true;
+    if (loop->host.timer) loop->host.timer(loop->host.user, -1);
+    loop->turning = false;
+    llmcbi_host_watch_all(loop, false);
+    memset(&loop->host, 0, sizeof loop->host);
+    if (host) loop->host = *host;
+    llmcbi_host_watch_all(loop, true);
     loop->host_timer = -2;
     llmcbi_host_update(loop);
     return LLMCB_OK;
@@ -3799,27 +3807,16 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
 
 LLMCBI_DEF llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd, int events)
 {
-    llmcb_code code = llmcbi_may_turn(loop);
-    bool woken;
+    struct pollfd one;
+    llmcb_code code;
 
-    if (code != LLMCB_OK) return code;
-#if LLMCBI_EPOLL
-    (void)fd;
-    (void)events;
-    woken = llmcbi_poller_wait(loop, 0);
-#else
-    {
-        struct pollfd one;
-        one.fd = fd;
-        one.events = 0;
-        one.revents = (short)((events & LLMCB_READ ? POLLIN : 0) |
-                              (events & LLMCB_WRITE ? POLLOUT : 0));
-        woken = llmcbi_poller_take(loop, &one, 1);
-    }
-#endif
-    llmcbi_process(loop, woken);
-    llmcbi_host_update(loop);
-    return LLMCB_OK;
+    one.fd = fd;
+    one.events = 0;
+    one.revents = (short)((events & LLMCB_READ ? POLLIN : 0) |
+                          (events & LLMCB_WRITE ? POLLOUT : 0));
+    code = llmcb_loop_dispatch(loop, &one, 1);
+    if (code == LLMCB_OK) llmcbi_host_update(loop);
+    return code;
 }
 
 LLMCBI_DEF llmcb_code llmcb_loop_timer_event(llmcb_loop *loop)
@@ -3838,12 +3835,12 @@ LLMCBI_DEF llmcb_code llmcb_loop_timer_event(llmcb_loop *loop)
 
 LLMCBI_DEF llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc)
 {
-    llmcb_loop_desc zero;
+    static const llmcb_loop_desc none = { { NULL, NULL }, 0,   0, false, 0,
+                                          NULL,           NULL };
     llmcb_loop *loop;
     llmcb_allocator a;
 
-    memset(&zero, 0, sizeof zero);
-    if (!desc) desc = &zero;
+    if (!desc) desc = &none;
     a = desc->allocator;
     if (!a.resize) {
         a.resize = llmcbi_default_resize;
@@ -3867,7 +3864,6 @@ LLMCBI_DEF llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc)
     loop->last_post = &loop->posts;
     loop->epoll_fd = -1;
     llmcbi_list_init(&loop->ready);
-    llmcbi_list_init(&loop->round);
     llmcbi_random_seed(&loop->random);
     if (LLMCBI_SYS(pipe)(loop->wake_fd) != 0) goto no_pipe;
     if (!llmcbi_cloexec_nonblock(loop->wake_fd[0]) ||
@@ -3890,8 +3886,8 @@ typedef struct llmcbi_task llmcbi_task;
 
 /* One task that awaits one op. */
 typedef struct llmcbi_waiter {
-    struct llmcbi_waiter *prev, *next;
-    llmcb_op *op; /* NULL: not waiting */
+    llmcbi_link link; /* of the op's */
+    llmcb_op *op;
     llmcbi_task *task;
 } llmcbi_waiter;
 
@@ -3909,17 +3905,20 @@ typedef struct llmcbi_op_kind {
 } llmcbi_op_kind;
 
 struct llmcb_op {
+    llmcbi_link sibling; /* of the parent's children; first, so that one of
+                            them is the op itself */
+    llmcbi_link all;     /* of the loop's */
     llmcb_loop *loop;
     const llmcbi_op_kind *kind;
-    llmcb_op *prev, *next;
     /* A tree: what is under way within an op. It ends before that op does,
      * and begins when that is open. */
-    llmcb_op *parent, *children, *prev_sibling, *next_sibling;
+    llmcb_op *parent;
+    llmcbi_link *children;
     llmcb_run *run;           /* its first; may be NULL */
     llmcb_op *answer;         /* the op whose result it shows, if not its own */
     const llmcb_usage *usage; /* likewise; NULL: its own */
     const llmcb_output *output; /* of its run, if that is no model's */
-    llmcbi_waiter *waiters;
+    llmcbi_link *waiters;
     llmcbi_task *reader;      /* awaits a chunk */
     const llmcb_error *error; /* of a done op */
     bool open;                /* children may begin */
@@ -3929,27 +3928,24 @@ struct llmcb_op {
     llmcbi_flag cancel_wanted; /* the detail of it */
 };
 
-static void llmcbi_op_init(llmcb_loop *loop, llmcb_op *op,
-                           const llmcbi_op_kind *kind)
+/* A new operation in so many bytes, all else zeroed. */
+static llmcb_op *llmcbi_op_new(llmcb_loop *loop, size_t size,
+                               const llmcbi_op_kind *kind)
 {
+    llmcb_op *op = (llmcb_op *)llmcbi_alloc(&loop->alloc, size);
+
+    if (!op) return NULL;
     op->loop = loop;
     op->kind = kind;
-    op->next = loop->ops;
-    if (op->next) op->next->prev = op;
-    loop->ops = op;
+    llmcbi_link_in(&loop->ops, &op->all);
     loop->n_alive++;
+    return op;
 }
 
 static void llmcbi_op_destroy(llmcb_op *op)
 {
-    llmcb_loop *loop = op->loop;
-
-    if (op->next) op->next->prev = op->prev;
-    if (op->prev)
-        op->prev->next = op->next;
-    else
-        loop->ops = op->next;
-    llmcbi_error_drop(&loop->alloc, op->error);
+    llmcbi_link_out(&op->all);
+    llmcbi_error_drop(&op->loop->alloc, op->error);
     op->kind->destroy(op);
 }
 
@@ -3957,9 +3953,7 @@ static void llmcbi_op_destroy(llmcb_op *op)
 static void llmcbi_op_adopt(llmcb_op *op, llmcb_op *child)
 {
     child->parent = op;
-    child->next_sibling = op->children;
-    if (op->children) op->children->prev_sibling = child;
-    op->children = child;
+    llmcbi_link_in(&op->children, &child->sibling);
 }
 
 static void llmcbi_op_leave(llmcb_op *child)
@@ -3967,12 +3961,7 @@ static void llmcbi_op_leave(llmcb_op *child)
     llmcb_op *op = child->parent;
 
     if (!op) return;
-    if (child->next_sibling)
-        child->next_sibling->prev_sibling = child->prev_sibling;
-    if (child->prev_sibling)
-        child->prev_sibling->next_sibling = child->next_sibling;
-    else
-        op->children = child->next_sibling;
+    llmcbi_link_out(&child->sibling);
     child->parent = NULL;
     op->kind->child_done(op, child);
 }
@@ -3996,7 +3985,7 @@ static void llmcbi_op_finish(llmcb_op *op, const llmcb_error *error)
     llmcbi_op_leave(op);
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_OK);
     while (op->waiters)
-        llmcbi_task_told(op->waiters);
+        llmcbi_task_told((llmcbi_waiter *)(void *)op->waiters);
     if (op->detached && !op->waiting) llmcbi_op_destroy(op);
 }
 
@@ -4026,13 +4015,14 @@ LLMCBI_DEF void llmcb_op_cancel(llmcb_op *op)
 
 static void llmcbi_take_cancels(llmcb_loop *loop)
 {
-    llmcb_op *op, *next;
+    llmcbi_link *l, *next;
 
     if (!LLMCBI_FLAG_GET(&loop->cancels)) return;
     LLMCBI_FLAG_SET(&loop->cancels, 0);
-    for (op = loop->ops; op; op = next) {
+    for (l = loop->ops; l; l = next) {
+        llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, l);
         unsigned char detail = LLMCBI_FLAG_GET(&op->cancel_wanted);
-        next = op->next; /* cancel destroys no other op */
+        next = l->next; /* cancel destroys no other op */
         if (!detail) continue;
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
         if (!op->done) op->kind->cancel(op, (llmcb_detail)detail);
@@ -4052,9 +4042,9 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
     }
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_ECANCELLED);
     while (op->waiters)
-        llmcbi_task_told(op->waiters);
+        llmcbi_task_told((llmcbi_waiter *)(void *)op->waiters);
     llmcbi_op_want_cancel(op, LLMCB_DETAIL_CONSUMER);
-    if (loop->host.timer && !loop->turning) llmcbi_host_update(loop);
+    llmcbi_host_update(loop);
 }
 
 /* The end of op->waiting. Whether op is still there. */
@@ -4095,45 +4085,31 @@ LLMCBI_DEF llmcb_code llmcb_op_wait(llmcb_op *op)
 struct llmcbi_task {
     llmcb_task pub;
     llmcb_loop *loop;
+    bool armed;      /* suspended, or about to be */
+    bool any;        /* one of `many` is enough */
+    bool timing_out; /* the timer is a limit, not the thing awaited */
+    bool cancelled;  /* told at the next await */
+    bool stepping;   /* its function is on the stack */
     llmcb_step (*step)(llmcbi_task *t);              /* calls the function */
     void (*finish)(llmcbi_task *t, llmcb_code code); /* it has ended */
-    llmcbi_ready ready;
-    llmcbi_timer timer;
-    llmcbi_waiter waiter;
     llmcbi_waiter *many; /* of llmcb_await_all and llmcb_await_any */
     size_t n_many, n_left;
+    llmcb_op *owned;    /* freed when the await ends */
+    llmcbi_task **slot; /* where it waits for a chunk, or for handlers */
+    llmcbi_timer timer;
+    llmcbi_ready ready;
+    llmcbi_waiter waiter;
     llmcbi_watch watch;
     size_t size;          /* of a handler's task, with its frame */
-    llmcb_op *owned;      /* freed when the await ends */
-    llmcbi_task **slot;   /* where it waits for a chunk, or for handlers */
     void *owner;          /* for step and finish */
     const llmcb_op *home; /* what it is, or whose handler it is */
-    bool armed;           /* suspended, or about to be */
-    bool any;             /* one of `many` is enough */
-    bool timing_out;      /* the timer is a limit, not the thing awaited */
-    bool cancelled;       /* told at the next await */
-    bool stepping;        /* its function is on the stack */
 };
-
-static void llmcbi_waiter_leave(llmcbi_waiter *w)
-{
-    if (!w->op) return;
-    if (w->next) w->next->prev = w->prev;
-    if (w->prev)
-        w->prev->next = w->next;
-    else
-        w->op->waiters = w->next;
-    w->op = NULL;
-}
 
 static void llmcbi_waiter_join(llmcbi_waiter *w, llmcbi_task *t, llmcb_op *op)
 {
     w->task = t;
     w->op = op;
-    w->prev = NULL;
-    w->next = op->waiters;
-    if (w->next) w->next->prev = w;
-    op->waiters = w;
+    llmcbi_link_in(&op->waiters, &w->link);
     if (op->kind->waited) op->kind->waited(op);
 }
 
@@ -4142,10 +4118,10 @@ static void llmcbi_task_disarm(llmcbi_task *t)
     size_t i;
 
     llmcbi_timer_stop(t->loop, &t->timer);
-    llmcbi_watch_set(t->loop, &t->watch, -1, 0);
-    llmcbi_waiter_leave(&t->waiter);
+    llmcbi_watch_set(t->loop, &t->watch, 0);
+    llmcbi_link_out(&t->waiter.link);
     for (i = 0; i < t->n_many; i++)
-        llmcbi_waiter_leave(&t->many[i]);
+        llmcbi_link_out(&t->many[i].link);
     llmcbi_free(&t->loop->alloc, t->many, t->n_many * sizeof *t->many);
     t->many = NULL;
     t->n_many = 0;
@@ -4205,7 +4181,7 @@ static void llmcbi_task_told(llmcbi_waiter *w)
         llmcbi_task_wake(t, code);
         return;
     }
-    llmcbi_waiter_leave(w);
+    llmcbi_link_out(&w->link);
     if (code != LLMCB_OK && (size_t)(w - t->many) < t->pub.index) {
         t->pub.index = (size_t)(w - t->many);
         t->pub.result = code;
@@ -4224,10 +4200,9 @@ static void llmcbi_task_run(llmcbi_ready *r)
     t->stepping = false;
     if (step == LLMCB_WAIT && t->armed) return;
     /* it says that it waits, but for nothing; or it ends while it waits */
-    if (step > 0) step = LLMCB_ESTATE;
     llmcbi_unready(&t->ready);
     llmcbi_task_disarm(t);
-    t->finish(t, llmcbi_code_of(step));
+    t->finish(t, step > 0 ? LLMCB_ESTATE : llmcbi_code_of(step));
 }
 
 static bool llmcbi_task_init(llmcb_loop *loop, llmcbi_task *t)
@@ -4306,7 +4281,8 @@ LLMCBI_DEF llmcb_step llmcb_await_fd(llmcb_task *t, int fd, int events,
     for (i = 0; i < task->loop->n_watches; i++)
         if (task->loop->watches[i]->fd == fd)
             return llmcbi_await_over(task, LLMCB_EBUSY);
-    code = llmcbi_watch_set(task->loop, &task->watch, fd, events);
+    task->watch.fd = fd;
+    code = llmcbi_watch_set(task->loop, &task->watch, events);
     /* epoll refuses what is always ready: files */
     if (code == LLMCB_ESYS && errno == EPERM)
         code = LLMCB_OK;
@@ -4356,32 +4332,30 @@ static llmcb_step llmcbi_await_many(llmcb_task *pub, llmcb_op *const *ops,
                                     size_t n, int64_t timeout_ms, bool any)
 {
     llmcbi_task *t = llmcbi_await(pub);
-    llmcb_code code = LLMCB_OK;
-    size_t i, first = n;
+    llmcb_code code = LLMCB_OK, bad;
+    size_t i, first = n, left = 0;
 
     if (!t) return LLMCB_WAIT;
     if (n && !ops) return llmcbi_await_over(t, LLMCB_EINVAL);
     for (i = 0; i < n; i++) {
-        code = llmcbi_awaitable(t, ops[i]);
+        bad = llmcbi_awaitable(t, ops[i]);
         t->pub.index = i;
-        if (code != LLMCB_OK) return llmcbi_await_over(t, code);
-    }
-    t->any = any;
-    t->n_left = 0;
-    for (i = 0; i < n; i++) {
+        if (bad != LLMCB_OK) return llmcbi_await_over(t, bad);
         if (!ops[i]->done) {
-            t->n_left++;
+            left++;
         } else if (first == n && (any || ops[i]->error->code != LLMCB_OK)) {
             first = i;
             code = ops[i]->error->code;
         }
     }
     t->pub.index = first;
-    if (t->n_left == 0 || (any && first < n)) return llmcbi_await_over(t, code);
+    if (left == 0 || (any && first < n)) return llmcbi_await_over(t, code);
     t->many =
         (llmcbi_waiter *)llmcbi_alloc(&t->loop->alloc, n * sizeof *t->many);
     if (!t->many) return llmcbi_await_over(t, LLMCB_ENOMEM);
+    t->any = any;
     t->n_many = n;
+    t->n_left = left;
     t->pub.result = code;
     for (i = 0; i < n; i++)
         if (!ops[i]->done) llmcbi_waiter_join(&t->many[i], t, ops[i]);
@@ -4466,14 +4440,13 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
                                       size_t frame_size, void *self)
 {
     llmcbi_task_op *o;
-    size_t head = LLMCBI_ALIGN(sizeof *o);
+    size_t head = LLMCBI_ALIGN(sizeof *o), size = head + frame_size;
 
-    if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing ||
-        frame_size > SIZE_MAX / 2)
+    if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing || size < head)
         return NULL;
-    o = (llmcbi_task_op *)llmcbi_alloc(&loop->alloc, head + frame_size);
+    o = (llmcbi_task_op *)(void *)llmcbi_op_new(loop, size, &llmcbi_task_kind);
     if (!o) return NULL;
-    o->size = head + frame_size;
+    o->size = size;
     o->fn = fn;
     o->task.step = llmcbi_task_op_step;
     o->task.finish = llmcbi_task_op_finish;
@@ -4481,10 +4454,10 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
     o->task.pub.self = self;
     if (frame_size) o->task.pub.frame = (char *)o + head;
     if (!llmcbi_task_init(loop, &o->task)) {
-        llmcbi_free(&loop->alloc, o, o->size);
+        o->op.detached = true;
+        llmcbi_op_finish(&o->op, NULL);
         return NULL;
     }
-    llmcbi_op_init(loop, &o->op, &llmcbi_task_kind);
     o->task.armed = true;
     llmcbi_make_ready(loop, &o->task.ready);
     return &o->op;
@@ -4540,15 +4513,19 @@ static bool llmcbi_pool_idle(const llmcb_loop *loop)
  * upward: llmcbi_strand_run */
 static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s);
 
+typedef enum llmcbi_due {
+    LLMCBI_DUE_NONE,
+    LLMCBI_DUE_STRAND,
+    LLMCBI_DUE_JOB
+} llmcbi_due;
+
 /* Each kind of work leaves one thread to the other. */
-static bool llmcbi_pool_has_work(const llmcbi_pool *p, bool *strand)
+static llmcbi_due llmcbi_pool_due(const llmcbi_pool *p)
 {
     unsigned most = p->n_threads > 1 ? p->n_threads - 1 : 1;
-    bool strands = p->strands && p->n_strands < most;
-    bool jobs = p->jobs && p->n_jobs < most;
 
-    *strand = strands;
-    return strands || jobs;
+    if (p->strands && p->n_strands < most) return LLMCBI_DUE_STRAND;
+    return p->jobs && p->n_jobs < most ? LLMCBI_DUE_JOB : LLMCBI_DUE_NONE;
 }
 
 static void llmcbi_pool_job(llmcb_loop *loop, llmcbi_pool *p)
@@ -4589,11 +4566,12 @@ static void *llmcbi_worker(void *arg)
 {
     llmcb_loop *loop = (llmcb_loop *)arg;
     llmcbi_pool *p = loop->pool;
-    bool strand, worked = false;
+    bool worked = false;
 
     llmcbi_lock(loop);
     for (;;) {
-        if (!llmcbi_pool_has_work(p, &strand)) {
+        llmcbi_due due = llmcbi_pool_due(p);
+        if (due == LLMCBI_DUE_NONE) {
             if (p->stop) break;
             if (worked) {
                 worked = false;
@@ -4605,13 +4583,13 @@ static void *llmcbi_worker(void *arg)
             continue;
         }
         worked = true;
-        if (strand) {
+        if (due == LLMCBI_DUE_STRAND) {
             llmcbi_strand *s = p->strands;
             p->strands = s->next;
             if (!p->strands) p->last_strand = &p->strands;
             p->n_strands++;
             /* a woken worker wakes the next */
-            if (p->n_idle && llmcbi_pool_has_work(p, &strand))
+            if (p->n_idle && llmcbi_pool_due(p) != LLMCBI_DUE_NONE)
                 pthread_cond_signal(&p->cond);
             llmcbi_strand_run(loop, s);
             p->n_strands--;
@@ -4771,9 +4749,9 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
     llmcb_code code;
 
     if (llmcbi_enter(loop) != LLMCB_OK || !fn || loop->freeing) return NULL;
-    o = (llmcbi_offload_op *)llmcbi_alloc(&loop->alloc, sizeof *o);
+    o = (llmcbi_offload_op *)(void *)llmcbi_op_new(loop, sizeof *o,
+                                                   &llmcbi_offload_kind);
     if (!o) return NULL;
-    llmcbi_op_init(loop, &o->op, &llmcbi_offload_kind);
     o->job = llmcbi_job_start(loop, fn, arg, llmcbi_offload_done, o, &code);
     if (!o->job) {
         llmcb_error e;
@@ -5468,7 +5446,7 @@ static void llmcbi_publish(llmcb_loop *loop)
 {
     llmcbi_cursor *c = loop->unpublished;
     llmcbi_pool *p = loop->pool;
-    bool strand, urgent = false;
+    bool urgent = false;
 
     if (!c) return;
     loop->unpublished = NULL;
@@ -5493,7 +5471,7 @@ static void llmcbi_publish(llmcb_loop *loop)
         }
     }
     if (p && p->n_idle && (urgent || !p->napping) &&
-        llmcbi_pool_has_work(p, &strand))
+        llmcbi_pool_due(p) != LLMCBI_DUE_NONE)
         pthread_cond_signal(&p->cond);
     llmcbi_unlock(loop);
 }
@@ -6622,10 +6600,11 @@ LLMCBI_DEF llmcb_code llmcb_loop_hook(llmcb_loop *loop, llmcb_handler *h)
 
 static void llmcbi_cancel_all(llmcb_loop *loop)
 {
-    llmcb_op *op, *next;
+    llmcbi_link *l, *next;
 
-    for (op = loop->ops; op; op = next) {
-        next = op->next;
+    for (l = loop->ops; l; l = next) {
+        llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, l);
+        next = l->next;
         if (!op->done) op->kind->cancel(op, LLMCB_DETAIL_LOOP);
     }
 }
@@ -6673,8 +6652,9 @@ static void llmcbi_loop_release(llmcb_loop *loop, bool stuck)
         if (tr->free) tr->free(tr);
     }
     while (loop->ops) {
-        loop->ops->done = true;
-        llmcbi_op_destroy(loop->ops);
+        llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, loop->ops);
+        op->done = true;
+        llmcbi_op_destroy(op);
     }
     llmcbi_block_trim(loop, 0);
     llmcbi_poller_close(loop);
@@ -6890,25 +6870,32 @@ LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
     return llmcbi_exchange_pieces(x, &piece, len ? 1 : 0);
 }
 
-LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
-                                   llmcb_code code, int sys_errno,
-                                   const char *message)
+static void llmcbi_exchange_over(llmcb_exchange *x, llmcb_ending ending,
+                                 const llmcb_error *e)
 {
     llmcbi_held *h;
-    llmcb_error e;
 
     if (!x || x->ended) return;
-    llmcbi_error_set(&e, code, message);
-    e.sys_errno = sys_errno;
     x->ended = true;
     if (!x->paused) {
-        x->sink->end(x->owner, ending, &e);
+        x->sink->end(x->owner, ending, e);
         return;
     }
     h = llmcbi_exchange_hold(x);
     if (!h) return;
     h->ending = ending;
-    h->end_error = llmcbi_error_keep(&x->tr->loop->alloc, &e);
+    h->end_error = llmcbi_error_keep(&x->tr->loop->alloc, e);
+}
+
+LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
+                                   llmcb_code code, int sys_errno,
+                                   const char *message)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, code, message);
+    e.sys_errno = sys_errno;
+    llmcbi_exchange_over(x, ending, &e);
 }
 
 /* There is room again. Not inside a call of the transport's. */
@@ -6929,8 +6916,8 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
             llmcbi_slice(h->bytes.ptr + h->taken, h->bytes.len - h->taken);
         x->sink->data(x->owner, &rest, 1);
         h->taken = h->bytes.len - rest.len;
+        if (rest.len) return;
     }
-    if (h && h->taken < h->bytes.len) return;
     if (h && x->ended) {
         x->paused = false;
         x->sink->end(x->owner, h->ending, h->end_error);
@@ -6958,85 +6945,104 @@ static bool llmcbi_clean_text(const char *s)
     return true;
 }
 
-static bool llmcbi_url_port(llmcbi_url *u, llmcb_str port)
+/* The number that len digits are, or at least INT64_MAX / 10; -1: not all of
+ * them are digits. */
+static int64_t llmcbi_number(const char *s, size_t len)
 {
-    uint32_t v = 0;
-    size_t i;
+    int64_t v = 0;
 
-    for (i = 0; i < port.len; i++) {
-        if (port.ptr[i] < '0' || port.ptr[i] > '9' || v > 65535) return false;
-        v = v * 10 + (uint32_t)(port.ptr[i] - '0');
+    for (; len; len--, s++) {
+        if (*s < '0' || *s > '9') return -1;
+        if (v < INT64_MAX / 10) v = v * 10 + (*s - '0');
     }
-    if (!v || v > 65535) return false;
-    u->port = (uint16_t)v;
-    return true;
+    return v;
 }
 
 /* What is wrong with an address, or NULL. */
 static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
 {
-    const char *p, *end, *colon;
+    const char *p, *end, *mark;
+    bool bracket;
+    int64_t port;
 
     memset(u, 0, sizeof *u);
-    if (!llmcbi_clean_text(url) || strchr(url, ' '))
-        return "the address holds a blank or a control character";
+    for (p = url; *p; p++)
+        if ((unsigned char)*p <= ' ' || *p == 0x7F)
+            return "the address holds a blank or a control character";
     if (llmcbi_str_begins(url, "unix:")) {
         p = url + 5;
-        colon = strchr(p, ':');
-        u->unix_path = llmcbi_slice(p, colon ? (size_t)(colon - p) : 0);
-        u->target = llmcb_text(colon ? colon + 1 : NULL);
-        u->host = u->authority = llmcb_text("localhost");
-        if (!u->unix_path.len || *u->target.ptr != '/')
+        mark = strchr(p, ':');
+        if (!mark || mark == p || mark[1] != '/')
             return "the address is not of the form unix:/path:/target";
+        u->unix_path = llmcbi_slice(p, (size_t)(mark - p));
+        u->target = llmcb_text(mark + 1);
+        u->host = u->authority = llmcb_text("localhost");
         return NULL;
     }
     u->tls = llmcbi_str_begins(url, "https://");
     if (!u->tls && !llmcbi_str_begins(url, "http://"))
         return "the address begins with none of https://, http:// and unix:";
-    p = url + (u->tls ? 8 : 7);
+    p = url + 7 + u->tls;
     end = p + strcspn(p, "/?#");
     u->port = u->tls ? 443 : 80;
     u->authority = llmcbi_slice(p, (size_t)(end - p));
     u->target = llmcb_text(*end == '/' ? end : "/");
-    if (*end == '?' || *end == '#' || strpbrk(end, "#"))
+    if (*end == '?' || strchr(end, '#'))
         return "the address has a query or fragment in the wrong place";
     if (memchr(p, '@', u->authority.len))
         return "the address holds a user name; use api_key";
-    if (*p == '[') {
-        colon = (const char *)memchr(p, ']', u->authority.len);
-        if (!colon) return "the address has an unclosed bracket";
-        u->host = llmcbi_slice(p + 1, (size_t)(colon - p - 1));
-        p = colon + 1;
-    } else {
-        colon = (const char *)memchr(p, ':', u->authority.len);
-        u->host = llmcbi_slice(p, (size_t)((colon ? colon : end) - p));
-        p = colon ? colon : end;
-    }
+    bracket = *p == '[';
+    mark = (const char *)memchr(p, bracket ? ']' : ':', u->authority.len);
+    if (!mark && bracket) return "the address has an unclosed bracket";
+    if (!mark) mark = end;
+    p += bracket;
+    u->host = llmcbi_slice(p, (size_t)(mark - p));
     if (!u->host.len) return "the address has no host";
-    if (p < end &&
-        (*p != ':' ||
-         !llmcbi_url_port(u, llmcbi_slice(p + 1, (size_t)(end - p - 1)))))
+    mark += bracket;
+    if (mark == end) return NULL;
+    port = llmcbi_number(mark + 1, (size_t)(end - mark - 1));
+    if (*mark != ':' || port < 1 || port > 65535)
         return "the address has a bad port";
+    u->port = (uint16_t)port;
     return NULL;
 }
 
 /* Whether what is sent there stays on this machine. */
 static bool llmcbi_url_is_local(const llmcbi_url *u)
 {
-    size_t i;
-
-    if (u->unix_path.len || llmcbi_str_is_nocase(u->host, "localhost") ||
-        llmcbi_str_is(u->host, "::1"))
-        return true;
-    if (u->host.len < 4 || memcmp(u->host.ptr, "127.", 4) != 0) return false;
-    for (i = 0; i < u->host.len; i++) /* 127.evil.example is a name */
-        if (u->host.ptr[i] != '.' &&
-            (u->host.ptr[i] < '0' || u->host.ptr[i] > '9'))
-            return false;
-    return true;
+    return u->unix_path.len || llmcbi_str_is_nocase(u->host, "localhost") ||
+           llmcbi_str_is(u->host, "::1") ||
+           /* 127.evil.example is a name */
+           (llmcbi_str_begins(u->host.ptr, "127.") &&
+            strspn(u->host.ptr, "0123456789.") >= u->host.len);
 }
 
 /* -- the response parser: bytes to head, body and end */
+
+#define LLMCBI_H1_FAULTS(X)                                                 \
+    X(NOT_HTTP, LLMCB_EPROTO, "not an HTTP/1 response")                     \
+    X(BAD_STATUS, LLMCB_EPROTO, "a bad status line")                        \
+    X(BAD_LINE, LLMCB_EPROTO, "a bad line in the response head")            \
+    X(BAD_FIELD, LLMCB_EPROTO, "a bad header field")                        \
+    X(BAD_LENGTH, LLMCB_EPROTO, "a bad Content-Length")                     \
+    X(BAD_CODING, LLMCB_EPROTO, "an unknown transfer coding")               \
+    X(TWO_LENGTHS, LLMCB_EPROTO, "both Content-Length and chunked")         \
+    X(BAD_CHUNK, LLMCB_EPROTO, "bad chunk framing")                         \
+    X(MUCH_FRAMING, LLMCB_ELIMIT, "the chunk framing outweighs the data")   \
+    X(LONG_EXTENSION, LLMCB_ELIMIT, "a chunk extension is too long")        \
+    X(LONG_TRAILER, LLMCB_ELIMIT, "the trailer is too long")                \
+    X(MANY_INTERIM, LLMCB_ELIMIT, "too many interim responses")             \
+    X(LONG_BODY, LLMCB_ELIMIT, "the response exceeds limits.body")          \
+    X(LONG_LINE, LLMCB_ELIMIT, "a header line exceeds limits.header_line")  \
+    X(LONG_HEAD, LLMCB_ELIMIT,                                              \
+      "the response head exceeds limits.header_block")                      \
+    X(MANY_FIELDS, LLMCB_ELIMIT,                                            \
+      "more header fields than limits.header_fields")                       \
+    X(NO_ANSWER, LLMCB_EIO, "the connection closed before an answer")       \
+    X(CUT_STATUS, LLMCB_EPROTO, "the connection closed in the status line") \
+    X(CUT_HEAD, LLMCB_ETRUNCATED,                                           \
+      "the connection closed in the response head")                         \
+    X(NO_MEMORY, LLMCB_ENOMEM, NULL)
 
 typedef enum llmcbi_h1_type {
     LLMCBI_H1_MORE,
@@ -7046,6 +7052,14 @@ typedef enum llmcbi_h1_type {
     LLMCBI_H1_END,
     LLMCBI_H1_ERROR
 } llmcbi_h1_type;
+
+/* What the parser's own functions return instead of LLMCBI_H1_ERROR. */
+enum {
+    LLMCBI_H1_FAULT = LLMCBI_H1_ERROR,
+#define LLMCBI_ENTRY(name, code, text) LLMCBI_H1_##name,
+    LLMCBI_H1_FAULTS(LLMCBI_ENTRY)
+#undef LLMCBI_ENTRY
+};
 
 enum {
     LLMCBI_H1_AT_STATUS,
@@ -7081,10 +7095,16 @@ typedef struct llmcbi_h1 {
     llmcbi_buf line; /* a line that began in earlier input */
 } llmcbi_h1;
 
-/* A header field, or data as the value of none. */
 typedef struct llmcbi_field {
     llmcb_str name, value;
 } llmcbi_field;
+
+/* A header field, or data: many pieces at once cost less than one by one. */
+typedef struct llmcbi_found {
+    llmcbi_field field;
+    size_t n;
+    llmcb_str pieces[16];
+} llmcbi_found;
 
 #define LLMCBI_H1_MAX_INTERIM 8
 #define LLMCBI_H1_MAX_EXTENSION 256
@@ -7096,67 +7116,41 @@ static void llmcbi_h1_free(const llmcb_allocator *a, llmcbi_h1 *h)
     llmcbi_buf_free(a, &h->line);
 }
 
-static llmcbi_h1_type llmcbi_h1_fail(llmcbi_h1 *h, llmcb_code code,
-                                     const char *message)
-{
-    h->state = LLMCBI_H1_AT_ERROR;
-    h->code = code;
-    h->message = message;
-    return LLMCBI_H1_ERROR;
-}
-
-/* One line of the head without its CRLF. False: more is needed, or it
- * failed. Limits are checked before anything is kept. */
-static bool llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
-                           const char **p, const char *end, llmcb_str *line)
+/* One line of the head without its CRLF. Limits are checked before anything
+ * is kept. */
+static int llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
+                          const char **p, const char *end, llmcb_str *line)
 {
     const char *lf = (const char *)memchr(*p, '\n', (size_t)(end - *p));
     size_t n = (size_t)((lf ? lf + 1 : end) - *p);
 
-    bool full = n > h->max_block - h->block;
-
-    if (full || h->line.len + n > h->max_line) {
-        llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                       full ? "the response head exceeds limits.header_block"
-                            : "a header line exceeds limits.header_line");
-        return false;
-    }
+    if (n > h->max_block - h->block) return LLMCBI_H1_LONG_HEAD;
+    if (h->line.len + n > h->max_line) return LLMCBI_H1_LONG_LINE;
+    *line = llmcbi_slice(*p, n);
     if (h->line.len || !lf) {
         llmcbi_buf_add(a, &h->line, *p, n);
-        if (h->line.failed) {
-            llmcbi_h1_fail(h, LLMCB_ENOMEM, NULL);
-            return false;
-        }
+        if (h->line.failed) return LLMCBI_H1_NO_MEMORY;
         *line = llmcbi_buf_str(&h->line);
-    } else {
-        *line = llmcbi_slice(*p, n);
     }
     h->block += (uint32_t)n;
     *p += n;
-    if (!lf) return false;
+    if (!lf) return LLMCBI_H1_MORE;
     h->line.len = 0;
-    if (line->len < 2 || line->ptr[line->len - 2] != '\r' ||
-        memchr(line->ptr, '\r', line->len - 2) ||
-        memchr(line->ptr, '\0', line->len)) {
-        llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad line in the response head");
-        return false;
-    }
-    line->len -= 2;
-    return true;
+    if (line->len < 2 || line->ptr[line->len - 2] != '\r')
+        return LLMCBI_H1_BAD_LINE;
+    n = line->len -= 2;
+    while (n-- > 0)
+        if (line->ptr[n] == '\r' || line->ptr[n] == '\0')
+            return LLMCBI_H1_BAD_LINE;
+    return LLMCBI_H1_HEADER;
 }
 
 static bool llmcbi_h1_status_line(llmcbi_h1 *h, llmcb_str s)
 {
-    int i;
-
-    if (s.len < 12 || s.ptr[8] != ' ' || s.ptr[7] < '0' || s.ptr[7] > '9' ||
+    if (s.len < 12 || s.ptr[8] != ' ' || llmcbi_number(s.ptr + 7, 1) < 0 ||
         (s.len > 12 && s.ptr[12] != ' '))
         return false;
-    h->status = 0;
-    for (i = 9; i < 12; i++) {
-        if (s.ptr[i] < '0' || s.ptr[i] > '9') return false;
-        h->status = h->status * 10 + (s.ptr[i] - '0');
-    }
+    h->status = (int)llmcbi_number(s.ptr + 9, 3);
     h->close = s.ptr[7] == '0';
     h->interim = h->status < 200;
     return h->status >= 100 && h->status < 600 && h->status != 101;
@@ -7168,39 +7162,42 @@ static bool llmcbi_token_char(char c)
            (c >= 'A' && c <= 'Z') || (c && strchr("!#$%&'*+-.^_`|~", c));
 }
 
+/* Without the blanks around it. */
+static llmcb_str llmcbi_trim(llmcb_str s)
+{
+    while (s.len && (*s.ptr == ' ' || *s.ptr == '\t'))
+        s.ptr++, s.len--;
+    while (s.len && (s.ptr[s.len - 1] == ' ' || s.ptr[s.len - 1] == '\t'))
+        s.len--;
+    return s;
+}
+
 /* Splits "name: value". */
 static bool llmcbi_h1_field(llmcb_str line, llmcbi_field *field)
 {
-    const char *s = line.ptr, *end = s + line.len, *name_end;
+    const char *s = line.ptr;
+    size_t i = 0;
 
-    for (name_end = s; name_end < end && llmcbi_token_char(*name_end);)
-        name_end++;
-    if (name_end == s || name_end == end || *name_end != ':') return false;
-    field->name = llmcbi_slice(s, (size_t)(name_end - s));
-    for (s = name_end + 1; s < end && (*s == ' ' || *s == '\t');)
-        s++;
-    while (end > s && (end[-1] == ' ' || end[-1] == '\t'))
-        end--;
-    field->value = llmcbi_slice(s, (size_t)(end - s));
-    for (; s < end; s++)
-        if (((unsigned char)*s < 0x20 && *s != '\t') || *s == 0x7F)
+    while (i < line.len && llmcbi_token_char(s[i]))
+        i++;
+    if (i == 0 || i == line.len || s[i] != ':') return false;
+    field->name = llmcbi_slice(s, i);
+    for (i++; i < line.len; i++)
+        if (((unsigned char)s[i] < 0x20 && s[i] != '\t') || s[i] == 0x7F)
             return false;
+    i = field->name.len + 1;
+    field->value = llmcbi_trim(llmcbi_slice(s + i, line.len - i));
     return true;
 }
 
 static bool llmcbi_h1_length(llmcbi_h1 *h, llmcb_str s)
 {
-    uint64_t v = 0;
-    size_t i;
+    int64_t v = llmcbi_number(s.ptr, s.len);
 
-    if (!s.len || s.len > 18) return false;
-    for (i = 0; i < s.len; i++) {
-        if (s.ptr[i] < '0' || s.ptr[i] > '9') return false;
-        v = v * 10 + (uint64_t)(s.ptr[i] - '0');
-    }
-    if (h->has_length && h->left != v) return false;
+    if (!s.len || s.len > 18 || v < 0) return false;
+    if (h->has_length && h->left != (uint64_t)v) return false;
     h->has_length = true;
-    h->left = v;
+    h->left = (uint64_t)v;
     return true;
 }
 
@@ -7209,36 +7206,24 @@ static bool llmcbi_has_word(llmcb_str list, const char *word)
     size_t i, begin = 0;
 
     for (i = 0; i <= list.len; i++) {
-        llmcb_str item;
+        llmcb_str item = llmcbi_slice(list.ptr + begin, i - begin);
         if (i < list.len && list.ptr[i] != ',') continue;
-        item = llmcbi_slice(list.ptr + begin, i - begin);
-        while (item.len && (*item.ptr == ' ' || *item.ptr == '\t'))
-            item.ptr++, item.len--;
-        while (item.len && (item.ptr[item.len - 1] == ' ' ||
-                            item.ptr[item.len - 1] == '\t'))
-            item.len--;
-        if (llmcbi_str_is_nocase(item, word)) return true;
+        if (llmcbi_str_is_nocase(llmcbi_trim(item), word)) return true;
         begin = i + 1;
     }
     return false;
 }
 
-static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line,
-                                       llmcbi_field *field)
+static int llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line, llmcbi_field *field)
 {
-    if (!llmcbi_h1_field(line, field))
-        return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad header field");
-    if (++h->fields > h->max_fields)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "more header fields than limits.header_fields");
+    if (!llmcbi_h1_field(line, field)) return LLMCBI_H1_BAD_FIELD;
+    if (++h->fields > h->max_fields) return LLMCBI_H1_MANY_FIELDS;
     if (h->interim) return LLMCBI_H1_MORE;
     if (llmcbi_str_is_nocase(field->name, "content-length")) {
-        if (!llmcbi_h1_length(h, field->value))
-            return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad Content-Length");
+        if (!llmcbi_h1_length(h, field->value)) return LLMCBI_H1_BAD_LENGTH;
     } else if (llmcbi_str_is_nocase(field->name, "transfer-encoding")) {
         if (!llmcbi_str_is_nocase(field->value, "chunked") || h->chunked)
-            return llmcbi_h1_fail(h, LLMCB_EPROTO,
-                                  "an unknown transfer coding");
+            return LLMCBI_H1_BAD_CODING;
         h->chunked = true;
     } else if (llmcbi_str_is_nocase(field->name, "connection")) {
         if (llmcbi_has_word(field->value, "close")) h->close_said = true;
@@ -7249,60 +7234,54 @@ static llmcbi_h1_type llmcbi_h1_header(llmcbi_h1 *h, llmcb_str line,
 }
 
 /* The blank line behind the header fields. */
-static llmcbi_h1_type llmcbi_h1_head_end(llmcbi_h1 *h)
+static int llmcbi_h1_head_end(llmcbi_h1 *h)
 {
     if (h->interim) {
         if (++h->interims > LLMCBI_H1_MAX_INTERIM)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                                  "too many interim responses");
+            return LLMCBI_H1_MANY_INTERIM;
         h->state = LLMCBI_H1_AT_STATUS;
         h->begun = false;
         return LLMCBI_H1_MORE;
     }
-    if (h->chunked && h->has_length)
-        return llmcbi_h1_fail(h, LLMCB_EPROTO,
-                              "both Content-Length and chunked");
-    if (h->has_length && h->left > h->max_body)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "the response exceeds limits.body");
-    if (h->status == 204 || h->status == 304)
+    if (h->chunked && h->has_length) return LLMCBI_H1_TWO_LENGTHS;
+    if (h->left > h->max_body) return LLMCBI_H1_LONG_BODY;
+    h->state = h->chunked      ? LLMCBI_H1_AT_SIZE
+               : h->has_length ? LLMCBI_H1_AT_LENGTH
+                               : LLMCBI_H1_AT_CLOSE;
+    if (h->status == 204 || h->status == 304 || (h->has_length && !h->left))
         h->state = LLMCBI_H1_AT_END;
-    else if (h->chunked)
-        h->state = LLMCBI_H1_AT_SIZE;
-    else if (h->has_length)
-        h->state = h->left ? LLMCBI_H1_AT_LENGTH : LLMCBI_H1_AT_END;
-    else
-        h->state = LLMCBI_H1_AT_CLOSE;
-    if (h->state == LLMCBI_H1_AT_CLOSE) h->close = true;
+    if (h->state == LLMCBI_H1_AT_CLOSE) {
+        h->close = true;
+        h->left = UINT64_MAX;
+    }
     return LLMCBI_H1_MORE;
 }
 
-/* Body bytes, at most `max` of them. */
-static llmcbi_h1_type llmcbi_h1_body(llmcbi_h1 *h, const char **p,
-                                     const char *end, uint64_t max,
-                                     llmcb_str *data)
+static int llmcbi_h1_body(llmcbi_h1 *h, const char **p, const char *end,
+                          llmcb_str *data)
 {
-    size_t n = (size_t)(end - *p);
+    uint64_t n = (uint64_t)(end - *p);
 
-    if (h->body == h->max_body)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "the response exceeds limits.body");
-    if (max > h->max_body - h->body) max = h->max_body - h->body;
-    if (n > max) n = (size_t)max;
-    *data = llmcbi_slice(*p, n);
+    if (h->body == h->max_body) return LLMCBI_H1_LONG_BODY;
+    if (n > h->max_body - h->body) n = h->max_body - h->body;
+    if (n > h->left) n = h->left;
+    *data = llmcbi_slice(*p, (size_t)n);
     *p += n;
     h->body += n;
+    h->left -= n;
+    if (!h->left)
+        h->state = h->state == LLMCBI_H1_AT_CHUNK ? LLMCBI_H1_AT_CHUNK_CR
+                                                  : LLMCBI_H1_AT_END;
     return LLMCBI_H1_DATA;
 }
 
 /* One byte of chunk framing. */
-static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
+static int llmcbi_h1_frame(llmcbi_h1 *h, char c)
 {
     int digit;
 
     if (++h->framing > LLMCBI_H1_FREE_FRAMING && h->body < h->framing / 3)
-        return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                              "the chunk framing outweighs the data");
+        return LLMCBI_H1_MUCH_FRAMING;
     switch (h->state) {
     case LLMCBI_H1_AT_SIZE:
         digit = llmcbi_hex(c);
@@ -7312,9 +7291,7 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
             return LLMCBI_H1_MORE;
         }
         if (!h->digits || h->left > INT64_MAX) break;
-        if (h->left > h->max_body - h->body)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                                  "the response exceeds limits.body");
+        if (h->left > h->max_body - h->body) return LLMCBI_H1_LONG_BODY;
         if (c != '\r' && c != ';') break;
         h->state = c == ';' ? LLMCBI_H1_AT_EXTENSION : LLMCBI_H1_AT_SIZE_LF;
         h->extension = 0;
@@ -7324,8 +7301,7 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
         if (c == '\r')
             h->state = LLMCBI_H1_AT_SIZE_LF;
         else if (++h->extension > LLMCBI_H1_MAX_EXTENSION)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT,
-                                  "a chunk extension is too long");
+            return LLMCBI_H1_LONG_EXTENSION;
         return LLMCBI_H1_MORE;
     case LLMCBI_H1_AT_SIZE_LF:
         if (c != '\n') break;
@@ -7342,35 +7318,30 @@ static llmcbi_h1_type llmcbi_h1_frame(llmcbi_h1 *h, char c)
         h->state = LLMCBI_H1_AT_SIZE;
         return LLMCBI_H1_MORE;
     }
-    return llmcbi_h1_fail(h, LLMCB_EPROTO, "bad chunk framing");
+    return LLMCBI_H1_BAD_CHUNK;
 }
 
-static llmcbi_h1_type llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
-                                     const char **p, const char *end,
-                                     llmcbi_field *field)
+static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
+                          const char **p, const char *end, llmcbi_field *field)
 {
     static const char magic[] = "HTTP/1.";
     size_t seen = h->line.len, n = (size_t)(end - *p);
     llmcb_str line;
-    bool whole;
+    int type;
 
     /* something else than HTTP need not send a line end to be known */
     if (h->state == LLMCBI_H1_AT_STATUS && seen < 7 &&
         memcmp(*p, magic + seen, n < 7 - seen ? n : 7 - seen) != 0)
-        return llmcbi_h1_fail(h, LLMCB_EPROTO, "not an HTTP/1 response");
-    whole = llmcbi_h1_line(a, h, p, end, &line);
-    if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
+        return LLMCBI_H1_NOT_HTTP;
+    type = llmcbi_h1_line(a, h, p, end, &line);
+    if (type != LLMCBI_H1_HEADER) return type;
     if (h->state == LLMCBI_H1_AT_STATUS) {
-        if (!whole) return LLMCBI_H1_MORE;
-        if (!llmcbi_h1_status_line(h, line))
-            return llmcbi_h1_fail(h, LLMCB_EPROTO, "a bad status line");
+        if (!llmcbi_h1_status_line(h, line)) return LLMCBI_H1_BAD_STATUS;
         h->state = LLMCBI_H1_AT_HEADER;
         return h->interim ? LLMCBI_H1_MORE : LLMCBI_H1_STATUS;
     }
-    if (!whole) return LLMCBI_H1_MORE;
     if (h->state == LLMCBI_H1_AT_TRAILER) {
-        if (h->block > LLMCBI_H1_MAX_TRAILER)
-            return llmcbi_h1_fail(h, LLMCB_ELIMIT, "the trailer is too long");
+        if (h->block > LLMCBI_H1_MAX_TRAILER) return LLMCBI_H1_LONG_TRAILER;
         if (!line.len) h->state = LLMCBI_H1_AT_END;
         return LLMCBI_H1_MORE;
     }
@@ -7396,8 +7367,8 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
         size = size << 4 | digit;
     }
     if (!size || end - q < 4 || size > (uint64_t)(end - q - 4) ||
-        memcmp(q, "\r\n", 2) != 0 || memcmp(q + 2 + size, "\r\n", 2) != 0 ||
-        size > h->max_body - h->body ||
+        q[0] != '\r' || q[1] != '\n' || q[2 + size] != '\r' ||
+        q[3 + size] != '\n' || size > h->max_body - h->body ||
         (h->framing + 12 > LLMCBI_H1_FREE_FRAMING &&
          h->body < (h->framing + 12) / 3))
         return false;
@@ -7409,64 +7380,69 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
     return true;
 }
 
+static int llmcbi_h1_fail(llmcbi_h1 *h, int fault)
+{
+#define LLMCBI_ENTRY(name, code, text) { code, text },
+    static const struct {
+        llmcb_code code;
+        const char *message;
+    } table[] = { { LLMCB_OK, NULL }, LLMCBI_H1_FAULTS(LLMCBI_ENTRY) };
+#undef LLMCBI_ENTRY
+
+    h->state = LLMCBI_H1_AT_ERROR;
+    h->code = table[fault - LLMCBI_H1_FAULT].code;
+    h->message = table[fault - LLMCBI_H1_FAULT].message;
+    return LLMCBI_H1_ERROR;
+}
+
 /* The next thing in the input; a header or data into *out. After
  * LLMCBI_H1_END, *p shows what is behind the response. Slices are valid until
  * the next call. */
 static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
                                      const char **p, const char *end,
-                                     llmcbi_field *out)
+                                     llmcbi_found *out)
 {
-    for (;;) {
-        llmcbi_h1_type type;
+    const size_t most = sizeof out->pieces / sizeof *out->pieces;
+
+    for (out->n = 0;;) {
+        int type;
         if (h->state == LLMCBI_H1_AT_END) return LLMCBI_H1_END;
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
-        if (llmcbi_h1_next_chunk(h, p, end, &out->value)) return LLMCBI_H1_DATA;
+        while (out->n < most &&
+               llmcbi_h1_next_chunk(h, p, end, &out->pieces[out->n]))
+            out->n++;
+        if (out->n) return LLMCBI_H1_DATA;
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
         case LLMCBI_H1_AT_TRAILER:
-            type = llmcbi_h1_head(a, h, p, end, out);
+            type = llmcbi_h1_head(a, h, p, end, &out->field);
             break;
         case LLMCBI_H1_AT_CLOSE:
-            type = llmcbi_h1_body(h, p, end, UINT64_MAX, &out->value);
-            break;
         case LLMCBI_H1_AT_LENGTH:
         case LLMCBI_H1_AT_CHUNK:
-            type = llmcbi_h1_body(h, p, end, h->left, &out->value);
-            if (type != LLMCBI_H1_DATA) break;
-            h->left -= out->value.len;
-            if (!h->left)
-                h->state = h->state == LLMCBI_H1_AT_CHUNK
-                               ? LLMCBI_H1_AT_CHUNK_CR
-                               : LLMCBI_H1_AT_END;
+            type = llmcbi_h1_body(h, p, end, &out->pieces[0]);
+            out->n = 1;
             break;
         default: type = llmcbi_h1_frame(h, *(*p)++); break;
         }
-        if (type != LLMCBI_H1_MORE) return type;
+        if (type > LLMCBI_H1_ERROR) type = llmcbi_h1_fail(h, type);
+        if (type != LLMCBI_H1_MORE) return (llmcbi_h1_type)type;
     }
 }
 
 /* What an orderly close of the connection means at this point. */
 static llmcb_ending llmcbi_h1_eof(llmcbi_h1 *h)
 {
-    h->code = LLMCB_OK;
-    h->message = NULL;
     if (h->state == LLMCBI_H1_AT_CLOSE || h->state == LLMCBI_H1_AT_END)
         return LLMCB_ORDERLY;
-    if (h->state == LLMCBI_H1_AT_STATUS) {
-        h->code = h->begun ? LLMCB_EPROTO : LLMCB_EIO;
-        h->message = h->begun ? "the connection closed in the status line"
-                              : "the connection closed before an answer";
-        return LLMCB_BROKEN;
-    }
-    if (h->state == LLMCBI_H1_AT_HEADER) {
-        h->code = LLMCB_ETRUNCATED;
-        h->message = "the connection closed in the response head";
-        return LLMCB_BROKEN;
-    }
-    return LLMCB_CUT;
+    if (h->state > LLMCBI_H1_AT_HEADER) return LLMCB_CUT;
+    llmcbi_h1_fail(h, h->state == LLMCBI_H1_AT_HEADER ? LLMCBI_H1_CUT_HEAD
+                      : h->begun                      ? LLMCBI_H1_CUT_STATUS
+                                                      : LLMCBI_H1_NO_ANSWER);
+    return LLMCB_BROKEN;
 }
 
 /* -- retry rules */
@@ -7477,53 +7453,47 @@ static llmcb_ending llmcbi_h1_eof(llmcbi_h1 *h)
 /* Whole or decimal seconds to milliseconds; LLMCBI_NO_WISH: not a number. */
 static int64_t llmcbi_parse_seconds(llmcb_str s, int64_t unit)
 {
-    int64_t v = 0, part = unit;
+    int64_t v, digit, part = unit;
     size_t i = 0;
 
-    if (!s.len || s.ptr[0] < '0' || s.ptr[0] > '9') return LLMCBI_NO_WISH;
-    for (; i < s.len && s.ptr[i] >= '0' && s.ptr[i] <= '9'; i++)
-        if (v < INT64_MAX / 100000) v = v * 10 + (s.ptr[i] - '0');
+    while (i < s.len && s.ptr[i] != '.')
+        i++;
+    v = llmcbi_number(s.ptr, i);
+    if (!i || v < 0) return LLMCBI_NO_WISH;
+    if (v > INT64_MAX / 100000) v = INT64_MAX / 100000;
     v *= unit;
-    if (i < s.len && s.ptr[i] == '.')
-        for (i++; i < s.len && s.ptr[i] >= '0' && s.ptr[i] <= '9'; i++) {
-            part /= 10;
-            v += part * (s.ptr[i] - '0');
-        }
-    return i == s.len ? v : LLMCBI_NO_WISH;
-}
-
-static int llmcbi_two_digits(const char *s)
-{
-    return s[0] >= '0' && s[0] <= '9' && s[1] >= '0' && s[1] <= '9'
-               ? (s[0] - '0') * 10 + (s[1] - '0')
-               : -10000;
+    while (++i < s.len) {
+        digit = llmcbi_number(s.ptr + i, 1);
+        if (digit < 0) return LLMCBI_NO_WISH;
+        part /= 10;
+        v += part * digit;
+    }
+    return v;
 }
 
 /* "Tue, 14 Nov 2023 22:13:20 GMT" in seconds since 1970, or -1. */
 static int64_t llmcbi_parse_date(llmcb_str s)
 {
     static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-    int day, month, year, hour, minute, second, era_year;
+    static const short before[] = { 0,   31,  59,  90,  120, 151,
+                                    181, 212, 243, 273, 304, 334 };
+    static const unsigned char at[] = { 5, 12, 17, 20, 23 };
+    int v[5], i, month, year; /* day, year, hour, minute, second */
     int64_t days;
-    const char *p = s.ptr;
 
-    if (s.len != 29 || memcmp(p + 25, " GMT", 4) != 0) return -1;
-    day = llmcbi_two_digits(p + 5);
-    year = llmcbi_two_digits(p + 12) * 100 + llmcbi_two_digits(p + 14);
-    hour = llmcbi_two_digits(p + 17);
-    minute = llmcbi_two_digits(p + 20);
-    second = llmcbi_two_digits(p + 23);
+    if (s.len != 29 || memcmp(s.ptr + 25, " GMT", 4) != 0) return -1;
+    for (i = 0; i < 5; i++) {
+        v[i] = (int)llmcbi_number(s.ptr + at[i], i == 1 ? 4 : 2);
+        if (v[i] < 0) return -1;
+    }
+    year = v[1];
     for (month = 0; month < 12; month++)
-        if (memcmp(p + 8, months + 3 * month, 3) == 0) break;
-    if (month == 12 || day < 1 || day > 31 || year < 1970 || hour < 0 ||
-        minute < 0 || second < 0)
-        return -1;
-    /* days from the civil calendar, years that begin in March */
-    month += month >= 2 ? -1 : 11;
-    era_year = month >= 11 ? year - 1 : year;
-    days = (int64_t)era_year * 365 + era_year / 4 - era_year / 100 +
-           era_year / 400 + (153 * (month - 1) + 2) / 5 + day - 719469;
-    return days * 86400 + hour * 3600 + minute * 60 + second;
+        if (memcmp(s.ptr + 8, months + 3 * month, 3) == 0) break;
+    if (month == 12 || v[0] < 1 || v[0] > 31 || year < 1970) return -1;
+    days = year * 365 + before[month] + v[0] - 719528;
+    if (month < 2) year--; /* its leap day is still to come */
+    days += year / 4 - year / 100 + year / 400;
+    return days * 86400 + v[2] * 3600 + v[3] * 60 + v[4];
 }
 
 /* The milliseconds that a Retry-After value asks for. Dates round up. */
@@ -7559,30 +7529,18 @@ static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
                                       llmcb_exchange *x, const char **p,
                                       const char *end)
 {
-    llmcbi_field found;
-    llmcb_str pieces[16]; /* many at once cost less than one by one */
-    const size_t most = sizeof pieces / sizeof *pieces;
-    size_t n;
+    llmcbi_found found;
 
     for (;;) {
         llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end, &found);
-        switch (type) {
-        case LLMCBI_H1_STATUS: llmcb_exchange_status(x, h->status); break;
-        case LLMCBI_H1_HEADER:
-            llmcb_exchange_header(x, found.name, found.value);
-            break;
-        case LLMCBI_H1_DATA:
-            pieces[0] = found.value;
-            for (n = 1;
-                 n < most && llmcbi_h1_next_chunk(h, p, end, &pieces[n]);)
-                n++;
-            llmcbi_exchange_pieces(x, pieces, n);
-            break;
-        case LLMCBI_H1_MORE:
-        case LLMCBI_H1_END:
-        case LLMCBI_H1_ERROR:
-        default: return type;
-        }
+        if (type == LLMCBI_H1_STATUS)
+            llmcb_exchange_status(x, h->status);
+        else if (type == LLMCBI_H1_HEADER)
+            llmcb_exchange_header(x, found.field.name, found.field.value);
+        else if (type == LLMCBI_H1_DATA)
+            llmcbi_exchange_pieces(x, found.pieces, found.n);
+        else
+            return type;
     }
 }
 
@@ -7639,128 +7597,113 @@ typedef struct llmcbi_conn llmcbi_conn;
 /* A connection, with the exchange that it serves at the moment. */
 struct llmcbi_conn {
     /* First what each read looks at, so that it is in one place. */
-    llmcbi_watch watch;
-    int fd;
+    llmcbi_watch watch; /* fd -1: not connected */
     uint8_t state;
     bool reused;   /* its descriptor has served another exchange */
     bool replayed; /* a reused one has failed already */
-    llmcbi_sock *sock;
+    int sys_errno; /* why the last address failed */
+    llmcb_loop *loop;
     llmcb_exchange *x;            /* NULL: lingering or idle */
     const llmcb_request *request; /* of x, until it is sent and answered */
-    llmcbi_h1 h1;
-
-    size_t sent;              /* of head and body together */
-    llmcbi_conn *prev, *next; /* of the transport */
+    size_t sent;                  /* of head and body together */
+    llmcbi_buf head;              /* request head, until it is sent */
     llmcbi_ready ready;
     llmcbi_timer timer; /* connect share, linger or idle */
+    llmcbi_h1 h1;
+
+    llmcbi_sock *sock;
+    llmcbi_link link; /* of the transport's, in use or idle */
     llmcbi_job *dns;
     struct addrinfo *addresses, *address; /* all, and the one tried */
-    llmcbi_buf head;                      /* request head, until it is sent */
-    size_t lingered;
     int64_t born;
     uint64_t identity;
-    int sys_errno; /* why the last address failed */
-    char key[1];   /* the address without its path: who may share it */
+    uint32_t lingered;
+    char key[1]; /* the address without its path: who may share it */
 };
 
 struct llmcbi_sock {
     llmcb_transport base;
-    llmcbi_conn *conns;
-    llmcbi_conn *idle[LLMCBI_MAX_IDLE];
+    llmcbi_link *conns, *idle; /* in use, and not */
     size_t n_idle;
 };
 
 static void llmcbi_conn_disconnect(llmcbi_conn *c)
 {
-    if (c->fd < 0) return;
-    llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, 0);
-    LLMCBI_SYS(close)(c->fd);
-    c->fd = -1;
+    if (c->watch.fd < 0) return;
+    llmcbi_watch_set(c->loop, &c->watch, 0);
+    LLMCBI_SYS(close)(c->watch.fd);
+    c->watch.fd = -1;
 }
 
 static void llmcbi_conn_wipe_head(llmcbi_conn *c)
 {
-    if (c->head.ptr) llmcbi_wipe(c->head.ptr, c->head.cap);
-    llmcbi_buf_free(&c->sock->base.loop->alloc, &c->head);
+    llmcbi_wipe(c->head.ptr, c->head.cap);
+    llmcbi_buf_free(&c->loop->alloc, &c->head);
 }
 
 static void llmcbi_conn_free(llmcbi_conn *c)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    const llmcb_allocator *a = &c->loop->alloc;
 
-    if (c->state == LLMCBI_CONN_IDLE) {
-        size_t i = 0;
-        while (c->sock->idle[i] != c)
-            i++;
-        c->sock->idle[i] = c->sock->idle[--c->sock->n_idle];
-    }
+    if (c->state == LLMCBI_CONN_IDLE) c->sock->n_idle--;
     llmcbi_conn_disconnect(c);
     if (c->dns) c->dns->owner = NULL;
     if (c->addresses) freeaddrinfo(c->addresses);
     llmcbi_unready(&c->ready);
-    llmcbi_timer_free(loop, &c->timer);
+    llmcbi_timer_free(c->loop, &c->timer);
     llmcbi_conn_wipe_head(c);
-    llmcbi_h1_free(&loop->alloc, &c->h1);
-    if (c->next) c->next->prev = c->prev;
-    if (c->prev)
-        c->prev->next = c->next;
-    else
-        c->sock->conns = c->next;
-    llmcbi_free(&loop->alloc, c, sizeof *c + strlen(c->key));
+    llmcbi_h1_free(a, &c->h1);
+    llmcbi_link_out(&c->link);
+    llmcbi_free(a, c, sizeof *c + strlen(c->key));
 }
 
 static llmcbi_conn **llmcbi_conn_slot(llmcb_exchange *x)
 {
-    return (llmcbi_conn **)llmcb_exchange_state(x);
+    return (llmcbi_conn **)(void *)((char *)x + LLMCBI_EXCHANGE_HEAD);
 }
 
-/* Ends the exchange; the connection is gone or on its own. */
-static void llmcbi_conn_end(llmcbi_conn *c, llmcb_ending ending,
-                            llmcb_code code, const char *message)
+/* The end of the connection, and of an exchange that it serves. */
+static void llmcbi_conn_end(llmcbi_conn *c, llmcb_code code,
+                            const char *message, llmcb_ending ending)
 {
     llmcb_exchange *x = c->x;
-    int sys_errno = code == LLMCB_OK ? 0 : c->sys_errno;
+    char digits[24];
+    llmcb_error e;
 
-    c->x = NULL;
+    llmcbi_error_set(&e, code, message);
+    if (code != LLMCB_OK && c->sys_errno) {
+        e.sys_errno = c->sys_errno;
+        llmcbi_error_add(&e, ", errno ", 8);
+        message = llmcbi_decimal(digits, c->sys_errno);
+        llmcbi_error_add(&e, message, strlen(message));
+    }
     llmcbi_conn_free(c);
-    if (x) llmcb_exchange_end(x, ending, code, sys_errno, message);
+    llmcbi_exchange_over(x, ending, &e);
 }
 
 static void llmcbi_conn_fail(llmcbi_conn *c, llmcb_code code,
                              const char *message)
 {
-    char text[160], digits[24];
-    size_t n;
-
-    llmcbi_copy_clean(text, sizeof text, message, strlen(message));
-    if (c->sys_errno) {
-        n = strlen(text);
-        llmcbi_copy_clean(text + n, sizeof text - n, ", errno ", 8);
-        n = strlen(text);
-        message = llmcbi_decimal(digits, c->sys_errno);
-        llmcbi_copy_clean(text + n, sizeof text - n, message, strlen(message));
-    }
-    llmcbi_conn_end(c, LLMCB_BROKEN, code, text);
+    llmcbi_conn_end(c, code, message, LLMCB_BROKEN);
 }
 
 static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
 {
-    const llmcb_allocator *a = &c->sock->base.loop->alloc;
-    const llmcb_request *q = c->request;
+    const llmcb_allocator *a = &c->loop->alloc;
     llmcbi_buf *b = &c->head;
-    size_t i;
-
-    /* in one piece, so that no copy of the key stays behind */
+    const llmcb_request *q = c->request;
+    const llmcb_pair *h = q->headers, *last = h + q->n_headers;
     size_t size = 256 + u->target.len + u->authority.len;
-    for (i = 0; i < q->n_headers; i++)
-        size += strlen(q->headers[i].key) + strlen(q->headers[i].value) + 4;
+
+    for (; h < last; h++)
+        size += strlen(h->key) + strlen(h->value) + 4;
+    /* in one piece, so that no copy of the key stays behind */
     if (!llmcbi_buf_reserve(a, b, size)) return;
     llmcbi_buf_print(
         a, b, "%s %S HTTP/1.1\r\nHost: %S\r\nContent-Length: %d\r\n", q->method,
         &u->target, &u->authority, (int64_t)q->body_len);
-    for (i = 0; i < q->n_headers; i++)
-        llmcbi_buf_print(a, b, "%s: %s\r\n", q->headers[i].key,
-                         q->headers[i].value);
+    for (h = q->headers; h < last; h++)
+        llmcbi_buf_print(a, b, "%s: %s\r\n", h->key, h->value);
     llmcbi_buf_text(a, b, "\r\n");
 }
 
@@ -7780,12 +7723,11 @@ static void llmcbi_conn_watch(llmcbi_conn *c)
     else if (c->state != LLMCBI_CONN_IDLE)
         events = (c->x && c->x->paused ? 0 : LLMCB_READ) |
                  (llmcbi_conn_unsent(c) ? LLMCB_WRITE : 0);
-    code = llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, events);
+    code = llmcbi_watch_set(c->loop, &c->watch, events);
     if (code == LLMCB_OK) return;
     if (code == LLMCB_ESYS) c->sys_errno = errno;
     llmcbi_conn_fail(c, code,
-                     code == LLMCB_ESYS ? "a socket cannot be watched"
-                                        : "out of memory");
+                     code == LLMCB_ESYS ? "a socket cannot be watched" : NULL);
 }
 
 /* false: the connection is gone. */
@@ -7794,19 +7736,19 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
     size_t head = c->head.len, all = head + c->request->body_len;
 
     while (c->sent < all) { /* both in one call: mostly one packet */
-        size_t head_sent = c->sent < head ? c->sent : head;
-        size_t body_sent = c->sent - head_sent;
+        size_t left = c->sent < head ? head - c->sent : 0; /* of the head */
         struct iovec parts[2];
         struct msghdr m;
         ssize_t n;
         memset(&m, 0, sizeof m);
         m.msg_iov = parts;
         m.msg_iovlen = 2;
-        parts[0].iov_base = c->head.ptr + head_sent;
-        parts[0].iov_len = head - head_sent;
-        parts[1].iov_base = llmcbi_unconst(c->request->body + body_sent);
-        parts[1].iov_len = c->request->body_len - body_sent;
-        n = LLMCBI_SYS(sendmsg)(c->fd, &m, LLMCBI_NOSIGNAL);
+        parts[0].iov_base = c->head.ptr + head - left;
+        parts[0].iov_len = left;
+        parts[1].iov_len = all - left - c->sent;
+        parts[1].iov_base = llmcbi_unconst(
+            c->request->body + c->request->body_len - parts[1].iov_len);
+        n = LLMCBI_SYS(sendmsg)(c->watch.fd, &m, LLMCBI_NOSIGNAL);
         if (n > 0) {
             c->sent += (size_t)n;
             continue;
@@ -7825,30 +7767,20 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
          * the next read, or the read fails too. */
         c->sent = all;
     }
-    if (c->head.ptr) {
-        llmcbi_wipe(c->head.ptr, c->head.cap);
-        c->sent -= head;
-        llmcbi_buf_free(&c->sock->base.loop->alloc, &c->head);
-    }
+    c->sent -= head;
+    llmcbi_conn_wipe_head(c);
     return true;
 }
 
 static void llmcbi_conn_established(llmcbi_conn *c)
 {
-    llmcbi_url u;
-
-    llmcbi_timer_stop(c->sock->base.loop, &c->timer);
+    llmcbi_timer_stop(c->loop, &c->timer);
     if (c->addresses) freeaddrinfo(c->addresses);
     c->addresses = c->address = NULL;
     c->state = LLMCBI_CONN_ACTIVE;
     c->sys_errno = 0;
     llmcb_exchange_connected(c->x);
-    llmcbi_url_parse(&u, c->request->url); /* which has been tried */
-    llmcbi_conn_write_head(c, &u);
-    if (c->head.failed)
-        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
-    else if (llmcbi_conn_send(c))
-        llmcbi_conn_watch(c);
+    if (llmcbi_conn_send(c)) llmcbi_conn_watch(c);
 }
 
 /* A non-blocking socket that begins to connect. */
@@ -7882,38 +7814,53 @@ fail:
     return -1;
 }
 
+/* LLMCB_ESYS: this machine is short of something. */
+static llmcb_code
+llmcbi_conn_connect(llmcbi_conn *c, const struct sockaddr *addr, socklen_t len)
+{
+    c->watch.fd = llmcbi_connect(addr, len);
+    if (c->watch.fd >= 0) {
+        c->state = LLMCBI_CONN_CONNECTING;
+        return LLMCB_OK;
+    }
+    c->sys_errno = errno;
+    return llmcbi_errno_is_local(errno) ? LLMCB_ESYS : LLMCB_ECONNECT;
+}
+
+/* What follows llmcbi_conn_connect. */
+static void llmcbi_conn_tried(llmcbi_conn *c, llmcb_code code,
+                              const char *message)
+{
+    if (code == LLMCB_OK)
+        llmcbi_conn_watch(c);
+    else
+        llmcbi_conn_fail(
+            c, code, code == LLMCB_ESYS ? "no socket could be made" : message);
+}
+
 /* Tries addresses from c->address on, until one is on its way. */
 static void llmcbi_conn_try(llmcbi_conn *c)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    llmcb_code code = LLMCB_ECONNECT;
     struct addrinfo *ai;
     int64_t left = 0;
 
-    for (; c->address; c->address = c->address->ai_next) {
-        c->fd = llmcbi_connect(c->address->ai_addr, c->address->ai_addrlen);
-        if (c->fd >= 0) break;
-        c->sys_errno = errno;
-        if (llmcbi_errno_is_local(errno)) {
-            llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
-            return;
-        }
+    for (; (ai = c->address); c->address = ai->ai_next) {
+        code = llmcbi_conn_connect(c, ai->ai_addr, ai->ai_addrlen);
+        if (code != LLMCB_ECONNECT) break;
     }
-    if (!c->address) {
-        llmcbi_conn_fail(c, LLMCB_ECONNECT, "could not connect to the server");
-        return;
-    }
-    c->state = LLMCBI_CONN_CONNECTING;
     /* an address that does not answer leaves time for the others */
-    for (ai = c->address; ai; ai = ai->ai_next)
+    for (; ai; ai = ai->ai_next)
         left++;
     if (left > 1 && c->request->connect_ms > 0)
-        llmcbi_timer_start(loop, &c->timer, c->request->connect_ms / left);
-    llmcbi_conn_watch(c);
+        llmcbi_timer_start(c->loop, &c->timer, c->request->connect_ms / left);
+    llmcbi_conn_tried(c, code, NULL);
 }
 
 static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
 {
     struct sockaddr_un addr;
+    llmcb_code code;
 
     memset(&addr, 0, sizeof addr);
     addr.sun_family = AF_UNIX;
@@ -7922,52 +7869,31 @@ static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
         return;
     }
     memcpy(addr.sun_path, path.ptr, path.len);
-    c->fd = llmcbi_connect((const struct sockaddr *)(const void *)&addr,
-                           (socklen_t)sizeof addr);
-    if (c->fd >= 0) {
-        c->state = LLMCBI_CONN_CONNECTING;
-        llmcbi_conn_watch(c);
-        return;
-    }
-    c->sys_errno = errno;
-    if (errno == EAGAIN) { /* Linux: the listener's queue is full; no poll */
-        c->state = LLMCBI_CONN_NEW; /* tells when it is not, so ask again */
-        llmcbi_timer_start(c->sock->base.loop, &c->timer,
-                           LLMCBI_CONNECT_AGAIN_MS);
-        return;
-    }
-    if (llmcbi_errno_is_local(errno))
-        llmcbi_conn_fail(c, LLMCB_ESYS, "no socket could be made");
+    code = llmcbi_conn_connect(c, (const struct sockaddr *)(const void *)&addr,
+                               (socklen_t)sizeof addr);
+    /* Linux: the listener's queue is full; no poll tells when it is not, so
+     * ask again */
+    if (code == LLMCB_ECONNECT && c->sys_errno == EAGAIN)
+        llmcbi_timer_start(c->loop, &c->timer, LLMCBI_CONNECT_AGAIN_MS);
     else
-        llmcbi_conn_fail(c, LLMCB_ECONNECT, "could not connect to the socket");
+        llmcbi_conn_tried(c, code, "could not connect to the socket");
 }
 
 /* -- names: the system's resolver blocks, so it runs on the pool */
 
 typedef struct llmcbi_dns {
-    struct addrinfo *found;
+    struct addrinfo hints, *found;
     size_t size;
-    char port[8];
-    char host[1]; /* and more */
+    const char *port;
+    char digits[24]; /* of it */
+    char host[1];    /* and more */
 } llmcbi_dns;
-
-static int llmcbi_dns_look_up(const char *host, const char *port, int flags,
-                              struct addrinfo **found)
-{
-    struct addrinfo hints;
-
-    memset(&hints, 0, sizeof hints);
-    hints.ai_family = AF_UNSPEC;
-    hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = flags;
-    return LLMCBI_SYS(getaddrinfo)(host, port, &hints, found);
-}
 
 static int llmcbi_dns_work(void *arg)
 {
     llmcbi_dns *d = (llmcbi_dns *)arg;
 
-    return llmcbi_dns_look_up(d->host, d->port, 0, &d->found) == 0 ? 0 : -1;
+    return LLMCBI_SYS(getaddrinfo)(d->host, d->port, &d->hints, &d->found);
 }
 
 static void llmcbi_dns_done(llmcbi_job *job)
@@ -7982,8 +7908,7 @@ static void llmcbi_dns_done(llmcbi_job *job)
             d->found = NULL;
             llmcbi_conn_try(c);
         } else {
-            llmcbi_conn_fail(c, LLMCB_EDNS,
-                             "the host name could not be resolved");
+            llmcbi_conn_fail(c, LLMCB_EDNS, NULL);
         }
     }
     if (d->found) freeaddrinfo(d->found);
@@ -7992,28 +7917,29 @@ static void llmcbi_dns_done(llmcbi_job *job)
 
 static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    llmcb_loop *loop = c->loop;
     size_t size = sizeof(llmcbi_dns) + u->host.len;
     llmcbi_dns *d = (llmcbi_dns *)llmcbi_alloc(&loop->alloc, size);
-    char digits[24];
-    const char *port = llmcbi_decimal(digits, u->port);
     llmcb_code code;
 
     if (!d) {
-        llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
         return;
     }
     d->size = size;
     memcpy(d->host, u->host.ptr, u->host.len);
-    llmcbi_copy_clean(d->port, sizeof d->port, port, strlen(port));
-    if (llmcbi_dns_look_up(d->host, d->port, AI_NUMERICHOST, &c->addresses) ==
-        0) {
+    d->port = llmcbi_decimal(d->digits, u->port);
+    d->hints.ai_family = AF_UNSPEC;
+    d->hints.ai_socktype = SOCK_STREAM;
+    d->hints.ai_flags = AI_NUMERICHOST;
+    if (llmcbi_dns_work(d) == 0) {
+        c->addresses = c->address = d->found;
         llmcbi_free(&loop->alloc, d, size);
-        c->address = c->addresses;
         llmcbi_conn_try(c);
         return;
     }
-    c->addresses = NULL;
+    d->found = NULL;
+    d->hints.ai_flags = 0;
     c->state = LLMCBI_CONN_RESOLVING;
     c->dns =
         llmcbi_job_start(loop, llmcbi_dns_work, d, llmcbi_dns_done, c, &code);
@@ -8029,17 +7955,16 @@ static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
  * has not closed. */
 static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
 {
-    int64_t now = c->sock->base.loop->now;
-    size_t at;
+    llmcbi_link *l, *next;
 
-    for (at = c->sock->n_idle; at-- > 0;) {
-        llmcbi_conn *i = c->sock->idle[at];
+    for (l = c->sock->idle; l; l = next) {
+        llmcbi_conn *i = LLMCBI_OWNER(llmcbi_conn, link, l);
         char byte;
-        ssize_t n;
+        next = l->next;
         if (i->identity != c->identity || strcmp(i->key, c->key) != 0) continue;
-        n = LLMCBI_SYS(recv)(i->fd, &byte, 1, MSG_PEEK);
-        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) &&
-            now - i->born < LLMCBI_LIFE_MS)
+        if (LLMCBI_SYS(recv)(i->watch.fd, &byte, 1, MSG_PEEK) < 0 &&
+            (errno == EAGAIN || errno == EWOULDBLOCK) &&
+            c->loop->now - i->born < LLMCBI_LIFE_MS)
             return i;
         llmcbi_conn_free(i);
     }
@@ -8049,10 +7974,10 @@ static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
 /* Takes over the descriptor of an idle connection. */
 static void llmcbi_conn_adopt(llmcbi_conn *c, llmcbi_conn *idle)
 {
-    c->fd = idle->fd;
+    c->watch.fd = idle->watch.fd;
     c->born = idle->born;
     c->reused = true;
-    idle->fd = -1;
+    idle->watch.fd = -1;
     llmcbi_conn_free(idle);
     llmcbi_conn_established(c);
 }
@@ -8072,11 +7997,16 @@ static void llmcbi_conn_begin(llmcbi_ready *r)
                          "libcurl, built without LLMCB_NO_CURL");
         return;
     }
-    llmcbi_h1_free(&c->sock->base.loop->alloc, &c->h1);
+    llmcbi_h1_free(&c->loop->alloc, &c->h1);
     llmcbi_h1_init(&c->h1, c->request->limits);
     llmcbi_conn_wipe_head(c);
+    llmcbi_conn_write_head(c, &u);
+    if (c->head.failed) {
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
+        return;
+    }
     c->sent = 0;
-    c->born = c->sock->base.loop->now;
+    c->born = c->loop->now;
     idle = c->replayed ? NULL : llmcbi_conn_find_idle(c);
     if (idle)
         llmcbi_conn_adopt(c, idle);
@@ -8095,7 +8025,7 @@ static bool llmcbi_conn_replay(llmcbi_conn *c)
     c->reused = false;
     c->replayed = true;
     c->sys_errno = 0;
-    llmcbi_make_ready(c->sock->base.loop, &c->ready);
+    llmcbi_make_ready(c->loop, &c->ready);
     return true;
 }
 
@@ -8107,29 +8037,35 @@ static void llmcbi_conn_keep(llmcbi_conn *c)
         llmcbi_conn_free(c);
         return;
     }
-    llmcbi_h1_free(&c->sock->base.loop->alloc, &c->h1);
+    llmcbi_h1_free(&c->loop->alloc, &c->h1);
     c->state = LLMCBI_CONN_IDLE;
-    c->sock->idle[c->sock->n_idle++] = c;
-    llmcbi_watch_set(c->sock->base.loop, &c->watch, c->fd, 0);
-    llmcbi_timer_start(c->sock->base.loop, &c->timer, LLMCBI_IDLE_MS);
+    c->sock->n_idle++;
+    llmcbi_link_out(&c->link);
+    llmcbi_link_in(&c->sock->idle, &c->link);
+    llmcbi_conn_watch(c);
+    llmcbi_timer_start(c->loop, &c->timer, LLMCBI_IDLE_MS);
+}
+
+/* An address has failed, or it does not answer. */
+static void llmcbi_conn_try_next(llmcbi_conn *c, int failed)
+{
+    llmcbi_timer_stop(c->loop, &c->timer);
+    llmcbi_conn_disconnect(c);
+    c->sys_errno = failed;
+    if (c->address) c->address = c->address->ai_next;
+    llmcbi_conn_try(c);
 }
 
 static void llmcbi_conn_timer(llmcbi_timer *t)
 {
     llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, timer, t);
 
-    if (c->state == LLMCBI_CONN_NEW) {
-        llmcbi_make_ready(c->sock->base.loop, &c->ready);
-        return;
-    }
-    if (c->state != LLMCBI_CONN_CONNECTING) {
+    if (c->state == LLMCBI_CONN_NEW)
+        llmcbi_make_ready(c->loop, &c->ready);
+    else if (c->state == LLMCBI_CONN_CONNECTING)
+        llmcbi_conn_try_next(c, ETIMEDOUT);
+    else
         llmcbi_conn_free(c); /* lingered or idled long enough */
-        return;
-    }
-    llmcbi_conn_disconnect(c);
-    c->sys_errno = ETIMEDOUT;
-    c->address = c->address->ai_next;
-    llmcbi_conn_try(c);
 }
 
 static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
@@ -8141,18 +8077,17 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
         c->request = NULL;
         llmcb_exchange_sent(c->x);
     }
-    type = llmcbi_h1_drive(c->sock->base.loop, &c->h1, c->x, &p, end);
+    type = llmcbi_h1_drive(c->loop, &c->h1, c->x, &p, end);
     if (type == LLMCBI_H1_ERROR) {
         c->sys_errno = 0;
-        llmcbi_conn_fail(c, c->h1.code,
-                         c->h1.message ? c->h1.message : "out of memory");
+        llmcbi_conn_fail(c, c->h1.code, c->h1.message);
     } else if (type == LLMCBI_H1_END) {
         llmcb_exchange *x = c->x;
         /* bytes behind a response belong to nobody */
         if (p < end || llmcbi_conn_unsent(c)) c->h1.close = true;
         llmcbi_conn_keep(c);
-        if (x) llmcb_exchange_end(x, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
-    } else if (!c->x && (c->lingered += n) > LLMCBI_LINGER_BYTES) {
+        llmcbi_exchange_over(x, LLMCB_ORDERLY, llmcbi_error_const(LLMCB_OK));
+    } else if (!c->x && (c->lingered += (uint32_t)n) > LLMCBI_LINGER_BYTES) {
         llmcbi_conn_free(c);
     } else {
         llmcbi_conn_watch(c);
@@ -8161,18 +8096,18 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
 
 static void llmcbi_conn_read(llmcbi_conn *c)
 {
-    llmcb_loop *loop = c->sock->base.loop;
+    llmcb_loop *loop = c->loop;
     llmcb_ending ending;
     ssize_t n;
 
     if (!loop->scratch) {
         loop->scratch = llmcbi_resize(&loop->alloc, NULL, 0, LLMCBI_SCRATCH);
         if (!loop->scratch) {
-            llmcbi_conn_fail(c, LLMCB_ENOMEM, "out of memory");
+            llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
             return;
         }
     }
-    n = LLMCBI_SYS(recv)(c->fd, loop->scratch, LLMCBI_SCRATCH, 0);
+    n = LLMCBI_SYS(recv)(c->watch.fd, loop->scratch, LLMCBI_SCRATCH, 0);
     if (n > 0) {
         llmcbi_conn_received(c, (const char *)loop->scratch, (size_t)n);
         return;
@@ -8182,14 +8117,11 @@ static void llmcbi_conn_read(llmcbi_conn *c)
     if (n < 0) c->sys_errno = errno;
     if (llmcbi_conn_replay(c)) return;
     if (n < 0) {
-        llmcbi_conn_fail(c, LLMCB_EIO, "the connection broke");
+        llmcbi_conn_fail(c, LLMCB_EIO, NULL);
         return;
     }
     ending = llmcbi_h1_eof(&c->h1);
-    if (ending == LLMCB_BROKEN)
-        llmcbi_conn_fail(c, c->h1.code, c->h1.message);
-    else
-        llmcbi_conn_end(c, ending, LLMCB_OK, NULL);
+    llmcbi_conn_end(c, c->h1.code, c->h1.message, ending);
 }
 
 static void llmcbi_conn_connecting(llmcbi_conn *c)
@@ -8197,17 +8129,13 @@ static void llmcbi_conn_connecting(llmcbi_conn *c)
     int failed = 0;
     socklen_t len = sizeof failed;
 
-    if (LLMCBI_SYS(getsockopt)(c->fd, SOL_SOCKET, SO_ERROR, &failed, &len) != 0)
+    if (LLMCBI_SYS(getsockopt)(c->watch.fd, SOL_SOCKET, SO_ERROR, &failed,
+                               &len) != 0)
         failed = errno;
-    if (!failed) {
+    if (failed)
+        llmcbi_conn_try_next(c, failed);
+    else
         llmcbi_conn_established(c);
-        return;
-    }
-    llmcbi_timer_stop(c->sock->base.loop, &c->timer);
-    llmcbi_conn_disconnect(c);
-    c->sys_errno = failed;
-    if (c->address) c->address = c->address->ai_next;
-    llmcbi_conn_try(c);
 }
 
 static void llmcbi_conn_event(llmcbi_watch *w, int events)
@@ -8231,23 +8159,23 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
     llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
     llmcb_loop *loop = tr->loop;
     llmcbi_conn *c;
-    const char *slash = strstr(request->url, "://");
-    size_t n = slash ? 3 + (size_t)(slash - request->url) : 0;
+    const char *end = strstr(request->url, "://");
+    size_t n;
 
-    n = slash ? n + strcspn(request->url + n, "/") : strlen(request->url);
+    if (end) end = strchr(end + 3, '/');
+    n = end ? (size_t)(end - request->url) : strlen(request->url);
     c = (llmcbi_conn *)llmcbi_alloc(&loop->alloc, sizeof *c + n);
     if (!c) return LLMCB_ENOMEM;
     memcpy(c->key, request->url, n); /* it is freed by its length */
+    c->loop = loop;
     c->sock = sock;
-    c->fd = -1;
+    c->watch.fd = -1;
     c->x = x;
     c->request = request;
     c->identity = request->identity;
     c->ready.fn = llmcbi_conn_begin;
     c->watch.fn = llmcbi_conn_event;
-    c->next = sock->conns;
-    if (c->next) c->next->prev = c;
-    sock->conns = c;
+    llmcbi_link_in(&sock->conns, &c->link);
     if (!llmcbi_timer_init(loop, &c->timer, llmcbi_conn_timer)) {
         llmcbi_conn_free(c);
         return LLMCB_ENOMEM;
@@ -8267,7 +8195,7 @@ static void llmcbi_sock_cancel(llmcb_transport *tr, llmcb_exchange *x)
 {
     llmcbi_conn *c = *llmcbi_conn_slot(x);
     struct linger hard;
-    int fd = c->fd;
+    int fd = c->watch.fd;
 
     (void)tr;
     c->x = NULL;
@@ -8293,14 +8221,33 @@ static void llmcbi_sock_release(llmcb_transport *tr, llmcb_exchange *x)
     llmcbi_conn_watch(c);
 }
 
+/* In the child of a fork. */
+static void llmcbi_conns_forked(llmcbi_link *l)
+{
+    for (; l; l = l->next) {
+        llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, link, l);
+        if (c->watch.fd >= 0) LLMCBI_SYS(close)(c->watch.fd);
+    }
+}
+
 static void llmcbi_sock_free(llmcb_transport *tr)
 {
     llmcbi_sock *sock = (llmcbi_sock *)(void *)tr;
 
-    while (sock->conns)
-        llmcbi_conn_free(sock->conns);
+    while (sock->conns || sock->idle)
+        llmcbi_conn_free(LLMCBI_OWNER(llmcbi_conn, link,
+                                      sock->conns ? sock->conns : sock->idle));
     llmcbi_free(&tr->loop->alloc, sock, sizeof *sock);
 }
+
+static const llmcb_transport llmcbi_sock_transport = { sizeof(llmcbi_conn *),
+                                                       llmcbi_sock_start,
+                                                       llmcbi_sock_resume,
+                                                       llmcbi_sock_release,
+                                                       llmcbi_sock_cancel,
+                                                       llmcbi_sock_free,
+                                                       NULL,
+                                                       NULL };
 
 LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
 {
@@ -8309,12 +8256,7 @@ LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
     if (llmcbi_enter(loop) != LLMCB_OK) return NULL;
     sock = (llmcbi_sock *)llmcbi_alloc(&loop->alloc, sizeof *sock);
     if (!sock) return NULL;
-    sock->base.state_size = sizeof(llmcbi_conn *);
-    sock->base.start = llmcbi_sock_start;
-    sock->base.resume = llmcbi_sock_resume;
-    sock->base.release = llmcbi_sock_release;
-    sock->base.cancel = llmcbi_sock_cancel;
-    sock->base.free = llmcbi_sock_free;
+    sock->base = llmcbi_sock_transport;
     llmcb_transport_init(loop, &sock->base);
     return &sock->base;
 }
@@ -8743,7 +8685,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
 
     if (what == CURL_POLL_REMOVE) {
         if (!f) return 0;
-        llmcbi_watch_set(loop, &f->watch, fd, 0);
+        llmcbi_watch_set(loop, &f->watch, 0);
         if (f->next) f->next->prev = f->prev;
         if (f->prev)
             f->prev->next = f->next;
@@ -8763,7 +8705,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
         c->fds = f;
         curl_multi_assign(c->multi, fd, f);
     }
-    code = llmcbi_watch_set(loop, &f->watch, fd, events);
+    code = llmcbi_watch_set(loop, &f->watch, events);
     return code == LLMCB_OK ? 0 : llmcbi_curl_unwatched(c, easy, code);
 }
 
@@ -8978,7 +8920,7 @@ static void llmcbi_curl_free(llmcb_transport *tr)
     while (c->fds) {
         llmcbi_curl_fd *f = c->fds;
         c->fds = f->next;
-        llmcbi_watch_set(loop, &f->watch, f->watch.fd, 0);
+        llmcbi_watch_set(loop, &f->watch, 0);
         llmcbi_free(&loop->alloc, f, sizeof *f);
     }
     llmcbi_timer_free(loop, &c->timer);
@@ -9033,9 +8975,8 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
     for (tr = loop->transports; tr; tr = tr->next) {
 #ifndef LLMCB_NO_SOCKETS
         if (tr->free == llmcbi_sock_free) {
-            llmcbi_conn *c = ((llmcbi_sock *)(void *)tr)->conns;
-            for (; c; c = c->next)
-                if (c->fd >= 0) LLMCBI_SYS(close)(c->fd);
+            llmcbi_conns_forked(((llmcbi_sock *)(void *)tr)->conns);
+            llmcbi_conns_forked(((llmcbi_sock *)(void *)tr)->idle);
         }
 #endif
 #ifndef LLMCB_NO_CURL
@@ -13267,7 +13208,8 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     loop = chat->loop;
     code = llmcbi_enter(loop);
     if (code == LLMCB_ESTATE) return NULL; /* another thread's loop */
-    c = (llmcbi_call *)llmcbi_alloc(&loop->alloc, sizeof *c);
+    c = (llmcbi_call *)(void *)llmcbi_op_new(loop, sizeof *c,
+                                             &llmcbi_call_kind);
     if (!c) return NULL;
     memset(&none, 0, sizeof none);
     if (!config) config = &none;
@@ -13275,7 +13217,6 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     chat->refs++;
     c->pull = pull;
     c->ready.fn = llmcbi_call_step;
-    llmcbi_op_init(loop, &c->op, &llmcbi_call_kind);
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK)
         code = llmcbi_call_check(chat, prompts, n, config, &why);
@@ -13562,13 +13503,21 @@ LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
 
 /* -- a run for work of the program's own */
 
+/* The op that is linked there, or NULL: op->children, or the sibling.next of
+ * one of them. */
+static llmcb_op *llmcbi_op_at(llmcbi_link *l)
+{
+    return (llmcb_op *)(void *)l;
+}
+
 /* The start of op has been told. */
 static void llmcbi_op_open(llmcb_op *op)
 {
     llmcb_op *child;
 
     op->open = true;
-    for (child = op->children; child; child = child->next_sibling)
+    for (child = llmcbi_op_at(op->children); child;
+         child = llmcbi_op_at(child->sibling.next))
         if (child->kind->begin) child->kind->begin(child);
 }
 
@@ -13647,7 +13596,8 @@ static void llmcbi_work_reap(llmcbi_work *w, bool all)
 {
     llmcb_op *child;
 
-    for (child = w->op.children; child; child = child->next_sibling)
+    for (child = llmcbi_op_at(w->op.children); child;
+         child = llmcbi_op_at(child->sibling.next))
         if (all || llmcbi_work_is_left(child))
             llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
 }
@@ -13943,13 +13893,13 @@ static llmcbi_work *llmcbi_work_new(llmcb_loop *loop,
     llmcbi_work *w;
 
     if (!loop || code == LLMCB_ESTATE) return NULL;
-    w = (llmcbi_work *)llmcbi_alloc(&loop->alloc, sizeof *w);
+    w = (llmcbi_work *)(void *)llmcbi_op_new(loop, sizeof *w,
+                                             &llmcbi_work_kind);
     if (!w) return NULL;
     memset(&none, 0, sizeof none);
     if (!config) config = &none;
     if (desc) w->d = *desc;
     w->ready.fn = llmcbi_work_step;
-    llmcbi_op_init(loop, &w->op, &llmcbi_work_kind);
     if (code == LLMCB_OK && loop->freeing) code = LLMCB_ESTATE;
     if (code == LLMCB_OK && refused) code = LLMCB_EINVAL;
     if (code == LLMCB_OK) why = llmcbi_config_check(loop, config, &code);
@@ -14954,7 +14904,8 @@ static llmcb_op *llmcbi_agent_rest(llmcbi_agent *g)
 {
     llmcb_op *child, *last = NULL;
 
-    for (child = g->w->op.children; child; child = child->next_sibling)
+    for (child = llmcbi_op_at(g->w->op.children); child;
+         child = llmcbi_op_at(child->sibling.next))
         if (child != g->w->body) {
             llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
             last = child;

@@ -82,7 +82,8 @@ static size_t feed(reading *r, const char *bytes, size_t n)
     memcpy(read, bytes, n);
     do {
         llmcbi_h1 *h = &r->h;
-        llmcbi_field found;
+        llmcbi_found found;
+        size_t i;
         r->last = llmcbi_h1_next(&allocator, h, &p, read + n, &found);
         if (r->in_data && r->last != LLMCBI_H1_DATA &&
             r->last != LLMCBI_H1_MORE) {
@@ -95,16 +96,19 @@ static size_t feed(reading *r, const char *bytes, size_t n)
             note_text(r, " ");
             break;
         case LLMCBI_H1_HEADER:
-            note(r, found.name.ptr, found.name.len);
+            note(r, found.field.name.ptr, found.field.name.len);
             note_text(r, "=");
-            note(r, found.value.ptr, found.value.len);
+            note(r, found.field.value.ptr, found.field.value.len);
             note_text(r, " ");
             break;
         case LLMCBI_H1_DATA:
-            CHECK(found.value.len > 0);
             if (!r->in_data) note_text(r, "<");
             r->in_data = true;
-            note(r, found.value.ptr, found.value.len);
+            CHECK(found.n > 0);
+            for (i = 0; i < found.n; i++) {
+                CHECK(found.pieces[i].len > 0);
+                note(r, found.pieces[i].ptr, found.pieces[i].len);
+            }
             break;
         case LLMCBI_H1_MORE:
             CHECK(p == read + n);

@@ -400,7 +400,8 @@ static void linger(size_t more)
     trial_open(&t);
     trial_ask(&t);
     trial_finish(&t, "start|Hel|lo||end", LLMCB_OK);
-    CHECK(sock_of(&t)->conns && !sock_of(&t)->conns->x);
+    CHECK(sock_of(&t)->conns &&
+          !LLMCBI_OWNER(llmcbi_conn, link, sock_of(&t)->conns)->x);
     sys.mono_ms -= 3600000; /* neither its time nor that of an idle one ends */
     server_go(t.server);
     while (sock_of(&t)->conns && !sock_of(&t)->n_idle && t.turns--)

@@ -46,7 +46,8 @@ static llmcbi_h1_type read_chunks(llmcbi_buf *out, size_t *taken, llmcb_str s,
 {
     const char *p = chunk_head;
     llmcbi_h1_type type;
-    llmcbi_field found;
+    llmcbi_found found;
+    size_t i;
 
     *taken = 0;
     do
@@ -59,7 +60,8 @@ static llmcbi_h1_type read_chunks(llmcbi_buf *out, size_t *taken, llmcb_str s,
         p = piece;
         while ((type = llmcbi_h1_next(&fuzz_alloc, h, &p, piece + n, &found)) ==
                LLMCBI_H1_DATA)
-            fuzz_note(out, found.value.ptr, found.value.len);
+            for (i = 0; i < found.n; i++)
+                fuzz_note(out, found.pieces[i].ptr, found.pieces[i].len);
         *taken += (size_t)(p - piece);
         free(piece);
     }

@@ -39,7 +39,8 @@ static void note_header(reading *r, const llmcbi_field *h)
 static void read_all(reading *r, llmcb_str s, const llmcb_limits *limits,
                      uint32_t rng)
 {
-    llmcbi_field found;
+    llmcbi_found found;
+    size_t i;
     llmcbi_h1 h;
 
     memset(r, 0, sizeof *r);
@@ -54,10 +55,14 @@ static void read_all(reading *r, llmcb_str s, const llmcb_limits *limits,
                 fuzz_note_int(&r->head, h.status);
                 FUZZ_CHECK(h.status >= 200 && h.status < 600);
             } else if (r->type == LLMCBI_H1_HEADER) {
-                note_header(r, &found);
+                note_header(r, &found.field);
             } else if (r->type == LLMCBI_H1_DATA) {
-                FUZZ_CHECK(found.value.len > 0);
-                fuzz_note(&r->body, found.value.ptr, found.value.len);
+                FUZZ_CHECK(found.n > 0);
+                for (i = 0; i < found.n; i++) {
+                    FUZZ_CHECK(found.pieces[i].len > 0);
+                    fuzz_note(&r->body, found.pieces[i].ptr,
+                              found.pieces[i].len);
+                }
             }
             FUZZ_CHECK(h.line.len <= limits->header_line);
         } while (r->type == LLMCBI_H1_STATUS || r->type == LLMCBI_H1_HEADER ||

@@ -47,7 +47,7 @@ static void step(int n, int state, int kept)
 {
     llmcbi_h1 h = any_h1(state, kept);
     const char *p = any_bytes(n), *end = p + n;
-    llmcbi_field found;
+    llmcbi_found found;
 
     llmcbi_h1_next(&proof_alloc, &h, &p, end, &found);
     /*@ assert place: p <= end; */
