@@ -4733,29 +4733,20 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
 
 LLMCBI_DEF const char *llmcb_event_name(llmcb_event_kind kind)
 {
-    switch (kind) {
-    case LLMCB_LLM_START: return "on_llm_start";
-    case LLMCB_CHAT_MODEL_START: return "on_chat_model_start";
-    case LLMCB_LLM_NEW_TOKEN: return "on_llm_new_token";
-    case LLMCB_LLM_END: return "on_llm_end";
-    case LLMCB_LLM_ERROR: return "on_llm_error";
-    case LLMCB_CHAIN_START: return "on_chain_start";
-    case LLMCB_CHAIN_END: return "on_chain_end";
-    case LLMCB_CHAIN_ERROR: return "on_chain_error";
-    case LLMCB_AGENT_ACTION: return "on_agent_action";
-    case LLMCB_AGENT_FINISH: return "on_agent_finish";
-    case LLMCB_TOOL_START: return "on_tool_start";
-    case LLMCB_TOOL_END: return "on_tool_end";
-    case LLMCB_TOOL_ERROR: return "on_tool_error";
-    case LLMCB_RETRIEVER_START: return "on_retriever_start";
-    case LLMCB_RETRIEVER_END: return "on_retriever_end";
-    case LLMCB_RETRIEVER_ERROR: return "on_retriever_error";
-    case LLMCB_TEXT: return "on_text";
-    case LLMCB_RETRY: return "on_retry";
-    case LLMCB_CUSTOM_EVENT: return "on_custom_event";
-    case LLMCB_N_EVENTS:
-    default: return "";
-    }
+    static const char *const names[LLMCB_N_EVENTS] = {
+        "on_llm_start",     "on_chat_model_start",
+        "on_llm_new_token", "on_llm_end",
+        "on_llm_error",     "on_chain_start",
+        "on_chain_end",     "on_chain_error",
+        "on_agent_action",  "on_agent_finish",
+        "on_tool_start",    "on_tool_end",
+        "on_tool_error",    "on_retriever_start",
+        "on_retriever_end", "on_retriever_error",
+        "on_text",          "on_retry",
+        "on_custom_event"
+    };
+
+    return (unsigned)kind < LLMCB_N_EVENTS ? names[kind] : "";
 }
 
 /* An event as it stands in the log, its payload behind it. Start and finish
@@ -5149,43 +5140,29 @@ typedef enum llmcbi_lane {
     LLMCBI_LANE_POOL
 } llmcbi_lane;
 
-#define LLMCBI_PICK(table, kind)                                     \
-    switch (kind) {                                                  \
-    case LLMCB_LLM_START: return (table).on_llm_start;               \
-    case LLMCB_CHAT_MODEL_START: return (table).on_chat_model_start; \
-    case LLMCB_LLM_NEW_TOKEN: return (table).on_llm_new_token;       \
-    case LLMCB_LLM_END: return (table).on_llm_end;                   \
-    case LLMCB_LLM_ERROR: return (table).on_llm_error;               \
-    case LLMCB_CHAIN_START: return (table).on_chain_start;           \
-    case LLMCB_CHAIN_END: return (table).on_chain_end;               \
-    case LLMCB_CHAIN_ERROR: return (table).on_chain_error;           \
-    case LLMCB_AGENT_ACTION: return (table).on_agent_action;         \
-    case LLMCB_AGENT_FINISH: return (table).on_agent_finish;         \
-    case LLMCB_TOOL_START: return (table).on_tool_start;             \
-    case LLMCB_TOOL_END: return (table).on_tool_end;                 \
-    case LLMCB_TOOL_ERROR: return (table).on_tool_error;             \
-    case LLMCB_RETRIEVER_START: return (table).on_retriever_start;   \
-    case LLMCB_RETRIEVER_END: return (table).on_retriever_end;       \
-    case LLMCB_RETRIEVER_ERROR: return (table).on_retriever_error;   \
-    case LLMCB_TEXT: return (table).on_text;                         \
-    case LLMCB_RETRY: return (table).on_retry;                       \
-    case LLMCB_CUSTOM_EVENT: return (table).on_custom_event;         \
-    case LLMCB_N_EVENTS:                                             \
-    default: return NULL;                                            \
-    }
+/* The tables are pointers of one type in the order of the events. */
+typedef char llmcbi_table_fits[sizeof(llmcb_sync_table) ==
+                                       LLMCB_N_EVENTS * sizeof(llmcb_sync_fn)
+                                   ? 1
+                                   : -1];
 
 static llmcb_sync_fn llmcbi_sync_fn(const llmcb_handler *h,
                                     llmcb_event_kind kind)
 {
-    LLMCBI_PICK(h->sync, kind)
+    llmcb_sync_fn fn;
+
+    memcpy(&fn, (const char *)&h->sync + (size_t)kind * sizeof fn, sizeof fn);
+    return fn;
 }
 
 static llmcb_async_fn llmcbi_async_fn(const llmcb_handler *h,
                                       llmcb_event_kind kind)
 {
-    LLMCBI_PICK(h->async, kind)
+    llmcb_async_fn fn;
+
+    memcpy(&fn, (const char *)&h->async + (size_t)kind * sizeof fn, sizeof fn);
+    return fn;
 }
-#undef LLMCBI_PICK
 
 static bool llmcbi_skips(const llmcb_handler *h, llmcb_event_kind kind)
 {
@@ -5864,34 +5841,29 @@ static void llmcbi_take_back(llmcbi_away *w)
 
 /* -- the life of a run, for its owner */
 
+/* In which of its tables a handler has functions. */
+#define LLMCBI_SYNC 1u
+#define LLMCBI_ASYNC 2u
+#define LLMCBI_TWICE 4u /* of one event in both */
+
+static unsigned llmcbi_handler_has(const llmcb_handler *h)
+{
+    unsigned has = 0;
+    int kind;
+
+    for (kind = 0; kind < LLMCB_N_EVENTS; kind++) {
+        bool sync = llmcbi_sync_fn(h, (llmcb_event_kind)kind) != NULL;
+        bool async = llmcbi_async_fn(h, (llmcb_event_kind)kind) != NULL;
+        if (sync) has |= LLMCBI_SYNC;
+        if (async) has |= sync ? LLMCBI_TWICE : LLMCBI_ASYNC;
+    }
+    return has;
+}
+
 static llmcb_code llmcbi_check_handler(const llmcb_handler *h)
 {
-    int kind;
-
-    if (!h) return LLMCB_EINVAL;
-    for (kind = 0; kind < LLMCB_N_EVENTS; kind++)
-        if (llmcbi_sync_fn(h, (llmcb_event_kind)kind) &&
-            llmcbi_async_fn(h, (llmcb_event_kind)kind))
-            return LLMCB_EINVAL;
-    return LLMCB_OK;
-}
-
-static bool llmcbi_any_async(const llmcb_handler *h)
-{
-    int kind;
-
-    for (kind = 0; kind < LLMCB_N_EVENTS; kind++)
-        if (llmcbi_async_fn(h, (llmcb_event_kind)kind)) return true;
-    return false;
-}
-
-static bool llmcbi_any_sync(const llmcb_handler *h)
-{
-    int kind;
-
-    for (kind = 0; kind < LLMCB_N_EVENTS; kind++)
-        if (llmcbi_sync_fn(h, (llmcb_event_kind)kind)) return true;
-    return false;
+    return h && !(llmcbi_handler_has(h) & LLMCBI_TWICE) ? LLMCB_OK
+                                                        : LLMCB_EINVAL;
 }
 
 static llmcbi_strand *llmcbi_strand_get(llmcb_loop *loop,
@@ -5971,11 +5943,12 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
                                      llmcb_handler *h)
 {
     llmcb_loop *loop = run->loop;
+    unsigned has = llmcbi_handler_has(h);
 
     c->run = run;
     c->handler = h;
     c->pos = (const char *)&run->anchor;
-    if (llmcbi_any_async(h)) {
+    if (has & LLMCBI_ASYNC) {
         size_t frame = LLMCBI_TASK_HEAD + LLMCBI_ALIGN(sizeof(llmcbi_shown));
         size_t size = frame + h->frame_size;
         llmcbi_task *t;
@@ -5992,7 +5965,7 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
         t->pub.frame = (char *)t + frame;
         if (!llmcbi_task_init(loop, t)) return LLMCB_ENOMEM;
     }
-    if (llmcbi_any_sync(h) && !(h->flags & LLMCB_INLINE)) {
+    if ((has & LLMCBI_SYNC) && !(h->flags & LLMCB_INLINE)) {
         llmcb_code code = llmcbi_pool_start(loop);
         if (code != LLMCB_OK) return code;
         c->away = (llmcbi_away *)llmcbi_alloc(&loop->alloc, sizeof *c->away);
