@@ -1647,18 +1647,20 @@ static bool llmcbi_str_is_nocase(llmcb_str s, const char *lower)
     return lower[i] == '\0';
 }
 
-/* Whether s is one of the words of a list, which are in lower case and
- * parted by blanks. */
-static bool llmcbi_str_listed(llmcb_str s, const char *list)
+/* Which of the words of a list s is, from 1; 0: none. They are in lower case
+ * and parted by blanks. */
+static int llmcbi_str_listed(llmcb_str s, const char *list)
 {
-    while (*list) {
+    int place;
+
+    for (place = 1; *list; place++) {
         size_t i, n = strcspn(list, " ");
         for (i = 0; i < n && i < s.len && llmcbi_lower(s.ptr[i]) == list[i];)
             i++;
-        if (i == n && i == s.len) return true;
+        if (i == n && i == s.len) return place;
         list += n + (list[n] == ' ');
     }
-    return false;
+    return 0;
 }
 
 static bool llmcbi_str_begins(const char *s, const char *prefix)
@@ -12230,30 +12232,44 @@ static void llmcbi_prompt_forget_id(llmcbi_prompt *p)
 static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
 {
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
+    int64_t ms;
+    int place;
 
-    if (llmcbi_str_is_nocase(name, "content-type")) {
+    switch (llmcbi_str_listed(name,
+                              "content-type content-encoding x-should-retry "
+                              "retry-after-ms retry-after x-request-id "
+                              "location")) {
+    case 1:
         p->html = value.len >= 9 &&
-                  llmcbi_str_is_nocase(llmcbi_slice(value.ptr, 9), "text/html");
-    } else if (llmcbi_str_is_nocase(name, "content-encoding")) {
-        p->encoded = value.len && !llmcbi_str_is_nocase(value, "identity");
-    } else if (llmcbi_str_is_nocase(name, "retry-after-ms")) {
-        int64_t ms = llmcbi_parse_seconds(value, 1);
+                  llmcbi_str_listed(llmcbi_slice(value.ptr, 9), "text/html");
+        break;
+    case 2:
+        p->encoded = value.len && !llmcbi_str_listed(value, "identity");
+        break;
+    case 3:
+        place = llmcbi_str_listed(value, "false true");
+        if (place) p->should_retry = (int8_t)(place - 1);
+        break;
+    case 4:
+        ms = llmcbi_parse_seconds(value, 1);
         if (ms >= 0) p->retry_after = ms;
-    } else if (llmcbi_str_is_nocase(name, "retry-after")) {
+        break;
+    case 5:
         if (p->retry_after < 0)
             p->retry_after = llmcbi_retry_after(value, llmcbi_wall_ms());
-    } else if (llmcbi_str_is_nocase(name, "x-should-retry")) {
-        if (llmcbi_str_is_nocase(value, "true")) p->should_retry = 1;
-        if (llmcbi_str_is_nocase(value, "false")) p->should_retry = 0;
-    } else if (llmcbi_str_is_nocase(name, "x-request-id")) {
+        break;
+    case 6:
         llmcbi_prompt_forget_id(p);
         if (value.len >= sizeof((llmcb_error *)NULL)->request_id)
             value.len = sizeof((llmcb_error *)NULL)->request_id - 1;
         llmcbi_str_keep(llmcbi_prompt_alloc(p), &p->request_id, value);
-    } else if (llmcbi_str_is_nocase(name, "location") && p->status >= 300 &&
-               p->status < 400 && value.len < 4096) {
+        break;
+    case 7:
+        if (p->status < 300 || p->status >= 400 || value.len >= 4096) break;
         p->body.len = 0;
         llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, value.ptr, value.len);
+        break;
+    default: break;
     }
 }
 
