@@ -5060,8 +5060,6 @@ static llmcb_str llmcbi_record_utf8(char **at, llmcb_str s)
     char *out = *at;
     size_t i;
 
-    if (llmcbi_utf8_valid(s.ptr, s.len))
-        return llmcbi_record_text(at, s.ptr, s.len);
     memset(&c, 0, sizeof c);
     for (i = 0; i < s.len; i++)
         out = llmcbi_put_byte(out, &c, (unsigned char)s.ptr[i]);
@@ -11388,41 +11386,71 @@ static llmcb_str llmcbi_raw_whole(char **at, const llmcbi_raw *raw)
     return s;
 }
 
-/* Adds decoded text to the answer. false: a limit, or no memory. */
-static inline bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b,
-                                      llmcb_str s)
+/* One choice of an event on its way into the answer and into the log. That
+ * it failed is told when it is safe: telling it may append. */
+typedef struct llmcbi_maker {
+    llmcbi_prompt *p;
+    const llmcb_allocator *a;
+    const llmcb_limits *limits;
+    llmcbi_choice *c;
+    char *at; /* where its record goes on */
+    bool failed;
+    const char *why; /* the limit; NULL: no memory */
+} llmcbi_maker;
+
+static void llmcbi_maker_limit(llmcbi_maker *m, const char *why)
 {
-    if (!s.len) return true;
-    p->answer.total += s.len;
-    if (p->answer.total > p->chat->d.limits.text) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
-        return false;
-    }
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), b, s.ptr, s.len);
-    if (b->failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-    return !b->failed;
+    m->failed = true;
+    m->why = why;
+}
+
+/* Whether n more bytes of text fit into the answer; then they count. */
+static bool llmcbi_maker_fits(llmcbi_maker *m, size_t n)
+{
+    m->p->answer.total += n;
+    if (m->p->answer.total > m->limits->text)
+        llmcbi_maker_limit(m, "the answer exceeds limits.text");
+    return !m->failed;
+}
+
+static void llmcbi_maker_add(llmcbi_maker *m, llmcbi_buf *b, llmcb_str s)
+{
+    llmcbi_buf_add(m->a, b, s.ptr, s.len);
+    if (b->failed) m->failed = true;
+}
+
+/* Decodes a string into the record and adds it to what the answer has.
+ * carry NULL: no later piece goes on with it. */
+static void llmcbi_maker_text(llmcbi_maker *m, const llmcbi_raw *raw,
+                              llmcbi_carry *carry, llmcbi_buf *b,
+                              llmcb_str *shown)
+{
+    if (!raw->len || m->failed) return;
+    *shown = carry ? llmcbi_raw_decode(&m->at, raw, carry)
+                   : llmcbi_raw_whole(&m->at, raw);
+    if (llmcbi_maker_fits(m, shown->len)) llmcbi_maker_add(m, b, *shown);
 }
 
 /* The slot of a piece, new if need be; NULL: failed. */
-static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
-                                            const llmcbi_tool_piece *piece)
+static llmcbi_tool_slot *llmcbi_maker_tool(llmcbi_maker *m,
+                                           const llmcbi_tool_piece *piece)
 {
+    llmcbi_rarity *r = m->c->rare;
     size_t i = llmcbi_tool_find(r, piece);
     void *x = r->tools, *y = r->calls;
     bool ok;
 
     if (i < r->n_tools) return &r->tools[i];
-    if (i >= p->chat->d.limits.tool_calls) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT,
-                           "more tool calls than limits.tool_calls");
+    if (i >= m->limits->tool_calls) {
+        llmcbi_maker_limit(m, "more tool calls than limits.tool_calls");
         return NULL;
     }
-    ok = llmcbi_grow_pair(llmcbi_prompt_alloc(p), &x, sizeof *r->tools, &y,
-                          sizeof *r->calls, &r->tools_cap, i + 1);
+    ok = llmcbi_grow_pair(m->a, &x, sizeof *r->tools, &y, sizeof *r->calls,
+                          &r->tools_cap, i + 1);
     r->tools = (llmcbi_tool_slot *)x;
     r->calls = (llmcb_tool_call *)y;
     if (!ok) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        m->failed = true;
         return NULL;
     }
     r->n_tools++;
@@ -11431,48 +11459,34 @@ static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
 }
 
 /* One piece into its call and into the delta that handlers see. */
-static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_rarity *r,
-                                     const llmcbi_tool_piece *piece,
-                                     llmcb_tool_delta *delta, char **at)
+static void llmcbi_maker_piece(llmcbi_maker *m, const llmcbi_tool_piece *piece,
+                               llmcb_tool_delta *delta)
 {
-    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    llmcbi_tool_slot *s = llmcbi_prompt_tool(p, r, piece);
+    const llmcbi_raw *raw = &piece->arguments;
+    llmcbi_tool_slot *s;
 
-    if (!s) return false;
-    delta->index = (size_t)(s - r->tools);
+    if (m->failed) return;
+    s = llmcbi_maker_tool(m, piece);
+    if (!s) return;
+    delta->index = (size_t)(s - m->c->rare->tools);
     delta->id = delta->name = delta->arguments = llmcbi_slice("", 0);
-    if (piece->id.len && !s->id.len) {
-        delta->id = llmcbi_raw_whole(at, &piece->id);
-        if (!llmcbi_prompt_keep(p, &s->id, delta->id)) return false;
-    }
-    if (piece->name.len && !s->name.len) {
-        delta->name = llmcbi_raw_whole(at, &piece->name);
-        if (!llmcbi_prompt_keep(p, &s->name, delta->name)) return false;
-    }
-    if (piece->arguments.len && !(piece->object && s->arguments.len)) {
-        if (piece->object)
-            delta->arguments = llmcbi_record_utf8(
-                at, llmcbi_slice(piece->arguments.ptr, piece->arguments.len));
-        else
-            delta->arguments =
-                llmcbi_raw_decode(at, &piece->arguments, &s->carry);
-        if (s->arguments.len + delta->arguments.len >
-            p->chat->d.limits.arguments) {
-            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
-                               "a tool call exceeds limits.arguments");
-            return false;
-        }
-        llmcbi_buf_add(a, &s->arguments, delta->arguments.ptr,
-                       delta->arguments.len);
-    }
-    if (s->arguments.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-    return !s->arguments.failed;
+    if (!s->id.len) llmcbi_maker_text(m, &piece->id, NULL, &s->id, &delta->id);
+    if (!s->name.len)
+        llmcbi_maker_text(m, &piece->name, NULL, &s->name, &delta->name);
+    if (m->failed || !raw->len || (piece->object && s->arguments.len)) return;
+    delta->arguments =
+        piece->object
+            ? llmcbi_record_utf8(&m->at, llmcbi_slice(raw->ptr, raw->len))
+            : llmcbi_raw_decode(&m->at, raw, &s->carry);
+    if (s->arguments.len + delta->arguments.len > m->limits->arguments)
+        llmcbi_maker_limit(m, "a tool call exceeds limits.arguments");
+    else
+        llmcbi_maker_add(m, &s->arguments, delta->arguments);
 }
 
 /* The pieces of one event; with out NULL it only counts. */
-static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_rarity *r,
-                                  const llmcbi_wire_choice *w,
-                                  llmcb_tool_delta *out, char **at)
+static size_t llmcbi_maker_tools(llmcbi_maker *m, const llmcbi_wire_choice *w,
+                                 llmcb_tool_delta *out)
 {
     llmcbi_tool_piece piece;
     llmcbi_json j;
@@ -11481,178 +11495,157 @@ static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_rarity *r,
     if (w->tool_calls.len) {
         llmcbi_json_init(&j, w->tool_calls.ptr, w->tool_calls.len);
         llmcbi_json_next(&j);
-        while (llmcbi_wire_next_tool(&j, &piece)) {
-            if (out && !llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at))
-                return n;
-            n++;
-        }
+        for (; llmcbi_wire_next_tool(&j, &piece); n++)
+            if (out) llmcbi_maker_piece(m, &piece, &out[n]);
     }
     if (w->function_call.len) {
         memset(&piece, 0, sizeof piece);
         llmcbi_json_init(&j, w->function_call.ptr, w->function_call.len);
         llmcbi_json_next(&j);
         llmcbi_wire_function(&j, &piece);
-        if (!out || llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at)) n++;
+        if (out) llmcbi_maker_piece(m, &piece, &out[n]);
+        n++;
     }
     return n;
 }
 
 /* One more element of an array, which stays whole if it fails. */
-static bool llmcbi_prompt_logprobs(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
+static void llmcbi_maker_logprobs(llmcbi_maker *m, llmcbi_buf *b, llmcb_str s)
 {
-    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    size_t had = b->len;
-
-    if (!llmcbi_buf_reserve(a, b, s.len + 2)) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return false;
+    if (!llmcbi_maker_fits(m, s.len)) return;
+    if (!llmcbi_buf_reserve(m->a, b, s.len + 2)) {
+        m->failed = true;
+        return;
     }
-    if (had) b->len--; /* the bracket */
-    llmcbi_buf_text(a, b, had ? "," : "[");
-    if (!llmcbi_prompt_keep(p, b, s)) {
-        b->len = had;
-        if (had) b->ptr[had - 1] = ']';
-        b->ptr[had] = '\0';
-        return false;
-    }
-    llmcbi_buf_text(a, b, "]");
-    return true;
+    if (b->len)
+        b->ptr[b->len - 1] = ','; /* the bracket */
+    else
+        llmcbi_buf_text(m->a, b, "[");
+    llmcbi_buf_add(m->a, b, s.ptr, s.len);
+    llmcbi_buf_text(m->a, b, "]");
 }
 
 /* The reason that counts is the first one. */
-static bool llmcbi_prompt_finished(llmcbi_prompt *p, const llmcbi_choice *c,
-                                   llmcb_str reason)
+static void llmcbi_maker_finished(llmcbi_maker *m, llmcb_str reason)
 {
-    llmcb_generation *g = &p->answer.generations[c - p->answer.choices];
+    const llmcbi_answer *answer = &m->p->answer;
+    llmcb_generation *g = &answer->generations[m->c - answer->choices];
     char clean[32];
 
+    if (m->c->finished) return;
+    m->c->finished = true;
     llmcbi_copy_clean(clean, sizeof clean, reason.ptr, reason.len);
-    if (llmcbi_str_keep(llmcbi_prompt_alloc(p), &g->finish_reason,
-                        llmcb_text(clean)))
-        return true;
-    llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-    return false;
+    if (!llmcbi_str_keep(m->a, &g->finish_reason, llmcb_text(clean)))
+        m->failed = true;
 }
 
 /* What a choice brings beside text, into the record behind `parts`. */
-static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
-                                const llmcbi_wire_choice *w,
-                                const llmcb_usage *usage, llmcb_parts *parts,
-                                size_t n_tools, char **at)
+static void llmcbi_maker_parts(llmcbi_maker *m, const llmcbi_wire_choice *w,
+                               llmcb_parts *parts, size_t n_tools)
 {
-    llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)*at;
+    llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)m->at;
+    llmcbi_rarity *r = m->c->rare;
 
-    llmcbi_rarity *r = c->rare;
-
-    llmcbi_parts_clear(parts);
-    if (!r &&
-        (n_tools || w->refusal.len || w->reasoning.len || w->logprobs.len)) {
-        r = (llmcbi_rarity *)llmcbi_alloc(llmcbi_prompt_alloc(p), sizeof *r);
-        if (!r) {
-            llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-            return false;
-        }
-        c->rare = r;
-    }
-    *at += n_tools * sizeof *tools;
     if (n_tools) {
-        n_tools = llmcbi_prompt_tools(p, r, w, tools, at);
-        if (p->outcome) return false; /* other records stand here now */
+        m->at += n_tools * sizeof *tools;
+        llmcbi_maker_tools(m, w, tools);
         parts->tool_calls = tools;
         parts->n_tool_calls = n_tools;
     }
-    if (w->refusal.len) {
-        parts->refusal = llmcbi_raw_decode(at, &w->refusal, &r->refusal_carry);
-        if (!llmcbi_prompt_keep(p, &r->refusal, parts->refusal)) return false;
+    if (r) {
+        llmcbi_maker_text(m, &w->refusal, &r->refusal_carry, &r->refusal,
+                          &parts->refusal);
+        llmcbi_maker_text(m, &w->reasoning, &r->reasoning_carry, &r->reasoning,
+                          &parts->reasoning);
     }
-    if (w->reasoning.len) {
-        parts->reasoning =
-            llmcbi_raw_decode(at, &w->reasoning, &r->reasoning_carry);
-        if (!llmcbi_prompt_keep(p, &r->reasoning, parts->reasoning))
-            return false;
-    }
+    if (m->failed) return;
     if (w->finish_reason.len) {
-        parts->finish_reason = llmcbi_raw_whole(at, &w->finish_reason);
-        if (!c->finished && !llmcbi_prompt_finished(p, c, parts->finish_reason))
-            return false;
-        c->finished = true;
+        parts->finish_reason = llmcbi_raw_whole(&m->at, &w->finish_reason);
+        llmcbi_maker_finished(m, parts->finish_reason);
     }
     if (w->logprobs.len) {
-        parts->logprobs = llmcbi_record_utf8(at, w->logprobs);
-        if (!llmcbi_prompt_logprobs(p, &r->logprobs, parts->logprobs))
-            return false;
+        parts->logprobs = llmcbi_record_utf8(&m->at, w->logprobs);
+        llmcbi_maker_logprobs(m, &r->logprobs, parts->logprobs);
     }
-    if (usage) parts->usage = *usage;
-    return true;
 }
 
-/* One choice of an event: into the answer and, in a stream, into the log.
- * w NULL: usage alone. */
+/* A chunk without parts in a record that has not been committed, with room
+ * behind it; NULL: no memory. */
+static llmcb_chunk *llmcbi_prompt_chunk(llmcbi_prompt *p, size_t choice,
+                                        size_t room)
+{
+    llmcb_chunk *chunk = (llmcb_chunk *)(void *)llmcbi_run_reserve(
+        &p->run, sizeof *chunk + room);
+
+    if (!chunk) return NULL;
+    chunk->choice = (int)choice;
+    chunk->parts = &p->run.rules->no_parts;
+    chunk->text = llmcbi_slice("", 0);
+    return chunk;
+}
+
+/* The choice and the record. false: it failed; no reason is no memory. */
+static bool llmcbi_maker_make(llmcbi_maker *m, size_t index,
+                              const llmcbi_wire_choice *w,
+                              const llmcb_usage *usage)
+{
+    llmcbi_prompt *p = m->p;
+    llmcbi_choice *c = llmcbi_answer_choice(m->a, &p->answer, index);
+    size_t n_tools = llmcbi_maker_tools(NULL, w, NULL);
+    size_t room = llmcbi_raw_room(&w->text);
+    bool rare =
+        n_tools || w->refusal.len || w->reasoning.len || w->logprobs.len;
+    bool has_parts = rare || usage || w->finish_reason.len;
+    llmcb_parts *parts;
+    llmcb_chunk *chunk;
+
+    if (!c) return false;
+    m->c = c;
+    if (rare && !c->rare) {
+        c->rare = (llmcbi_rarity *)llmcbi_alloc(m->a, sizeof *c->rare);
+        if (!c->rare) return false;
+    }
+    if (has_parts)
+        room +=
+            sizeof *parts + n_tools * (sizeof(llmcb_tool_delta) + 32) +
+            llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
+            llmcbi_raw_room(&w->finish_reason) + 7 +
+            3 * (w->logprobs.len + w->tool_calls.len + w->function_call.len);
+    chunk = llmcbi_prompt_chunk(p, index, room);
+    if (!chunk) return false;
+    m->at = (char *)(chunk + 1);
+    if (has_parts) {
+        parts = (llmcb_parts *)(void *)m->at;
+        m->at = (char *)(parts + 1);
+        *parts = *chunk->parts;
+        chunk->parts = parts;
+        if (usage) parts->usage = *usage;
+        llmcbi_maker_parts(m, w, parts, n_tools);
+    }
+    llmcbi_maker_text(m, &w->text, &c->text_carry, &c->text, &chunk->text);
+    if (!m->failed && p->stream && !p->cached)
+        llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN,
+                          (size_t)(m->at - (char *)chunk));
+    return !m->failed;
+}
+
+/* One choice of an event: into the answer and, in a stream, into the log. */
 static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
                                  const llmcb_usage *usage)
 {
-    llmcbi_wire_choice nothing;
-    llmcbi_choice *c;
-    llmcb_chunk *chunk;
-    size_t size, n_tools = 0, index;
-    char *at, *begin;
-    bool has_parts;
+    size_t index = w->index < 0 ? 0 : (size_t)w->index;
+    llmcbi_maker m;
 
-    if (!w) {
-        memset(&nothing, 0, sizeof nothing);
-        w = &nothing;
-    }
-    index = w->index < 0 ? 0 : (size_t)w->index;
-    if ((uint64_t)w->index >= p->chat->d.limits.choices && w->index >= 0) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "more choices than limits.choices");
-        return false;
-    }
-    c = llmcbi_answer_choice(llmcbi_prompt_alloc(p), &p->answer, index);
-    if (!c) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return false;
-    }
-    size = sizeof *chunk + llmcbi_raw_room(&w->text);
-    has_parts = usage || w->refusal.len || w->reasoning.len ||
-                w->finish_reason.len || w->tool_calls.len ||
-                w->function_call.len || w->logprobs.len;
-    if (has_parts) {
-        n_tools = llmcbi_prompt_tools(p, NULL, w, NULL, NULL);
-        size += sizeof(llmcb_parts) + n_tools * sizeof(llmcb_tool_delta) +
-                llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
-                llmcbi_raw_room(&w->finish_reason) + 3 * w->logprobs.len + 7 +
-                3 * (w->tool_calls.len + w->function_call.len) + 32 * n_tools;
-    }
-    begin = llmcbi_run_reserve(&p->run, size);
-    if (!begin) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return false;
-    }
-    at = begin + sizeof *chunk;
-    chunk = (llmcb_chunk *)(void *)begin;
-    chunk->choice = (int)index;
-    chunk->parts = &p->run.rules->no_parts;
-    if (has_parts) {
-        llmcb_parts *parts = (llmcb_parts *)(void *)at;
-        at += sizeof *parts;
-        chunk->parts = parts;
-        if (!llmcbi_prompt_parts(p, c, w, usage, parts, n_tools, &at))
-            return false;
-    }
-    if (w->text.len || c->text_carry.n || c->text_carry.high) {
-        llmcbi_raw empty;
-        empty.ptr = "";
-        empty.len = 0;
-        empty.plain = false;
-        chunk->text = llmcbi_raw_decode(&at, w->text.len ? &w->text : &empty,
-                                        &c->text_carry);
-        if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return false;
-    } else {
-        chunk->text = llmcbi_slice("", 0);
-    }
-    if (p->stream && !p->cached)
-        llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
-    return true;
+    memset(&m, 0, sizeof m);
+    m.p = p;
+    m.a = llmcbi_prompt_alloc(p);
+    m.limits = &p->chat->d.limits;
+    if (index >= m.limits->choices)
+        llmcbi_maker_limit(&m, "more choices than limits.choices");
+    else if (llmcbi_maker_make(&m, index, w, usage))
+        return true;
+    llmcbi_prompt_fail(p, m.why ? LLMCB_ELIMIT : LLMCB_ENOMEM, m.why);
+    return false;
 }
 
 static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
@@ -11662,24 +11655,20 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
 
     for (i = 0; i < p->answer.n; i++) {
         llmcbi_choice *c = &p->answer.choices[i];
-        char lost[16], *end;
         llmcb_chunk *chunk;
-        char *at;
-        end = llmcbi_carry_flush(lost, &c->text_carry);
-        if (end == lost) continue;
+        char lost[16], *at;
+        size_t n = (size_t)(llmcbi_carry_flush(lost, &c->text_carry) - lost);
+        if (!n) continue;
         /* told and kept, or neither */
-        if (!llmcbi_buf_reserve(a, &c->text, (size_t)(end - lost))) return;
-        at = llmcbi_run_reserve(&p->run, sizeof *chunk + sizeof lost);
-        if (!at) return;
-        chunk = (llmcb_chunk *)(void *)at;
-        at += sizeof *chunk;
-        chunk->choice = (int)i;
-        chunk->parts = &p->run.rules->no_parts;
-        chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
-        llmcbi_buf_add(a, &c->text, lost, (size_t)(end - lost));
+        if (!llmcbi_buf_reserve(a, &c->text, n)) return;
+        chunk = llmcbi_prompt_chunk(p, i, sizeof lost);
+        if (!chunk) return;
+        at = (char *)(chunk + 1);
+        chunk->text = llmcbi_record_text(&at, lost, n);
+        llmcbi_buf_add(a, &c->text, lost, n);
         if (p->stream)
             llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN,
-                              sizeof *chunk + (size_t)(end - lost) + 1);
+                              (size_t)(at - (char *)chunk));
     }
 }
 
@@ -11693,7 +11682,10 @@ static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
     size_t i = 0;
     bool any = ev->has_choice;
 
-    if (!any && usage) return llmcbi_prompt_choice(p, NULL, usage);
+    if (!any && usage) { /* alone */
+        memset(w, 0, sizeof *w);
+        return llmcbi_prompt_choice(p, w, usage);
+    }
     for (; any; i++) {
         if (i >= skip && (w->has_delta || w->finish_reason.len)) {
             if (i > skip && !llmcbi_run_has_room(&p->run)) {
