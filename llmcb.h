@@ -6147,25 +6147,32 @@ static bool llmcbi_run_trouble(llmcbi_run *run, llmcb_error *e)
     return true;
 }
 
+/* A copy of an error with the failure of a handler on top of it. */
+static const llmcb_error *llmcbi_error_both(const llmcb_allocator *a,
+                                            const llmcb_error *e,
+                                            const llmcb_error *failed)
+{
+    llmcb_error both = *e;
+
+    both.handler_result = failed->handler_result;
+    return llmcbi_error_keep(a, &both);
+}
+
 /* What a failure of handlers makes of an outcome that was known before and
  * is not being told yet. false: of none, it stays. */
 static bool llmcbi_outcome_replaced(const llmcb_allocator *a,
                                     const llmcb_error **outcome,
                                     const llmcb_error *e)
 {
-    if (*outcome && (*outcome)->code != LLMCB_OK) {
-        if (e->code == LLMCB_EHANDLER && !(*outcome)->handler_result &&
-            (*outcome)->code != LLMCB_EHANDLER) {
-            llmcb_error both = **outcome;
-            both.handler_result = e->handler_result;
-            llmcbi_error_drop(a, *outcome);
-            *outcome = llmcbi_error_keep(a, &both);
-        }
+    const llmcb_error *had = *outcome;
+    bool stays = had && had->code != LLMCB_OK;
+
+    if (stays && (e->code != LLMCB_EHANDLER || had->handler_result ||
+                  had->code == LLMCB_EHANDLER))
         return false;
-    }
-    llmcbi_error_drop(a, *outcome);
-    *outcome = NULL;
-    return true;
+    *outcome = stays ? llmcbi_error_both(a, had, e) : NULL;
+    llmcbi_error_drop(a, had);
+    return !stays;
 }
 
 /* The error of an op: its outcome, and a failure that changed no event. */
@@ -6173,13 +6180,9 @@ static const llmcb_error *llmcbi_outcome_error(const llmcb_allocator *a,
                                                const llmcb_error *outcome,
                                                const llmcb_error *late)
 {
-    if (outcome->code != LLMCB_OK && late && !outcome->handler_result) {
-        llmcb_error both = *outcome;
-        both.handler_result = late->handler_result;
-        return llmcbi_error_keep(a, &both);
-    }
-    return llmcbi_error_keep(a, outcome->code == LLMCB_OK && late ? late
-                                                                  : outcome);
+    if (!late || outcome->handler_result) return llmcbi_error_keep(a, outcome);
+    return outcome->code == LLMCB_OK ? llmcbi_error_keep(a, late)
+                                     : llmcbi_error_both(a, outcome, late);
 }
 
 /* -- events of the program */
@@ -11102,9 +11105,9 @@ LLMCBI_DEF void llmcb_chat_free(llmcb_chat *chat)
 
 typedef enum llmcbi_phase {
     LLMCBI_PHASE_NONE,
-    LLMCBI_PHASE_CONNECT,
-    LLMCBI_PHASE_FIRST_BYTE,
-    LLMCBI_PHASE_IDLE, /* the body is coming */
+    LLMCBI_PHASE_CONNECT = LLMCB_DETAIL_CONNECT, /* if it takes too long */
+    LLMCBI_PHASE_FIRST_BYTE = LLMCB_DETAIL_FIRST_BYTE,
+    LLMCBI_PHASE_IDLE = LLMCB_DETAIL_IDLE, /* the body is coming */
     LLMCBI_PHASE_BACKOFF
 } llmcbi_phase;
 
@@ -11204,13 +11207,20 @@ static const llmcb_allocator *llmcbi_prompt_alloc(const llmcbi_prompt *p)
 
 /* -- the outcome of a prompt */
 
-static void llmcbi_prompt_fail(llmcbi_prompt *p, llmcb_code code,
-                               const char *message)
+/* The outcome is this code; of a success the message does not matter. */
+static void llmcbi_prompt_close(llmcbi_prompt *p, llmcb_code code,
+                                const char *message)
 {
     llmcb_error e;
 
     llmcbi_error_set(&e, code, message);
     llmcbi_prompt_decide(p, &e);
+}
+
+static void llmcbi_prompt_fail(llmcbi_prompt *p, llmcb_code code,
+                               const char *message)
+{
+    llmcbi_prompt_close(p, code, message);
 }
 
 /* A server may echo the key in its error, and the error may be cut within
@@ -11277,14 +11287,6 @@ static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e)
     llmcbi_make_ready(p->chat->loop, &p->call->ready);
 }
 
-static void llmcbi_prompt_succeed(llmcbi_prompt *p)
-{
-    llmcb_error ok;
-
-    llmcbi_error_set(&ok, LLMCB_OK, NULL);
-    llmcbi_prompt_decide(p, &ok);
-}
-
 /* -- timeouts: one timer for the phase and the whole */
 
 static void llmcbi_prompt_arm(llmcbi_prompt *p)
@@ -11318,8 +11320,6 @@ static void llmcbi_prompt_timed_out(llmcbi_prompt *p, llmcb_detail detail,
 
     llmcbi_error_set(&e, LLMCB_ETIMEDOUT, message);
     e.detail = detail;
-    if (detail != LLMCB_DETAIL_CONNECT && detail != LLMCB_DETAIL_FIRST_BYTE)
-        p->got_body = true; /* no retry */
     llmcbi_prompt_decide(p, &e);
 }
 
@@ -11712,25 +11712,38 @@ static void llmcbi_prompt_api_error(llmcbi_prompt *p, const char *ptr,
     llmcbi_prompt_decide(p, &e);
 }
 
-/* Notes what an event says of the whole answer. */
-static void llmcbi_prompt_note(llmcbi_prompt *p, const llmcbi_wire_event *ev)
+/* Reads an event, and notes what it says of the whole answer. false: it
+ * failed. */
+static bool llmcbi_prompt_read(llmcbi_prompt *p, llmcb_str data, bool cut,
+                               llmcbi_wire_event *ev)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     llmcb_result *r = &p->answer.result;
+    bool too_deep = false;
 
+    if (!llmcbi_wire_read(data.ptr, data.len, ev, &too_deep)) {
+        if (cut)
+            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED, NULL);
+        else if (too_deep)
+            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                               "the answer's JSON is nested too deeply");
+        else
+            llmcbi_prompt_fail(
+                p, LLMCB_EJSON,
+                "the answer holds an event that is not valid JSON");
+        return false;
+    }
+    if (ev->error.len) {
+        llmcbi_prompt_api_error(p, ev->error.ptr, ev->error.len);
+        return false;
+    }
     if (ev->usage.known) r->usage = ev->usage;
-    if (!llmcbi_answer_note(a, &r->model_name, &ev->model) ||
-        !llmcbi_answer_note(a, &r->id, &ev->id) ||
-        !llmcbi_answer_note(a, &r->system_fingerprint, &ev->fingerprint))
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-}
-
-static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
-{
-    llmcbi_prompt_fail(p, too_deep ? LLMCB_ELIMIT : LLMCB_EJSON,
-                       too_deep ? "the answer's JSON is nested too deeply"
-                                : "the answer holds an event that is not "
-                                  "valid JSON");
+    if (llmcbi_answer_note(a, &r->model_name, &ev->model) &&
+        llmcbi_answer_note(a, &r->id, &ev->id) &&
+        llmcbi_answer_note(a, &r->system_fingerprint, &ev->fingerprint))
+        return true;
+    llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    return false;
 }
 
 /* Copied at once, however much of it is text: the length of a token cannot be
@@ -11996,33 +12009,22 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
 static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
 {
     llmcbi_wire_event ev;
-    bool too_deep = false;
 
     p->last_data = p->chat->loop->now;
     if (data.len == 6 && memcmp(data.ptr, "[DONE]", 6) == 0) {
         p->sentinel = true;
-        if (p->got_chunk || p->answer.n)
-            llmcbi_prompt_succeed(p);
-        else
-            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED,
-                               "the stream held no answer");
+        llmcbi_prompt_close(
+            p, p->got_chunk || p->answer.n ? LLMCB_OK : LLMCB_ETRUNCATED,
+            "the stream held no answer");
         return;
     }
     if (is_error) {
         llmcbi_prompt_api_error(p, data.ptr, data.len);
         return;
     }
-    if (!llmcbi_wire_read(data.ptr, data.len, &ev, &too_deep)) {
-        llmcbi_prompt_bad_json(p, too_deep);
-        return;
-    }
-    if (ev.error.len) {
-        llmcbi_prompt_api_error(p, ev.error.ptr, ev.error.len);
-        return;
-    }
-    llmcbi_prompt_note(p, &ev);
+    if (!llmcbi_prompt_read(p, data, false, &ev)) return;
     llmcbi_prompt_learn(p, data, &ev);
-    if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
+    if (llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
     llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, data.ptr, data.len);
     if (p->body.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
 }
@@ -12087,33 +12089,16 @@ static void llmcbi_prompt_stream(llmcbi_prompt *p, llmcb_str *piece,
 static void llmcbi_prompt_whole(llmcbi_prompt *p, bool cut)
 {
     llmcbi_wire_event ev;
-    bool too_deep = false;
 
-    if (!llmcbi_wire_read(p->body.ptr ? p->body.ptr : "", p->body.len, &ev,
-                          &too_deep)) {
-        if (cut || !p->body.len)
-            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED, NULL);
-        else
-            llmcbi_prompt_bad_json(p, too_deep);
+    if (!llmcbi_prompt_read(p, llmcbi_buf_str(&p->body), cut || !p->body.len,
+                            &ev))
         return;
-    }
-    if (ev.error.len) {
-        llmcbi_prompt_api_error(p, ev.error.ptr, ev.error.len);
-        return;
-    }
-    llmcbi_prompt_note(p, &ev);
-    if (p->outcome) return;
     /* a completion of legal size goes into an empty log in one go */
-    while (!llmcbi_prompt_tell(p, &ev, p->choices_told)) {
-        if (p->outcome) return;
-        llmcbi_wire_read(p->body.ptr, p->body.len, &ev, &too_deep);
-        ev.usage.known = false;
-    }
-    if (p->got_chunk)
-        llmcbi_prompt_succeed(p);
-    else
-        llmcbi_prompt_fail(p, LLMCB_EPROTO,
-                           "the answer is JSON, but no completion");
+    if (!llmcbi_prompt_tell(p, &ev, 0))
+        while (!p->outcome && p->body.len)
+            llmcbi_prompt_event_again(p);
+    llmcbi_prompt_close(p, p->got_chunk ? LLMCB_OK : LLMCB_EPROTO,
+                        "the answer is JSON, but no completion");
 }
 
 static void llmcbi_prompt_http_error(llmcbi_prompt *p)
@@ -12348,7 +12333,6 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
 {
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
     bool was_over = p->over || p->outcome;
-    llmcb_code code;
 
     p->orderly = ending == LLMCB_ORDERLY;
     p->over = true;
@@ -12374,11 +12358,9 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         llmcbi_prompt_fail(p, LLMCB_ECTYPE, NULL);
         return;
     }
-    code = llmcbi_terminal_evidence(ending, llmcbi_prompt_all_finished(p));
-    if (code == LLMCB_OK)
-        llmcbi_prompt_succeed(p);
-    else
-        llmcbi_prompt_fail(p, code, NULL);
+    llmcbi_prompt_close(
+        p, llmcbi_terminal_evidence(ending, llmcbi_prompt_all_finished(p)),
+        NULL);
 }
 
 static void llmcbi_chat_listen(llmcbi_sink *sink)
@@ -12611,6 +12593,9 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
 static void llmcbi_prompt_timer(llmcbi_timer *t)
 {
     llmcbi_prompt *p = LLMCBI_OWNER(llmcbi_prompt, timer, t);
+    static const char *const why[] = { NULL, "no connection within connect_ms",
+                                       "no answer within first_byte_ms",
+                                       "no data within idle_ms" };
     const llmcb_chat_desc *d = &p->chat->d;
     int64_t now = p->chat->loop->now;
 
@@ -12624,24 +12609,12 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
         llmcbi_prompt_arm(p);
         return;
     }
-    switch (p->phase) {
-    case LLMCBI_PHASE_CONNECT:
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_CONNECT,
-                                "no connection within connect_ms");
-        break;
-    case LLMCBI_PHASE_FIRST_BYTE:
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_FIRST_BYTE,
-                                "no answer within first_byte_ms");
-        break;
-    case LLMCBI_PHASE_IDLE:
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_IDLE, "no data within idle_ms");
-        break;
-    case LLMCBI_PHASE_BACKOFF:
-        llmcbi_prompt_let_go(p);
-        llmcbi_prompt_launch(p);
-        break;
-    default: break;
+    if (p->phase != LLMCBI_PHASE_BACKOFF) {
+        llmcbi_prompt_timed_out(p, (llmcb_detail)p->phase, why[p->phase]);
+        return;
     }
+    llmcbi_prompt_let_go(p);
+    llmcbi_prompt_launch(p);
 }
 
 /* -- the call as a whole */
