@@ -6344,42 +6344,52 @@ static const char *llmcbi_config_check(const llmcb_loop *loop,
     return NULL;
 }
 
-/* Later lists win: a tag that comes again moves to the end. */
-static size_t llmcbi_add_tags(const char **out, size_t n,
+/* arena NULL: the string itself, which lives long enough. */
+static const char *llmcbi_arena_copy(const llmcb_allocator *a,
+                                     llmcbi_arena *arena, const char *s)
+{
+    return s && arena ? llmcbi_arena_text(a, arena, s, strlen(s)) : s;
+}
+
+/* Adds copies of tags to n others. Later lists win: one that comes again
+ * moves to the end. */
+static size_t llmcbi_add_tags(const llmcb_allocator *a, llmcbi_arena *arena,
+                              const char **out, size_t n,
                               const char *const *tags, size_t n_tags)
 {
-    size_t i, k;
+    size_t i, k, old = n;
 
-    for (i = 0; i < n_tags; i++)
-        for (k = 0; k < n; k++)
-            if (strcmp(out[k], tags[i]) == 0) {
-                memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
-                break;
-            }
-    for (i = 0; i < n_tags; i++)
-        out[n++] = tags[i];
+    for (i = 0; i < n_tags; i++) {
+        for (k = 0; k < old && strcmp(out[k], tags[i]) != 0;)
+            k++;
+        if (k < old) {
+            memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
+            old--;
+        }
+        out[n++] = llmcbi_arena_copy(a, arena, tags[i]);
+    }
     return n;
 }
 
-static size_t llmcbi_add_pair(llmcb_pair *out, size_t n, const char *key,
+static size_t llmcbi_add_pair(const llmcb_allocator *a, llmcbi_arena *arena,
+                              llmcb_pair *out, size_t n, const char *key,
                               const char *value)
 {
     size_t k;
 
     for (k = 0; k < n && strcmp(out[k].key, key) != 0;)
         k++;
-    out[k].key = key;
-    out[k].value = value;
+    out[k].key = llmcbi_arena_copy(a, arena, key);
+    out[k].value = llmcbi_arena_copy(a, arena, value);
     return k == n ? n + 1 : n;
 }
 
-static size_t llmcbi_add_pairs(llmcb_pair *out, size_t n,
+static size_t llmcbi_add_pairs(const llmcb_allocator *a, llmcbi_arena *arena,
+                               llmcb_pair *out, size_t n,
                                const llmcb_pair *pairs, size_t n_pairs)
 {
-    size_t i;
-
-    for (i = 0; i < n_pairs; i++)
-        n = llmcbi_add_pair(out, n, pairs[i].key, pairs[i].value);
+    for (; n_pairs; n_pairs--, pairs++)
+        n = llmcbi_add_pair(a, arena, out, n, pairs->key, pairs->value);
     return n;
 }
 
@@ -6405,28 +6415,20 @@ static void llmcbi_setup_add(llmcbi_setup *s, llmcb_handler *const *list,
     }
 }
 
-static const char *llmcbi_arena_copy(const llmcb_allocator *a,
-                                     llmcbi_arena *arena, const char *s)
-{
-    return s ? llmcbi_arena_text(a, arena, s, strlen(s)) : NULL;
-}
-
 static void llmcbi_setup_tags(const llmcb_allocator *a, llmcbi_arena *arena,
                               llmcbi_setup *s, const llmcb_config *c)
 {
     const char **tags;
-    size_t i, n = c->n_tags + c->n_local_tags + (c->step ? 1 : 0);
+    size_t n = c->n_tags + c->n_local_tags + (c->step ? 1 : 0);
 
     if (!n) return;
     tags = (const char **)llmcbi_arena_get(a, arena,
                                            (n + s->n_tags) * sizeof *tags);
     if (!tags) return;
-    n = llmcbi_add_tags(tags, 0, c->tags, c->n_tags);
-    n = llmcbi_add_tags(tags, n, c->local_tags, c->n_local_tags);
-    if (c->step) n = llmcbi_add_tags(tags, n, &c->step, 1);
-    for (i = 0; i < n; i++)
-        tags[i] = llmcbi_arena_copy(a, arena, tags[i]);
-    s->n_tags = llmcbi_add_tags(tags, n, s->tags, s->n_tags);
+    n = llmcbi_add_tags(a, arena, tags, 0, c->tags, c->n_tags);
+    n = llmcbi_add_tags(a, arena, tags, n, c->local_tags, c->n_local_tags);
+    n = llmcbi_add_tags(a, arena, tags, n, &c->step, c->step ? 1 : 0);
+    s->n_tags = llmcbi_add_tags(a, NULL, tags, n, s->tags, s->n_tags);
     s->tags = tags;
 }
 
@@ -6434,19 +6436,17 @@ static void llmcbi_setup_metadata(const llmcb_allocator *a, llmcbi_arena *arena,
                                   llmcbi_setup *s, const llmcb_config *c)
 {
     llmcb_pair *pairs;
-    size_t i, n = c->n_metadata + c->n_local_metadata;
+    size_t n = c->n_metadata + c->n_local_metadata;
 
     if (!n) return;
     pairs = (llmcb_pair *)llmcbi_arena_get(a, arena,
                                            (n + s->n_metadata) * sizeof *pairs);
     if (!pairs) return;
-    n = llmcbi_add_pairs(pairs, 0, c->metadata, c->n_metadata);
-    n = llmcbi_add_pairs(pairs, n, c->local_metadata, c->n_local_metadata);
-    for (i = 0; i < n; i++) {
-        pairs[i].key = llmcbi_arena_copy(a, arena, pairs[i].key);
-        pairs[i].value = llmcbi_arena_copy(a, arena, pairs[i].value);
-    }
-    s->n_metadata = llmcbi_add_pairs(pairs, n, s->metadata, s->n_metadata);
+    n = llmcbi_add_pairs(a, arena, pairs, 0, c->metadata, c->n_metadata);
+    n = llmcbi_add_pairs(a, arena, pairs, n, c->local_metadata,
+                         c->n_local_metadata);
+    s->n_metadata =
+        llmcbi_add_pairs(a, NULL, pairs, n, s->metadata, s->n_metadata);
     s->metadata = pairs;
 }
 
@@ -10915,21 +10915,15 @@ static void llmcbi_chat_copy_lists(llmcb_chat *chat)
                                "a handler is NULL, or has one event in both "
                                "tables");
     }
-    d->n_tags = llmcbi_add_tags(tags, 0, d->tags, d->n_tags);
-    for (i = 0; i < d->n_tags; i++)
-        tags[i] = llmcbi_chat_copy(chat, tags[i]);
-    n = llmcbi_add_pairs(metadata, 0, d->metadata, d->n_metadata);
-    for (i = 0; i < n; i++) {
-        metadata[i].key = llmcbi_chat_copy(chat, metadata[i].key);
-        metadata[i].value = llmcbi_chat_copy(chat, metadata[i].value);
-    }
-    n = llmcbi_add_pair(metadata, n, "ls_provider", "openai");
-    n = llmcbi_add_pair(metadata, n, "ls_model_name", d->model);
-    n = llmcbi_add_pair(metadata, n, "ls_model_type", "chat");
+    d->n_tags = llmcbi_add_tags(a, &chat->arena, tags, 0, d->tags, d->n_tags);
+    n = llmcbi_add_pairs(a, &chat->arena, metadata, 0, d->metadata,
+                         d->n_metadata);
+    n = llmcbi_add_pair(a, NULL, metadata, n, "ls_provider", "openai");
+    n = llmcbi_add_pair(a, NULL, metadata, n, "ls_model_name", d->model);
+    n = llmcbi_add_pair(a, NULL, metadata, n, "ls_model_type", "chat");
     if (d->max_tokens > 0)
-        n = llmcbi_add_pair(
-            metadata, n, "ls_max_tokens",
-            llmcbi_chat_copy(chat, llmcbi_decimal(digits, d->max_tokens)));
+        n = llmcbi_add_pair(a, &chat->arena, metadata, n, "ls_max_tokens",
+                            llmcbi_decimal(digits, d->max_tokens));
     chat->own.callbacks = callbacks;
     chat->own.n_callbacks = d->n_callbacks;
     chat->own.tags = tags;
