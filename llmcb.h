@@ -4993,6 +4993,12 @@ static inline char *llmcbi_run_reserve(llmcbi_run *run, size_t size)
     return run->tail + sizeof(llmcbi_record);
 }
 
+/* The pump is to look at it. */
+static void llmcbi_run_wake(llmcbi_run *run)
+{
+    llmcbi_make_ready(run->loop, &run->ready);
+}
+
 static inline void llmcbi_run_commit(llmcbi_run *run, unsigned kind,
                                      size_t size)
 {
@@ -5489,7 +5495,7 @@ static void llmcbi_cursor_task_finish(llmcbi_task *t, llmcb_code code)
     /* a coroutine that was cancelled and says so has not failed */
     if (code == LLMCB_ECANCELLED && c->run->skipping) code = LLMCB_OK;
     llmcbi_cursor_step_done(c, llmcbi_task_shown(t)->ev.kind, code);
-    llmcbi_make_ready(c->run->loop, &c->run->ready);
+    llmcbi_run_wake(c->run);
 }
 
 static void llmcbi_cursor_start_task(llmcbi_cursor *c)
@@ -5818,7 +5824,7 @@ static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop)
         w->in_progress = false;
         c->done = w->done;
         c->pos = w->pos;
-        llmcbi_make_ready(loop, &c->run->ready);
+        llmcbi_run_wake(c->run);
         if (w->busy) continue; /* a worker may use next_progress again */
         w->next_progress = back;
         back = w;
@@ -5872,12 +5878,11 @@ static llmcbi_strand *llmcbi_strand_get(llmcb_loop *loop,
     llmcbi_pool *p = loop->pool;
     llmcbi_strand *s;
 
-    if (!(h->flags & LLMCB_PARALLEL))
-        for (s = p->known; s; s = s->next_known)
-            if (s->handler == h) {
-                s->users++;
-                return s;
-            }
+    for (s = p->known; s; s = s->next_known)
+        if (s->handler == h) {
+            s->users++;
+            return s;
+        }
     s = (llmcbi_strand *)llmcbi_alloc(&loop->alloc, sizeof *s);
     if (!s) return NULL;
     s->last = &s->first;
@@ -6001,11 +6006,10 @@ static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
     run->cursors = (llmcbi_cursor *)llmcbi_arena_get(&loop->alloc, arena,
                                                      n * sizeof *run->cursors);
     if (!run->cursors) return LLMCB_ENOMEM;
-    run->n_cursors = n;
-    for (i = 0; i < n; i++)
-        run->cursors[i].handler = handlers[i];
-    for (i = 0; i < n && code == LLMCB_OK; i++)
+    for (i = 0; i < n && code == LLMCB_OK; i++) {
+        run->n_cursors++; /* what has been begun must be freed */
         code = llmcbi_cursor_init(run, &run->cursors[i], handlers[i]);
+    }
     return code;
 }
 
@@ -6020,7 +6024,7 @@ static void llmcbi_run_begin(llmcbi_run *run, llmcb_event_kind kind,
     run->start_kind = (uint8_t)kind;
     run->start = start;
     run->head = 1;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The parent's start has been told. */
@@ -6028,7 +6032,7 @@ static void llmcbi_run_release(llmcbi_run *run)
 {
     run->withheld = false;
     run->pub.started_ms = run->loop->now;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The awaits of coroutines that are at it end. */
@@ -6066,7 +6070,7 @@ static void llmcbi_run_skip(llmcbi_run *run)
     for (i = 0; i < run->n_cursors; i++)
         if (run->cursors[i].on_pool) llmcbi_cursor_unpublish(&run->cursors[i]);
     if (run->reader) run->reader->end = run->slowest;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The outcome is known: no more events but the finish. */
@@ -6075,7 +6079,7 @@ static void llmcbi_run_drain(llmcbi_run *run)
     if (run->state >= LLMCBI_RUN_DRAINING) return;
     llmcbi_run_set_state(run, LLMCBI_RUN_DRAINING);
     run->starved = false;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The event is the end or the error of its kind of run. */
@@ -6083,19 +6087,19 @@ static void llmcbi_run_finish(llmcbi_run *run, const llmcb_result *result,
                               const llmcb_output *output,
                               const llmcb_error *error)
 {
-    llmcb_event_kind end = LLMCB_LLM_END; /* its error is the next kind */
+    int end = run->start_kind == LLMCB_CHAT_MODEL_START
+                  ? LLMCB_LLM_END
+                  : run->start_kind + 1; /* of the others, the next kind */
 
-    if (run->start_kind == LLMCB_CHAIN_START) end = LLMCB_CHAIN_END;
-    if (run->start_kind == LLMCB_TOOL_START) end = LLMCB_TOOL_END;
-    if (run->start_kind == LLMCB_RETRIEVER_START) end = LLMCB_RETRIEVER_END;
     llmcbi_run_set_state(run, LLMCBI_RUN_FINISHING);
-    run->finish_kind = (uint8_t)(end + (error->code != LLMCB_OK));
+    run->finish_kind =
+        (uint8_t)(end + (error->code != LLMCB_OK)); /* likewise */
     run->pub.finished_ms = run->loop->now;
     run->result = result;
     run->output = output;
     run->error = error;
     run->finish_seq = ++run->head;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* Whether all handlers are done with all there is. */
@@ -6120,7 +6124,7 @@ static void llmcbi_run_abandon(llmcbi_run *run)
         if (c->on_pool) llmcbi_cursor_unpublish(c);
         run->abandoned = true;
     }
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 static void llmcbi_run_impatient(llmcbi_timer *t)
@@ -6287,7 +6291,7 @@ LLMCBI_DEF llmcb_step llmcb_await_run(llmcb_task *t, llmcb_run *run)
     r->flush_at = r->head;
     r->flusher = task;
     task->slot = &r->flusher;
-    llmcbi_make_ready(r->loop, &r->ready); /* sets the mark */
+    llmcbi_run_wake(r); /* sets the mark */
     return LLMCB_WAIT;
 }
 
@@ -11196,25 +11200,26 @@ static llmcbi_prompt *llmcbi_prompt_of(llmcbi_run *run)
 
 static const llmcb_allocator *llmcbi_prompt_alloc(const llmcbi_prompt *p)
 {
-    return &p->chat->loop->alloc;
+    return &p->run.loop->alloc;
 }
 
 /* -- the outcome of a prompt */
 
 /* The outcome is this code; of a success the message does not matter. */
 static void llmcbi_prompt_close(llmcbi_prompt *p, llmcb_code code,
-                                const char *message)
+                                llmcb_detail detail, const char *message)
 {
     llmcb_error e;
 
     llmcbi_error_set(&e, code, message);
+    e.detail = detail;
     llmcbi_prompt_decide(p, &e);
 }
 
 static void llmcbi_prompt_fail(llmcbi_prompt *p, llmcb_code code,
                                const char *message)
 {
-    llmcbi_prompt_close(p, code, message);
+    llmcbi_prompt_close(p, code, LLMCB_DETAIL_NONE, message);
 }
 
 /* A server may echo the key in its error, and the error may be cut within
@@ -11274,18 +11279,18 @@ static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e)
     if (p->limited) llmcbi_prompt_unlimit(p);
     p->outcome = llmcbi_error_keep(llmcbi_prompt_alloc(p), e);
     p->over = true;
-    llmcbi_timer_stop(p->chat->loop, &p->timer);
+    llmcbi_timer_stop(p->run.loop, &p->timer);
     p->phase = LLMCBI_PHASE_NONE;
     p->paused_at = 0;
     if (p->run.state != LLMCBI_RUN_NEW) llmcbi_run_drain(&p->run);
-    llmcbi_make_ready(p->chat->loop, &p->call->ready);
+    llmcbi_make_ready(p->run.loop, &p->call->ready);
 }
 
 /* -- timeouts: one timer for the phase and the whole */
 
 static void llmcbi_prompt_arm(llmcbi_prompt *p)
 {
-    llmcb_loop *loop = p->chat->loop;
+    llmcb_loop *loop = p->run.loop;
     int64_t due = p->phase_due;
 
     if (!due || (p->total_due && p->total_due < due)) due = p->total_due;
@@ -11298,7 +11303,7 @@ static void llmcbi_prompt_arm(llmcbi_prompt *p)
 static void llmcbi_prompt_set_phase(llmcbi_prompt *p, llmcbi_phase phase,
                                     int64_t ms)
 {
-    int64_t now = p->chat->loop->now;
+    int64_t now = p->run.loop->now;
 
     p->phase = (uint8_t)phase;
     p->phase_due = ms < 0 ? 0 : now + ms;
@@ -11307,29 +11312,19 @@ static void llmcbi_prompt_set_phase(llmcbi_prompt *p, llmcbi_phase phase,
     llmcbi_prompt_arm(p);
 }
 
-static void llmcbi_prompt_timed_out(llmcbi_prompt *p, llmcb_detail detail,
-                                    const char *message)
-{
-    llmcb_error e;
-
-    llmcbi_error_set(&e, LLMCB_ETIMEDOUT, message);
-    e.detail = detail;
-    llmcbi_prompt_decide(p, &e);
-}
-
 /* The library itself holds the transport: the clocks stand still. */
 static void llmcbi_prompt_pause(llmcbi_prompt *p)
 {
     p->run.starved = true;
-    llmcbi_make_ready(p->chat->loop, &p->run.ready); /* sets the mark */
-    p->paused_at = p->chat->loop->now;
+    llmcbi_run_wake(&p->run); /* sets the mark */
+    p->paused_at = p->run.loop->now;
     if (!p->paused_at) p->paused_at = 1;
-    llmcbi_timer_stop(p->chat->loop, &p->timer);
+    llmcbi_timer_stop(p->run.loop, &p->timer);
 }
 
 static void llmcbi_prompt_unpause(llmcbi_prompt *p)
 {
-    int64_t now = p->chat->loop->now, held = now - p->paused_at;
+    int64_t now = p->run.loop->now, held = now - p->paused_at;
 
     p->run.starved = false;
     p->paused_at = 0;
@@ -11862,7 +11857,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str *piece,
         if (!piece->len) piece++;
     } while (piece < stop && !p->outcome && p->run.head < until &&
              p->run.held <= p->run.rules->window_bytes);
-    if (any) p->last_data = p->chat->loop->now;
+    if (any) p->last_data = p->run.loop->now;
     return any;
 }
 
@@ -12004,12 +11999,12 @@ static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
 {
     llmcbi_wire_event ev;
 
-    p->last_data = p->chat->loop->now;
+    p->last_data = p->run.loop->now;
     if (data.len == 6 && memcmp(data.ptr, "[DONE]", 6) == 0) {
         p->sentinel = true;
         llmcbi_prompt_close(
             p, p->got_chunk || p->answer.n ? LLMCB_OK : LLMCB_ETRUNCATED,
-            "the stream held no answer");
+            LLMCB_DETAIL_NONE, "the stream held no answer");
         return;
     }
     if (is_error) {
@@ -12092,6 +12087,7 @@ static void llmcbi_prompt_whole(llmcbi_prompt *p, bool cut)
         while (!p->outcome && p->body.len)
             llmcbi_prompt_event_again(p);
     llmcbi_prompt_close(p, p->got_chunk ? LLMCB_OK : LLMCB_EPROTO,
+                        LLMCB_DETAIL_NONE,
                         "the answer is JSON, but no completion");
 }
 
@@ -12194,10 +12190,16 @@ static int64_t llmcbi_wall_ms(void)
     return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
-static void llmcbi_prompt_forget_id(llmcbi_prompt *p)
+/* Empty: none. */
+static void llmcbi_prompt_set_id(llmcbi_prompt *p, llmcb_str id)
 {
-    llmcbi_str_free(llmcbi_prompt_alloc(p), p->request_id);
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+
+    llmcbi_str_free(a, p->request_id);
     p->request_id = llmcbi_slice("", 0);
+    if (id.len >= sizeof((llmcb_error *)NULL)->request_id)
+        id.len = sizeof((llmcb_error *)NULL)->request_id - 1;
+    llmcbi_str_keep(a, &p->request_id, id);
 }
 
 static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
@@ -12229,12 +12231,7 @@ static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
         if (p->retry_after < 0)
             p->retry_after = llmcbi_retry_after(value, llmcbi_wall_ms());
         break;
-    case 6:
-        llmcbi_prompt_forget_id(p);
-        if (value.len >= sizeof((llmcb_error *)NULL)->request_id)
-            value.len = sizeof((llmcb_error *)NULL)->request_id - 1;
-        llmcbi_str_keep(llmcbi_prompt_alloc(p), &p->request_id, value);
-        break;
+    case 6: llmcbi_prompt_set_id(p, value); break;
     case 7:
         if (p->status < 300 || p->status >= 400 || value.len >= 4096) break;
         p->body.len = 0;
@@ -12288,7 +12285,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
         }
         if (p->outcome) continue;
         if (p->body_kind == LLMCBI_BODY_JSON) {
-            p->last_data = p->chat->loop->now;
+            p->last_data = p->run.loop->now;
             llmcbi_prompt_gather(p, piece, limits->body);
         } else if (p->body_kind == LLMCBI_BODY_STREAM) {
             llmcbi_prompt_stream(p, piece, stop);
@@ -12354,7 +12351,7 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
     }
     llmcbi_prompt_close(
         p, llmcbi_terminal_evidence(ending, llmcbi_prompt_all_finished(p)),
-        NULL);
+        LLMCB_DETAIL_NONE, NULL);
 }
 
 static void llmcbi_chat_listen(llmcbi_sink *sink)
@@ -12396,7 +12393,7 @@ static llmcb_transport *llmcbi_default_transport(llmcb_loop *loop)
 static void llmcbi_prompt_launch(llmcbi_prompt *p)
 {
     llmcb_chat *chat = p->chat;
-    llmcb_loop *loop = p->chat->loop;
+    llmcb_loop *loop = p->run.loop;
     llmcb_transport *tr = chat->d.transport;
     llmcb_code code;
 
@@ -12406,7 +12403,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     p->retry_after = LLMCBI_NO_WISH;
     p->should_retry = -1;
     p->body_kind = LLMCBI_BODY_UNKNOWN;
-    llmcbi_prompt_forget_id(p);
+    llmcbi_prompt_set_id(p, llmcbi_slice("", 0));
     p->sse.limit = chat->d.limits.event;
     if (!tr) tr = llmcbi_default_transport(loop);
     p->x = tr ? llmcbi_exchange_new(tr, &chat->sink, p) : NULL;
@@ -12528,7 +12525,7 @@ static void llmcbi_prompt_go(llmcbi_prompt *p)
     p->launched = true;
     if (llmcbi_prompt_cached(p)) return;
     if (chat->d.total_ms > 0) {
-        p->total_due = p->chat->loop->now + chat->d.total_ms;
+        p->total_due = p->run.loop->now + chat->d.total_ms;
         llmcbi_prompt_arm(p);
     }
     if (chat->d.limiter)
@@ -12569,7 +12566,7 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
 
     if (p->run.state != LLMCBI_RUN_OPEN || !llmcbi_prompt_retryable(p, e))
         return false;
-    if (ms < 0) ms = llmcbi_backoff(&p->chat->loop->random, p->attempt);
+    if (ms < 0) ms = llmcbi_backoff(&p->run.loop->random, p->attempt);
     rec =
         (llmcbi_retry_record *)(void *)llmcbi_run_reserve(&p->run, sizeof *rec);
     if (!rec) return false;
@@ -12580,7 +12577,7 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
     llmcbi_run_commit(&p->run, LLMCB_RETRY, sizeof *rec);
     p->over = true;
     llmcbi_prompt_set_phase(p, LLMCBI_PHASE_BACKOFF, ms);
-    llmcbi_make_ready(p->chat->loop, &p->call->ready);
+    llmcbi_make_ready(p->run.loop, &p->call->ready);
     return true;
 }
 
@@ -12591,11 +12588,11 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
                                        "no answer within first_byte_ms",
                                        "no data within idle_ms" };
     const llmcb_chat_desc *d = &p->chat->d;
-    int64_t now = p->chat->loop->now;
+    int64_t now = p->run.loop->now;
 
     if (p->total_due && p->total_due <= now) {
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_TOTAL,
-                                "the call took longer than total_ms");
+        llmcbi_prompt_close(p, LLMCB_ETIMEDOUT, LLMCB_DETAIL_TOTAL,
+                            "the call took longer than total_ms");
         return;
     }
     if (p->phase == LLMCBI_PHASE_IDLE && p->last_data + d->idle_ms > now) {
@@ -12604,7 +12601,8 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
         return;
     }
     if (p->phase != LLMCBI_PHASE_BACKOFF) {
-        llmcbi_prompt_timed_out(p, (llmcb_detail)p->phase, why[p->phase]);
+        llmcbi_prompt_close(p, LLMCB_ETIMEDOUT, (llmcb_detail)p->phase,
+                            why[p->phase]);
         return;
     }
     llmcbi_prompt_let_go(p);
@@ -12817,18 +12815,15 @@ static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
     if (!c->cancelled) c->cancelled = detail == LLMCB_DETAIL_CALLER;
     for (i = 0; i < c->n; i++) {
         llmcbi_prompt *p = &c->prompts[i];
-        llmcb_error e;
         if (p->run.state >= LLMCBI_RUN_DRAINED || p->run.skipping) {
             if (detail == LLMCB_DETAIL_LOOP) llmcbi_run_interrupt(&p->run);
             continue;
         }
-        llmcbi_error_set(&e, LLMCB_ECANCELLED, NULL);
-        e.detail = detail;
         if (p->outcome && p->outcome->code == LLMCB_OK) {
             llmcbi_error_drop(llmcbi_prompt_alloc(p), p->outcome);
             p->outcome = NULL;
         }
-        llmcbi_prompt_decide(p, &e);
+        llmcbi_prompt_close(p, LLMCB_ECANCELLED, detail, NULL);
         llmcbi_run_skip(&p->run);
         /* not for what is ending: freeing a loop asks in each turn */
         llmcbi_make_ready(op->loop, &c->ready);
@@ -12850,7 +12845,7 @@ static void llmcbi_call_waited(llmcb_op *op)
 
     if (!c->n || !c->prompts[0].run.reader) return;
     c->prompts[0].run.reader = NULL; /* unread chunks go */
-    llmcbi_make_ready(op->loop, &c->prompts[0].run.ready);
+    llmcbi_run_wake(&c->prompts[0].run);
 }
 
 static void llmcbi_call_free(llmcbi_call *c)
@@ -12869,12 +12864,12 @@ static void llmcbi_call_free(llmcbi_call *c)
         p->over = true;
         llmcbi_prompt_let_go(p);
         llmcbi_timer_free(loop, &p->timer);
-        llmcbi_run_free(&p->run);
         llmcbi_prompt_forget_asked(p);
         llmcbi_prompt_forget_talk(p);
-        llmcbi_prompt_forget_id(p);
+        llmcbi_prompt_set_id(p, llmcbi_slice("", 0));
         llmcbi_answer_free(a, &p->answer);
         llmcbi_error_drop(a, p->outcome);
+        llmcbi_run_free(&p->run);
     }
     llmcbi_unready(&c->ready);
     llmcbi_error_drop(a, c->late);
@@ -13041,11 +13036,11 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     p->answer.result = *llmcbi_no_result();
     p->retry_after = LLMCBI_NO_WISH;
     p->run.rules = &chat->rules;
-    if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
-        return LLMCB_ENOMEM;
     code = llmcbi_run_init(loop, &p->run, &c->arena, setup->handlers,
                            setup->n_handlers, &c->op);
     if (code != LLMCB_OK) return code;
+    if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
+        return LLMCB_ENOMEM;
     llmcbi_run_name(&p->run, &c->arena, plan->config, setup, "ChatOpenAI");
     if (!llmcbi_prompt_ask(p, prompt, plan)) return LLMCB_ENOMEM;
     if (setup->n_handlers && !llmcbi_prompt_copy_talk(p, prompt, plan))
@@ -13255,7 +13250,7 @@ static void llmcbi_call_pass(llmcbi_call *c)
     llmcbi_record_take(&run->reader->pos);
     run->reader->seq++;
     run->reader->shown = false;
-    if (run->starved) llmcbi_make_ready(run->loop, &run->ready);
+    if (run->starved) llmcbi_run_wake(run);
 }
 
 /* The next token record, in the program's hands until the next call. */
