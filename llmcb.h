@@ -5572,15 +5572,17 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
     }
 }
 
-/* The events that every cursor is done with, as far as the loop knows. */
-static uint64_t llmcbi_run_slowest(const llmcbi_run *run)
+/* The events that every cursor is done with, as far as the loop knows, or
+ * every one that has this flag. */
+static uint64_t llmcbi_run_done(const llmcbi_run *run, unsigned flag)
 {
+    const llmcbi_cursor *c = run->cursors;
     uint64_t least = run->head;
-    size_t i;
+    size_t n = run->n_cursors;
 
-    for (i = 0; i < run->n_cursors; i++)
-        if (!run->cursors[i].mute && run->cursors[i].done < least)
-            least = run->cursors[i].done;
+    for (; n; n--, c++)
+        if (!c->mute && c->done < least && (!flag || c->handler->flags & flag))
+            least = c->done;
     return least;
 }
 
@@ -5657,39 +5659,23 @@ static inline bool llmcbi_run_fits(const llmcbi_run *run)
            (run->held <= run->rules->window_bytes || from == run->head);
 }
 
-/* Whether those in lock step are done with all there is. */
-static bool llmcbi_run_in_step(const llmcbi_run *run)
-{
-    size_t i;
-
-    for (i = 0; i < run->n_cursors; i++)
-        if (run->cursors[i].handler->flags & LLMCB_AWAIT_EACH &&
-            !run->cursors[i].mute && run->cursors[i].done < run->head)
-            return false;
-    return true;
-}
-
 /* Whether the next event of the answer may be appended. */
 static inline bool llmcbi_run_has_room(const llmcbi_run *run)
 {
-    return (!run->lockstep || llmcbi_run_in_step(run)) && llmcbi_run_fits(run);
+    return (!run->lockstep || /* those are done with all there is */
+            llmcbi_run_done(run, LLMCB_AWAIT_EACH) == run->head) &&
+           llmcbi_run_fits(run);
 }
 
 /* How far handlers may go while some are in lock step: one event beyond the
  * slowest of those. */
 static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
 {
-    uint64_t limit = run->head;
-    size_t i;
+    uint64_t done;
 
-    if (!run->lockstep) return limit;
-    for (i = 0; i < run->n_cursors; i++) {
-        const llmcbi_cursor *c = &run->cursors[i];
-        if (c->handler->flags & LLMCB_AWAIT_EACH && !c->mute &&
-            c->done + 1 < limit)
-            limit = c->done + 1;
-    }
-    return limit;
+    if (!run->lockstep) return run->head;
+    done = llmcbi_run_done(run, LLMCB_AWAIT_EACH);
+    return done < run->head ? done + 1 : done;
 }
 
 /* A handler takes longer than it may, and the run waits for it. */
@@ -5797,7 +5783,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
             while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
                 moved = true;
     }
-    run->slowest = llmcbi_run_slowest(run);
+    run->slowest = llmcbi_run_done(run, 0);
     llmcbi_run_recycle(run);
     if (run->flusher && run->slowest >= run->flush_at)
         llmcbi_task_wake(run->flusher, LLMCB_OK);
