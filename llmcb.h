@@ -6295,21 +6295,32 @@ static bool llmcbi_labels_ok(const char *const *tags, size_t n_tags,
     return true;
 }
 
+/* A configuration begins with its lists. */
+#define LLMCBI_N_LISTS 6
+
+typedef struct llmcbi_list {
+    const void *items;
+    size_t n;
+} llmcbi_list;
+
+typedef char llmcbi_lists_fit[offsetof(llmcb_config, run_name) ==
+                                      LLMCBI_N_LISTS * sizeof(llmcbi_list)
+                                  ? 1
+                                  : -1];
+
 /* What is wrong with a configuration, or NULL. */
 static const char *llmcbi_config_check(const llmcb_loop *loop,
                                        const llmcb_config *c, llmcb_code *code)
 {
     const llmcbi_run *parent = (const llmcbi_run *)(const void *)c->parent;
+    llmcbi_list lists[LLMCBI_N_LISTS];
     size_t i;
 
     *code = LLMCB_EINVAL;
-
-    if ((c->n_callbacks && !c->callbacks) ||
-        (c->n_local_callbacks && !c->local_callbacks) ||
-        (c->n_tags && !c->tags) || (c->n_local_tags && !c->local_tags) ||
-        (c->n_metadata && !c->metadata) ||
-        (c->n_local_metadata && !c->local_metadata))
-        return "a list of the configuration is NULL";
+    memcpy(lists, c, sizeof lists);
+    for (i = 0; i < LLMCBI_N_LISTS; i++)
+        if (lists[i].n && !lists[i].items)
+            return "a list of the configuration is NULL";
     if (c->run_id && !llmcbi_uuid_valid(c->run_id))
         return "run_id is not a UUID";
     if (c->parent_id && !llmcbi_uuid_valid(c->parent_id))
@@ -13367,10 +13378,10 @@ LLMCBI_DEF llmcb_usage llmcb_op_usage(const llmcb_op *op)
     llmcb_usage sum = llmcbi_no_result()->usage;
     size_t i, n = llmcb_op_n_prompts(op);
 
-    if (op && op->usage) return *op->usage;
     sum.known = n > 0;
     for (i = 0; i < n; i++)
         llmcbi_usage_add(&sum, &llmcb_op_result_at(op, i)->usage);
+    if (op && op->usage) sum = *op->usage;
     return sum;
 }
 
@@ -13400,43 +13411,39 @@ LLMCBI_DEF void llmcb_str_print(llmcb_str text, FILE *out)
     }
 }
 
+static void llmcbi_print(FILE *out, const char *label, llmcb_str text)
+{
+    fputs(label, out);
+    llmcb_str_print(text, out);
+}
+
 LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
 {
+    const llmcb_usage *u;
     size_t i, k;
 
     if (!result || !out) return;
     for (i = 0; i < result->n_generations; i++) {
         const llmcb_generation *g = &result->generations[i];
-        fputs("text: ", out);
-        llmcb_str_print(g->text, out);
-        if (g->refusal.len) {
-            fputs("\nrefusal: ", out);
-            llmcb_str_print(g->refusal, out);
-        }
+        llmcbi_print(out, "text: ", g->text);
+        if (g->refusal.len) llmcbi_print(out, "\nrefusal: ", g->refusal);
         for (k = 0; k < g->n_tool_calls; k++) {
-            fputs("\ntool call: ", out);
-            llmcb_str_print(g->tool_calls[k].name, out);
-            fputs(" ", out);
-            llmcb_str_print(g->tool_calls[k].arguments, out);
+            llmcbi_print(out, "\ntool call: ", g->tool_calls[k].name);
+            llmcbi_print(out, " ", g->tool_calls[k].arguments);
         }
-        fputs("\nfinish reason: ", out);
-        if (g->finish_reason.len)
-            llmcb_str_print(g->finish_reason, out);
-        else
-            fputs("none", out);
+        llmcbi_print(out, "\nfinish reason: ",
+                     g->finish_reason.len ? g->finish_reason
+                                          : llmcbi_slice("none", 4));
         fputs("\n", out);
     }
-    fputs("model name: ", out);
-    llmcb_str_print(result->model_name, out);
-    if (result->usage.known) {
-        char in[24], answer[24], all[24];
-        fprintf(out, "\nusage: %s input, %s output, %s total tokens\n",
-                llmcbi_decimal(in, result->usage.input_tokens),
-                llmcbi_decimal(answer, result->usage.output_tokens),
-                llmcbi_decimal(all, result->usage.total_tokens));
-    } else {
+    llmcbi_print(out, "model name: ", result->model_name);
+    u = &result->usage;
+    if (u->known)
+        fprintf(out, "\nusage: %lld input, %lld output, %lld total tokens\n",
+                (long long)u->input_tokens, (long long)u->output_tokens,
+                (long long)u->total_tokens);
+    else
         fputs("\nusage: unknown\n", out);
-    }
 }
 #endif
 
