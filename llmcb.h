@@ -4852,9 +4852,9 @@ struct llmcbi_run {
     const llmcbi_rules *rules;
 };
 
-/* The legal moves: each state goes to the next or, on a cancel, a failure
- * or before anything was told, to one further on. */
-static bool llmcbi_run_may_move(llmcbi_run_state from, llmcbi_run_state to)
+/* Each state goes to the next or, on a cancel, a failure or before anything
+ * was told, to one further on. */
+static void llmcbi_run_set_state(llmcbi_run *run, llmcbi_run_state to)
 {
     static const uint8_t legal[] = {
         /* NEW */ 1 << LLMCBI_RUN_STARTING | 1 << LLMCBI_RUN_DONE,
@@ -4866,14 +4866,9 @@ static bool llmcbi_run_may_move(llmcbi_run_state from, llmcbi_run_state to)
         /* DONE */ 0
     };
 
-    return (legal[from] >> to & 1) != 0;
-}
-
-static void llmcbi_run_set_state(llmcbi_run *run, llmcbi_run_state to)
-{
-    LLMCB_ASSERT(llmcbi_run_may_move((llmcbi_run_state)run->state, to));
-    if (llmcbi_run_may_move((llmcbi_run_state)run->state, to))
-        run->state = (uint8_t)to;
+    (void)legal; /* without LLMCB_ASSERT */
+    LLMCB_ASSERT((legal[run->state] >> to & 1) != 0);
+    run->state = (uint8_t)to;
 }
 
 /* Under ASan nothing is used again, so that a stale pointer is found. */
