@@ -5679,10 +5679,11 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
     bool waiting = run->slowest < run->head &&
                    (run->state != LLMCBI_RUN_OPEN || run->starved);
     int64_t now = run->loop->now, first = INT64_MAX;
-    uint64_t limit = llmcbi_run_lockstep(run); /* behind it none is slow */
+    uint64_t limit;
     size_t i;
 
     if (run->rules->handler_ms <= 0) return;
+    limit = llmcbi_run_lockstep(run); /* behind it none is slow */
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
         if (!waiting || c->mute || c->done >= limit) {
@@ -12296,21 +12297,6 @@ static bool llmcbi_prompt_all_finished(const llmcbi_prompt *p)
     return true;
 }
 
-/* What the end of a stream's body means when no [DONE] was seen: by how it
- * ended, and whether every choice has a finish reason. An error object
- * before that has decided already, and so has [DONE]. */
-static llmcb_code llmcbi_terminal_evidence(llmcb_ending ending, bool finished)
-{
-    static const llmcb_code table[3][2] = {
-        /*              not finished       finished */
-        /* ORDERLY */ { LLMCB_ETRUNCATED, LLMCB_OK },
-        /* CUT     */ { LLMCB_ETRUNCATED, LLMCB_OK },
-        /* BROKEN  */ { LLMCB_EIO, LLMCB_EIO }
-    };
-
-    return table[ending][finished];
-}
-
 static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
                               const llmcb_error *error)
 {
@@ -12341,8 +12327,9 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         llmcbi_prompt_fail(p, LLMCB_ECTYPE, NULL);
         return;
     }
+    /* without [DONE] it takes a finish reason of every choice */
     llmcbi_prompt_close(
-        p, llmcbi_terminal_evidence(ending, llmcbi_prompt_all_finished(p)),
+        p, llmcbi_prompt_all_finished(p) ? LLMCB_OK : LLMCB_ETRUNCATED,
         LLMCB_DETAIL_NONE, NULL);
 }
 
@@ -12654,15 +12641,6 @@ static void llmcbi_prompt_told(llmcbi_run *run)
         llmcbi_make_ready(c->op.loop, &c->ready);
 }
 
-static bool llmcbi_call_all(const llmcbi_call *c, llmcbi_run_state least)
-{
-    size_t i;
-
-    for (i = 0; i < c->n; i++)
-        if (c->prompts[i].run.state < (uint8_t)least) return false;
-    return true;
-}
-
 static void llmcbi_prompt_forget_talk(llmcbi_prompt *p)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
@@ -12728,6 +12706,15 @@ static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
     llmcbi_run_finish(&p->run, &p->answer.result, NULL, p->outcome);
 }
 
+/* Tells the outcome of a run that has drained. true: that is done. */
+static bool llmcbi_prompt_finish(llmcbi_prompt *p)
+{
+    if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
+    if (p->run.state == LLMCBI_RUN_FINISHING && llmcbi_run_settled(&p->run))
+        llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
+    return p->run.state == LLMCBI_RUN_DONE;
+}
+
 /* When all runs have drained: errors one by one in index order, then the
  * ends. true: all are told and done. */
 static bool llmcbi_call_finish(llmcbi_call *c)
@@ -12737,21 +12724,11 @@ static bool llmcbi_call_finish(llmcbi_call *c)
 
     for (; c->told < c->n; c->told++) {
         llmcbi_prompt *p = &c->prompts[c->told];
-        if (p->outcome->code == LLMCB_OK) continue;
-        if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
-        if (p->run.state == LLMCBI_RUN_FINISHING && llmcbi_run_settled(&p->run))
-            llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
-        if (p->run.state != LLMCBI_RUN_DONE) return false;
+        if (p->outcome->code != LLMCB_OK && !llmcbi_prompt_finish(p))
+            return false;
     }
-    for (i = 0; i < c->n; i++) {
-        llmcbi_prompt *p = &c->prompts[i];
-        if (p->run.state == LLMCBI_RUN_DRAINED)
-            llmcbi_prompt_tell_finish(p);
-        else if (p->run.state == LLMCBI_RUN_FINISHING &&
-                 llmcbi_run_settled(&p->run))
-            llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
-        if (p->run.state != LLMCBI_RUN_DONE) done = false;
-    }
+    for (i = 0; i < c->n; i++)
+        if (!llmcbi_prompt_finish(&c->prompts[i])) done = false;
     return done;
 }
 
@@ -12765,12 +12742,13 @@ static const llmcb_error *llmcbi_call_error(llmcbi_call *c)
 
     for (i = 0; i < c->n && !e; i++)
         if (c->prompts[i].outcome->code != LLMCB_OK) e = c->prompts[i].outcome;
-    if (e || c->late || !c->cancelled)
-        return llmcbi_outcome_error(a, e ? e : llmcbi_error_const(LLMCB_OK),
-                                    c->late);
-    llmcbi_error_set(&cancelled, LLMCB_ECANCELLED, NULL);
-    cancelled.detail = LLMCB_DETAIL_CALLER;
-    return llmcbi_error_keep(a, &cancelled);
+    if (!e && !c->late && c->cancelled) {
+        llmcbi_error_set(&cancelled, LLMCB_ECANCELLED, NULL);
+        cancelled.detail = LLMCB_DETAIL_CALLER;
+        e = &cancelled;
+    }
+    return llmcbi_outcome_error(a, e ? e : llmcbi_error_const(LLMCB_OK),
+                                c->late);
 }
 
 static void llmcbi_call_free(llmcbi_call *c);
@@ -12778,6 +12756,7 @@ static void llmcbi_call_free(llmcbi_call *c);
 static void llmcbi_call_step(llmcbi_ready *r)
 {
     llmcbi_call *c = LLMCBI_OWNER(llmcbi_call, ready, r);
+    bool drained = true;
     size_t i;
 
     if (c->orphaned) {
@@ -12793,10 +12772,10 @@ static void llmcbi_call_step(llmcbi_ready *r)
         llmcbi_run *run = &c->prompts[i].run;
         if (run->state == LLMCBI_RUN_DRAINING && llmcbi_run_settled(run))
             llmcbi_run_set_state(run, LLMCBI_RUN_DRAINED);
+        if (run->state < LLMCBI_RUN_DRAINED) drained = false;
     }
-    if (!llmcbi_call_all(c, LLMCBI_RUN_DRAINED) || !llmcbi_call_finish(c))
-        return;
-    llmcbi_op_finish(&c->op, llmcbi_call_error(c));
+    if (drained && llmcbi_call_finish(c))
+        llmcbi_op_finish(&c->op, llmcbi_call_error(c));
 }
 
 static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
