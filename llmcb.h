@@ -1647,20 +1647,18 @@ static bool llmcbi_str_is_nocase(llmcb_str s, const char *lower)
     return lower[i] == '\0';
 }
 
-/* Which of the words of a list s is, from 1; 0: none. They are in lower case
- * and parted by blanks. */
-static int llmcbi_str_listed(llmcb_str s, const char *list)
+/* Whether s is one of the words of a list, which are in lower case and
+ * parted by blanks. */
+static bool llmcbi_str_listed(llmcb_str s, const char *list)
 {
-    int place;
-
-    for (place = 1; *list; place++) {
+    while (*list) {
         size_t i, n = strcspn(list, " ");
         for (i = 0; i < n && i < s.len && llmcbi_lower(s.ptr[i]) == list[i];)
             i++;
-        if (i == n && i == s.len) return place;
+        if (i == n && i == s.len) return true;
         list += n + (list[n] == ' ');
     }
-    return 0;
+    return false;
 }
 
 static bool llmcbi_str_begins(const char *s, const char *prefix)
@@ -12197,35 +12195,38 @@ static void llmcbi_prompt_set_id(llmcbi_prompt *p, llmcb_str id)
 
 static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
 {
+    static const char *const names[] = { "content-type",   "content-encoding",
+                                         "x-should-retry", "retry-after-ms",
+                                         "retry-after",    "x-request-id",
+                                         "location" };
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
+    unsigned which;
     int64_t ms;
-    int place;
 
-    switch (llmcbi_str_listed(name,
-                              "content-type content-encoding x-should-retry "
-                              "retry-after-ms retry-after x-request-id "
-                              "location")) {
-    case 1:
+    for (which = 0; which < 7 && !llmcbi_str_is_nocase(name, names[which]);)
+        which++;
+    switch (which) {
+    case 0:
         p->html = value.len >= 9 &&
-                  llmcbi_str_listed(llmcbi_slice(value.ptr, 9), "text/html");
+                  llmcbi_str_is_nocase(llmcbi_slice(value.ptr, 9), "text/html");
+        break;
+    case 1:
+        p->encoded = value.len && !llmcbi_str_is_nocase(value, "identity");
         break;
     case 2:
-        p->encoded = value.len && !llmcbi_str_listed(value, "identity");
+        if (llmcbi_str_is_nocase(value, "true")) p->should_retry = 1;
+        if (llmcbi_str_is_nocase(value, "false")) p->should_retry = 0;
         break;
     case 3:
-        place = llmcbi_str_listed(value, "false true");
-        if (place) p->should_retry = (int8_t)(place - 1);
-        break;
-    case 4:
         ms = llmcbi_parse_seconds(value, 1);
         if (ms >= 0) p->retry_after = ms;
         break;
-    case 5:
+    case 4:
         if (p->retry_after < 0)
             p->retry_after = llmcbi_retry_after(value, llmcbi_wall_ms());
         break;
-    case 6: llmcbi_prompt_set_id(p, value); break;
-    case 7:
+    case 5: llmcbi_prompt_set_id(p, value); break;
+    case 6:
         if (p->status < 300 || p->status >= 400 || value.len >= 4096) break;
         p->body.len = 0;
         llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, value.ptr, value.len);
