@@ -4766,29 +4766,20 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
 
 LLMCBI_DEF const char *llmcb_event_name(llmcb_event_kind kind)
 {
-    switch (kind) {
-    case LLMCB_LLM_START: return "on_llm_start";
-    case LLMCB_CHAT_MODEL_START: return "on_chat_model_start";
-    case LLMCB_LLM_NEW_TOKEN: return "on_llm_new_token";
-    case LLMCB_LLM_END: return "on_llm_end";
-    case LLMCB_LLM_ERROR: return "on_llm_error";
-    case LLMCB_CHAIN_START: return "on_chain_start";
-    case LLMCB_CHAIN_END: return "on_chain_end";
-    case LLMCB_CHAIN_ERROR: return "on_chain_error";
-    case LLMCB_AGENT_ACTION: return "on_agent_action";
-    case LLMCB_AGENT_FINISH: return "on_agent_finish";
-    case LLMCB_TOOL_START: return "on_tool_start";
-    case LLMCB_TOOL_END: return "on_tool_end";
-    case LLMCB_TOOL_ERROR: return "on_tool_error";
-    case LLMCB_RETRIEVER_START: return "on_retriever_start";
-    case LLMCB_RETRIEVER_END: return "on_retriever_end";
-    case LLMCB_RETRIEVER_ERROR: return "on_retriever_error";
-    case LLMCB_TEXT: return "on_text";
-    case LLMCB_RETRY: return "on_retry";
-    case LLMCB_CUSTOM_EVENT: return "on_custom_event";
-    case LLMCB_N_EVENTS:
-    default: return "";
-    }
+    static const char *const names[LLMCB_N_EVENTS] = {
+        "on_llm_start",     "on_chat_model_start",
+        "on_llm_new_token", "on_llm_end",
+        "on_llm_error",     "on_chain_start",
+        "on_chain_end",     "on_chain_error",
+        "on_agent_action",  "on_agent_finish",
+        "on_tool_start",    "on_tool_end",
+        "on_tool_error",    "on_retriever_start",
+        "on_retriever_end", "on_retriever_error",
+        "on_text",          "on_retry",
+        "on_custom_event"
+    };
+
+    return (unsigned)kind < LLMCB_N_EVENTS ? names[kind] : "";
 }
 
 /* An event as it stands in the log, its payload behind it. Start and finish
@@ -4892,9 +4883,9 @@ struct llmcbi_run {
     const llmcbi_rules *rules;
 };
 
-/* The legal moves: each state goes to the next or, on a cancel, a failure
- * or before anything was told, to one further on. */
-static bool llmcbi_run_may_move(llmcbi_run_state from, llmcbi_run_state to)
+/* Each state goes to the next or, on a cancel, a failure or before anything
+ * was told, to one further on. */
+static void llmcbi_run_set_state(llmcbi_run *run, llmcbi_run_state to)
 {
     static const uint8_t legal[] = {
         /* NEW */ 1 << LLMCBI_RUN_STARTING | 1 << LLMCBI_RUN_DONE,
@@ -4906,14 +4897,9 @@ static bool llmcbi_run_may_move(llmcbi_run_state from, llmcbi_run_state to)
         /* DONE */ 0
     };
 
-    return (legal[from] >> to & 1) != 0;
-}
-
-static void llmcbi_run_set_state(llmcbi_run *run, llmcbi_run_state to)
-{
-    LLMCB_ASSERT(llmcbi_run_may_move((llmcbi_run_state)run->state, to));
-    if (llmcbi_run_may_move((llmcbi_run_state)run->state, to))
-        run->state = (uint8_t)to;
+    (void)legal; /* without LLMCB_ASSERT */
+    LLMCB_ASSERT((legal[run->state] >> to & 1) != 0);
+    run->state = (uint8_t)to;
 }
 
 /* Under ASan nothing is used again, so that a stale pointer is found. */
@@ -5033,6 +5019,12 @@ static inline char *llmcbi_run_reserve(llmcbi_run *run, size_t size)
     return run->tail + sizeof(llmcbi_record);
 }
 
+/* The pump is to look at it. */
+static void llmcbi_run_wake(llmcbi_run *run)
+{
+    llmcbi_make_ready(run->loop, &run->ready);
+}
+
 static inline void llmcbi_run_commit(llmcbi_run *run, unsigned kind,
                                      size_t size)
 {
@@ -5100,8 +5092,6 @@ static llmcb_str llmcbi_record_utf8(char **at, llmcb_str s)
     char *out = *at;
     size_t i;
 
-    if (llmcbi_utf8_valid(s.ptr, s.len))
-        return llmcbi_record_text(at, s.ptr, s.len);
     memset(&c, 0, sizeof c);
     for (i = 0; i < s.len; i++)
         out = llmcbi_put_byte(out, &c, (unsigned char)s.ptr[i]);
@@ -5182,43 +5172,29 @@ typedef enum llmcbi_lane {
     LLMCBI_LANE_POOL
 } llmcbi_lane;
 
-#define LLMCBI_PICK(table, kind)                                     \
-    switch (kind) {                                                  \
-    case LLMCB_LLM_START: return (table).on_llm_start;               \
-    case LLMCB_CHAT_MODEL_START: return (table).on_chat_model_start; \
-    case LLMCB_LLM_NEW_TOKEN: return (table).on_llm_new_token;       \
-    case LLMCB_LLM_END: return (table).on_llm_end;                   \
-    case LLMCB_LLM_ERROR: return (table).on_llm_error;               \
-    case LLMCB_CHAIN_START: return (table).on_chain_start;           \
-    case LLMCB_CHAIN_END: return (table).on_chain_end;               \
-    case LLMCB_CHAIN_ERROR: return (table).on_chain_error;           \
-    case LLMCB_AGENT_ACTION: return (table).on_agent_action;         \
-    case LLMCB_AGENT_FINISH: return (table).on_agent_finish;         \
-    case LLMCB_TOOL_START: return (table).on_tool_start;             \
-    case LLMCB_TOOL_END: return (table).on_tool_end;                 \
-    case LLMCB_TOOL_ERROR: return (table).on_tool_error;             \
-    case LLMCB_RETRIEVER_START: return (table).on_retriever_start;   \
-    case LLMCB_RETRIEVER_END: return (table).on_retriever_end;       \
-    case LLMCB_RETRIEVER_ERROR: return (table).on_retriever_error;   \
-    case LLMCB_TEXT: return (table).on_text;                         \
-    case LLMCB_RETRY: return (table).on_retry;                       \
-    case LLMCB_CUSTOM_EVENT: return (table).on_custom_event;         \
-    case LLMCB_N_EVENTS:                                             \
-    default: return NULL;                                            \
-    }
+/* The tables are pointers of one type in the order of the events. */
+typedef char llmcbi_table_fits[sizeof(llmcb_sync_table) ==
+                                       LLMCB_N_EVENTS * sizeof(llmcb_sync_fn)
+                                   ? 1
+                                   : -1];
 
 static llmcb_sync_fn llmcbi_sync_fn(const llmcb_handler *h,
                                     llmcb_event_kind kind)
 {
-    LLMCBI_PICK(h->sync, kind)
+    llmcb_sync_fn fn;
+
+    memcpy(&fn, (const char *)&h->sync + (size_t)kind * sizeof fn, sizeof fn);
+    return fn;
 }
 
 static llmcb_async_fn llmcbi_async_fn(const llmcb_handler *h,
                                       llmcb_event_kind kind)
 {
-    LLMCBI_PICK(h->async, kind)
+    llmcb_async_fn fn;
+
+    memcpy(&fn, (const char *)&h->async + (size_t)kind * sizeof fn, sizeof fn);
+    return fn;
 }
-#undef LLMCBI_PICK
 
 static bool llmcbi_skips(const llmcb_handler *h, llmcb_event_kind kind)
 {
@@ -5545,7 +5521,7 @@ static void llmcbi_cursor_task_finish(llmcbi_task *t, llmcb_code code)
     /* a coroutine that was cancelled and says so has not failed */
     if (code == LLMCB_ECANCELLED && c->run->skipping) code = LLMCB_OK;
     llmcbi_cursor_step_done(c, llmcbi_task_shown(t)->ev.kind, code);
-    llmcbi_make_ready(c->run->loop, &c->run->ready);
+    llmcbi_run_wake(c->run);
 }
 
 static void llmcbi_cursor_start_task(llmcbi_cursor *c)
@@ -5622,15 +5598,17 @@ static bool llmcbi_cursor_advance(llmcbi_cursor *c, uint64_t limit)
     }
 }
 
-/* The events that every cursor is done with, as far as the loop knows. */
-static uint64_t llmcbi_run_slowest(const llmcbi_run *run)
+/* The events that every cursor is done with, as far as the loop knows, or
+ * every one that has this flag. */
+static uint64_t llmcbi_run_done(const llmcbi_run *run, unsigned flag)
 {
+    const llmcbi_cursor *c = run->cursors;
     uint64_t least = run->head;
-    size_t i;
+    size_t n = run->n_cursors;
 
-    for (i = 0; i < run->n_cursors; i++)
-        if (!run->cursors[i].mute && run->cursors[i].done < least)
-            least = run->cursors[i].done;
+    for (; n; n--, c++)
+        if (!c->mute && c->done < least && (!flag || c->handler->flags & flag))
+            least = c->done;
     return least;
 }
 
@@ -5700,39 +5678,23 @@ static inline bool llmcbi_run_fits(const llmcbi_run *run)
            (run->held <= run->rules->window_bytes || from == run->head);
 }
 
-/* Whether those in lock step are done with all there is. */
-static bool llmcbi_run_in_step(const llmcbi_run *run)
-{
-    size_t i;
-
-    for (i = 0; i < run->n_cursors; i++)
-        if (run->cursors[i].handler->flags & LLMCB_AWAIT_EACH &&
-            !run->cursors[i].mute && run->cursors[i].done < run->head)
-            return false;
-    return true;
-}
-
 /* Whether the next event of the answer may be appended. */
 static inline bool llmcbi_run_has_room(const llmcbi_run *run)
 {
-    return (!run->lockstep || llmcbi_run_in_step(run)) && llmcbi_run_fits(run);
+    return (!run->lockstep || /* those are done with all there is */
+            llmcbi_run_done(run, LLMCB_AWAIT_EACH) == run->head) &&
+           llmcbi_run_fits(run);
 }
 
 /* How far handlers may go while some are in lock step: one event beyond the
  * slowest of those. */
 static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
 {
-    uint64_t limit = run->head;
-    size_t i;
+    uint64_t done;
 
-    if (!run->lockstep) return limit;
-    for (i = 0; i < run->n_cursors; i++) {
-        const llmcbi_cursor *c = &run->cursors[i];
-        if (c->handler->flags & LLMCB_AWAIT_EACH && !c->mute &&
-            c->done + 1 < limit)
-            limit = c->done + 1;
-    }
-    return limit;
+    if (!run->lockstep) return run->head;
+    done = llmcbi_run_done(run, LLMCB_AWAIT_EACH);
+    return done < run->head ? done + 1 : done;
 }
 
 /* A handler takes longer than it may, and the run waits for it. */
@@ -5741,10 +5703,11 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
     bool waiting = run->slowest < run->head &&
                    (run->state != LLMCBI_RUN_OPEN || run->starved);
     int64_t now = run->loop->now, first = INT64_MAX;
-    uint64_t limit = llmcbi_run_lockstep(run); /* behind it none is slow */
+    uint64_t limit;
     size_t i;
 
     if (run->rules->handler_ms <= 0) return;
+    limit = llmcbi_run_lockstep(run); /* behind it none is slow */
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
         if (!waiting || c->mute || c->done >= limit) {
@@ -5849,7 +5812,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
             while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
                 moved = true;
     }
-    run->slowest = llmcbi_run_slowest(run);
+    run->slowest = llmcbi_run_done(run, 0);
     llmcbi_run_recycle(run);
     if (run->flusher && run->slowest >= run->flush_at)
         llmcbi_task_wake(run->flusher, LLMCB_OK);
@@ -5876,7 +5839,7 @@ static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop)
         w->in_progress = false;
         c->done = w->done;
         c->pos = w->pos;
-        llmcbi_make_ready(loop, &c->run->ready);
+        llmcbi_run_wake(c->run);
         if (w->busy) continue; /* a worker may use next_progress again */
         w->next_progress = back;
         back = w;
@@ -5899,34 +5862,29 @@ static void llmcbi_take_back(llmcbi_away *w)
 
 /* -- the life of a run, for its owner */
 
+/* In which of its tables a handler has functions. */
+#define LLMCBI_SYNC 1u
+#define LLMCBI_ASYNC 2u
+#define LLMCBI_TWICE 4u /* of one event in both */
+
+static unsigned llmcbi_handler_has(const llmcb_handler *h)
+{
+    unsigned has = 0;
+    int kind;
+
+    for (kind = 0; kind < LLMCB_N_EVENTS; kind++) {
+        bool sync = llmcbi_sync_fn(h, (llmcb_event_kind)kind) != NULL;
+        bool async = llmcbi_async_fn(h, (llmcb_event_kind)kind) != NULL;
+        if (sync) has |= LLMCBI_SYNC;
+        if (async) has |= sync ? LLMCBI_TWICE : LLMCBI_ASYNC;
+    }
+    return has;
+}
+
 static llmcb_code llmcbi_check_handler(const llmcb_handler *h)
 {
-    int kind;
-
-    if (!h) return LLMCB_EINVAL;
-    for (kind = 0; kind < LLMCB_N_EVENTS; kind++)
-        if (llmcbi_sync_fn(h, (llmcb_event_kind)kind) &&
-            llmcbi_async_fn(h, (llmcb_event_kind)kind))
-            return LLMCB_EINVAL;
-    return LLMCB_OK;
-}
-
-static bool llmcbi_any_async(const llmcb_handler *h)
-{
-    int kind;
-
-    for (kind = 0; kind < LLMCB_N_EVENTS; kind++)
-        if (llmcbi_async_fn(h, (llmcb_event_kind)kind)) return true;
-    return false;
-}
-
-static bool llmcbi_any_sync(const llmcb_handler *h)
-{
-    int kind;
-
-    for (kind = 0; kind < LLMCB_N_EVENTS; kind++)
-        if (llmcbi_sync_fn(h, (llmcb_event_kind)kind)) return true;
-    return false;
+    return h && !(llmcbi_handler_has(h) & LLMCBI_TWICE) ? LLMCB_OK
+                                                        : LLMCB_EINVAL;
 }
 
 static llmcbi_strand *llmcbi_strand_get(llmcb_loop *loop,
@@ -5935,12 +5893,11 @@ static llmcbi_strand *llmcbi_strand_get(llmcb_loop *loop,
     llmcbi_pool *p = loop->pool;
     llmcbi_strand *s;
 
-    if (!(h->flags & LLMCB_PARALLEL))
-        for (s = p->known; s; s = s->next_known)
-            if (s->handler == h) {
-                s->users++;
-                return s;
-            }
+    for (s = p->known; s; s = s->next_known)
+        if (s->handler == h) {
+            s->users++;
+            return s;
+        }
     s = (llmcbi_strand *)llmcbi_alloc(&loop->alloc, sizeof *s);
     if (!s) return NULL;
     s->last = &s->first;
@@ -6006,11 +5963,12 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
                                      llmcb_handler *h)
 {
     llmcb_loop *loop = run->loop;
+    unsigned has = llmcbi_handler_has(h);
 
     c->run = run;
     c->handler = h;
     c->pos = (const char *)&run->anchor;
-    if (llmcbi_any_async(h)) {
+    if (has & LLMCBI_ASYNC) {
         size_t frame = LLMCBI_TASK_HEAD + LLMCBI_ALIGN(sizeof(llmcbi_shown));
         size_t size = frame + h->frame_size;
         llmcbi_task *t;
@@ -6027,7 +5985,7 @@ static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
         if (h->frame_size) t->pub.frame = (char *)t + frame;
         if (!llmcbi_task_init(loop, t)) return LLMCB_ENOMEM;
     }
-    if (llmcbi_any_sync(h) && !(h->flags & LLMCB_INLINE)) {
+    if ((has & LLMCBI_SYNC) && !(h->flags & LLMCB_INLINE)) {
         llmcb_code code = llmcbi_pool_start(loop);
         if (code != LLMCB_OK) return code;
         c->away = (llmcbi_away *)llmcbi_alloc(&loop->alloc, sizeof *c->away);
@@ -6063,11 +6021,10 @@ static llmcb_code llmcbi_run_init(llmcb_loop *loop, llmcbi_run *run,
     run->cursors = (llmcbi_cursor *)llmcbi_arena_get(&loop->alloc, arena,
                                                      n * sizeof *run->cursors);
     if (!run->cursors) return LLMCB_ENOMEM;
-    run->n_cursors = n;
-    for (i = 0; i < n; i++)
-        run->cursors[i].handler = handlers[i];
-    for (i = 0; i < n && code == LLMCB_OK; i++)
+    for (i = 0; i < n && code == LLMCB_OK; i++) {
+        run->n_cursors++; /* what has been begun must be freed */
         code = llmcbi_cursor_init(run, &run->cursors[i], handlers[i]);
+    }
     return code;
 }
 
@@ -6082,7 +6039,7 @@ static void llmcbi_run_begin(llmcbi_run *run, llmcb_event_kind kind,
     run->start_kind = (uint8_t)kind;
     run->start = start;
     run->head = 1;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The parent's start has been told. */
@@ -6090,7 +6047,7 @@ static void llmcbi_run_release(llmcbi_run *run)
 {
     run->withheld = false;
     run->pub.started_ms = run->loop->now;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The awaits of coroutines that are at it end. */
@@ -6128,7 +6085,7 @@ static void llmcbi_run_skip(llmcbi_run *run)
     for (i = 0; i < run->n_cursors; i++)
         if (run->cursors[i].on_pool) llmcbi_cursor_unpublish(&run->cursors[i]);
     if (run->reader) run->reader->end = run->slowest;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The outcome is known: no more events but the finish. */
@@ -6137,7 +6094,7 @@ static void llmcbi_run_drain(llmcbi_run *run)
     if (run->state >= LLMCBI_RUN_DRAINING) return;
     llmcbi_run_set_state(run, LLMCBI_RUN_DRAINING);
     run->starved = false;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* The event is the end or the error of its kind of run. */
@@ -6145,19 +6102,19 @@ static void llmcbi_run_finish(llmcbi_run *run, const llmcb_result *result,
                               const llmcb_output *output,
                               const llmcb_error *error)
 {
-    llmcb_event_kind end = LLMCB_LLM_END; /* its error is the next kind */
+    int end = run->start_kind == LLMCB_CHAT_MODEL_START
+                  ? LLMCB_LLM_END
+                  : run->start_kind + 1; /* of the others, the next kind */
 
-    if (run->start_kind == LLMCB_CHAIN_START) end = LLMCB_CHAIN_END;
-    if (run->start_kind == LLMCB_TOOL_START) end = LLMCB_TOOL_END;
-    if (run->start_kind == LLMCB_RETRIEVER_START) end = LLMCB_RETRIEVER_END;
     llmcbi_run_set_state(run, LLMCBI_RUN_FINISHING);
-    run->finish_kind = (uint8_t)(end + (error->code != LLMCB_OK));
+    run->finish_kind =
+        (uint8_t)(end + (error->code != LLMCB_OK)); /* likewise */
     run->pub.finished_ms = run->loop->now;
     run->result = result;
     run->output = output;
     run->error = error;
     run->finish_seq = ++run->head;
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 /* Whether all handlers are done with all there is. */
@@ -6182,7 +6139,7 @@ static void llmcbi_run_abandon(llmcbi_run *run)
         if (c->on_pool) llmcbi_cursor_unpublish(c);
         run->abandoned = true;
     }
-    llmcbi_make_ready(run->loop, &run->ready);
+    llmcbi_run_wake(run);
 }
 
 static void llmcbi_run_impatient(llmcbi_timer *t)
@@ -6209,25 +6166,32 @@ static bool llmcbi_run_trouble(llmcbi_run *run, llmcb_error *e)
     return true;
 }
 
+/* A copy of an error with the failure of a handler on top of it. */
+static const llmcb_error *llmcbi_error_both(const llmcb_allocator *a,
+                                            const llmcb_error *e,
+                                            const llmcb_error *failed)
+{
+    llmcb_error both = *e;
+
+    both.handler_result = failed->handler_result;
+    return llmcbi_error_keep(a, &both);
+}
+
 /* What a failure of handlers makes of an outcome that was known before and
  * is not being told yet. false: of none, it stays. */
 static bool llmcbi_outcome_replaced(const llmcb_allocator *a,
                                     const llmcb_error **outcome,
                                     const llmcb_error *e)
 {
-    if (*outcome && (*outcome)->code != LLMCB_OK) {
-        if (e->code == LLMCB_EHANDLER && !(*outcome)->handler_result &&
-            (*outcome)->code != LLMCB_EHANDLER) {
-            llmcb_error both = **outcome;
-            both.handler_result = e->handler_result;
-            llmcbi_error_drop(a, *outcome);
-            *outcome = llmcbi_error_keep(a, &both);
-        }
+    const llmcb_error *had = *outcome;
+    bool stays = had && had->code != LLMCB_OK;
+
+    if (stays && (e->code != LLMCB_EHANDLER || had->handler_result ||
+                  had->code == LLMCB_EHANDLER))
         return false;
-    }
-    llmcbi_error_drop(a, *outcome);
-    *outcome = NULL;
-    return true;
+    *outcome = stays ? llmcbi_error_both(a, had, e) : NULL;
+    llmcbi_error_drop(a, had);
+    return !stays;
 }
 
 /* The error of an op: its outcome, and a failure that changed no event. */
@@ -6235,13 +6199,9 @@ static const llmcb_error *llmcbi_outcome_error(const llmcb_allocator *a,
                                                const llmcb_error *outcome,
                                                const llmcb_error *late)
 {
-    if (outcome->code != LLMCB_OK && late && !outcome->handler_result) {
-        llmcb_error both = *outcome;
-        both.handler_result = late->handler_result;
-        return llmcbi_error_keep(a, &both);
-    }
-    return llmcbi_error_keep(a, outcome->code == LLMCB_OK && late ? late
-                                                                  : outcome);
+    if (!late || outcome->handler_result) return llmcbi_error_keep(a, outcome);
+    return outcome->code == LLMCB_OK ? llmcbi_error_keep(a, late)
+                                     : llmcbi_error_both(a, outcome, late);
 }
 
 /* -- events of the program */
@@ -6346,7 +6306,7 @@ LLMCBI_DEF llmcb_step llmcb_await_run(llmcb_task *t, llmcb_run *run)
     r->flush_at = r->head;
     r->flusher = task;
     task->slot = &r->flusher;
-    llmcbi_make_ready(r->loop, &r->ready); /* sets the mark */
+    llmcbi_run_wake(r); /* sets the mark */
     return LLMCB_WAIT;
 }
 
@@ -6364,21 +6324,32 @@ static bool llmcbi_labels_ok(const char *const *tags, size_t n_tags,
     return true;
 }
 
+/* A configuration begins with its lists. */
+#define LLMCBI_N_LISTS 6
+
+typedef struct llmcbi_list {
+    const void *items;
+    size_t n;
+} llmcbi_list;
+
+typedef char llmcbi_lists_fit[offsetof(llmcb_config, run_name) ==
+                                      LLMCBI_N_LISTS * sizeof(llmcbi_list)
+                                  ? 1
+                                  : -1];
+
 /* What is wrong with a configuration, or NULL. */
 static const char *llmcbi_config_check(const llmcb_loop *loop,
                                        const llmcb_config *c, llmcb_code *code)
 {
     const llmcbi_run *parent = (const llmcbi_run *)(const void *)c->parent;
+    llmcbi_list lists[LLMCBI_N_LISTS];
     size_t i;
 
     *code = LLMCB_EINVAL;
-
-    if ((c->n_callbacks && !c->callbacks) ||
-        (c->n_local_callbacks && !c->local_callbacks) ||
-        (c->n_tags && !c->tags) || (c->n_local_tags && !c->local_tags) ||
-        (c->n_metadata && !c->metadata) ||
-        (c->n_local_metadata && !c->local_metadata))
-        return "a list of the configuration is NULL";
+    memcpy(lists, c, sizeof lists);
+    for (i = 0; i < LLMCBI_N_LISTS; i++)
+        if (lists[i].n && !lists[i].items)
+            return "a list of the configuration is NULL";
     if (c->run_id && !llmcbi_uuid_valid(c->run_id))
         return "run_id is not a UUID";
     if (c->parent_id && !llmcbi_uuid_valid(c->parent_id))
@@ -6403,42 +6374,52 @@ static const char *llmcbi_config_check(const llmcb_loop *loop,
     return NULL;
 }
 
-/* Later lists win: a tag that comes again moves to the end. */
-static size_t llmcbi_add_tags(const char **out, size_t n,
+/* arena NULL: the string itself, which lives long enough. */
+static const char *llmcbi_arena_copy(const llmcb_allocator *a,
+                                     llmcbi_arena *arena, const char *s)
+{
+    return s && arena ? llmcbi_arena_text(a, arena, s, strlen(s)) : s;
+}
+
+/* Adds copies of tags to n others. Later lists win: one that comes again
+ * moves to the end. */
+static size_t llmcbi_add_tags(const llmcb_allocator *a, llmcbi_arena *arena,
+                              const char **out, size_t n,
                               const char *const *tags, size_t n_tags)
 {
-    size_t i, k;
+    size_t i, k, old = n;
 
-    for (i = 0; i < n_tags; i++)
-        for (k = 0; k < n; k++)
-            if (strcmp(out[k], tags[i]) == 0) {
-                memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
-                break;
-            }
-    for (i = 0; i < n_tags; i++)
-        out[n++] = tags[i];
+    for (i = 0; i < n_tags; i++) {
+        for (k = 0; k < old && strcmp(out[k], tags[i]) != 0;)
+            k++;
+        if (k < old) {
+            memmove(out + k, out + k + 1, (--n - k) * sizeof *out);
+            old--;
+        }
+        out[n++] = llmcbi_arena_copy(a, arena, tags[i]);
+    }
     return n;
 }
 
-static size_t llmcbi_add_pair(llmcb_pair *out, size_t n, const char *key,
+static size_t llmcbi_add_pair(const llmcb_allocator *a, llmcbi_arena *arena,
+                              llmcb_pair *out, size_t n, const char *key,
                               const char *value)
 {
     size_t k;
 
     for (k = 0; k < n && strcmp(out[k].key, key) != 0;)
         k++;
-    out[k].key = key;
-    out[k].value = value;
+    out[k].key = llmcbi_arena_copy(a, arena, key);
+    out[k].value = llmcbi_arena_copy(a, arena, value);
     return k == n ? n + 1 : n;
 }
 
-static size_t llmcbi_add_pairs(llmcb_pair *out, size_t n,
+static size_t llmcbi_add_pairs(const llmcb_allocator *a, llmcbi_arena *arena,
+                               llmcb_pair *out, size_t n,
                                const llmcb_pair *pairs, size_t n_pairs)
 {
-    size_t i;
-
-    for (i = 0; i < n_pairs; i++)
-        n = llmcbi_add_pair(out, n, pairs[i].key, pairs[i].value);
+    for (; n_pairs; n_pairs--, pairs++)
+        n = llmcbi_add_pair(a, arena, out, n, pairs->key, pairs->value);
     return n;
 }
 
@@ -6464,28 +6445,20 @@ static void llmcbi_setup_add(llmcbi_setup *s, llmcb_handler *const *list,
     }
 }
 
-static const char *llmcbi_arena_copy(const llmcb_allocator *a,
-                                     llmcbi_arena *arena, const char *s)
-{
-    return s ? llmcbi_arena_text(a, arena, s, strlen(s)) : NULL;
-}
-
 static void llmcbi_setup_tags(const llmcb_allocator *a, llmcbi_arena *arena,
                               llmcbi_setup *s, const llmcb_config *c)
 {
     const char **tags;
-    size_t i, n = c->n_tags + c->n_local_tags + (c->step ? 1 : 0);
+    size_t n = c->n_tags + c->n_local_tags + (c->step ? 1 : 0);
 
     if (!n) return;
     tags = (const char **)llmcbi_arena_get(a, arena,
                                            (n + s->n_tags) * sizeof *tags);
     if (!tags) return;
-    n = llmcbi_add_tags(tags, 0, c->tags, c->n_tags);
-    n = llmcbi_add_tags(tags, n, c->local_tags, c->n_local_tags);
-    if (c->step) n = llmcbi_add_tags(tags, n, &c->step, 1);
-    for (i = 0; i < n; i++)
-        tags[i] = llmcbi_arena_copy(a, arena, tags[i]);
-    s->n_tags = llmcbi_add_tags(tags, n, s->tags, s->n_tags);
+    n = llmcbi_add_tags(a, arena, tags, 0, c->tags, c->n_tags);
+    n = llmcbi_add_tags(a, arena, tags, n, c->local_tags, c->n_local_tags);
+    n = llmcbi_add_tags(a, arena, tags, n, &c->step, c->step ? 1 : 0);
+    s->n_tags = llmcbi_add_tags(a, NULL, tags, n, s->tags, s->n_tags);
     s->tags = tags;
 }
 
@@ -6493,19 +6466,17 @@ static void llmcbi_setup_metadata(const llmcb_allocator *a, llmcbi_arena *arena,
                                   llmcbi_setup *s, const llmcb_config *c)
 {
     llmcb_pair *pairs;
-    size_t i, n = c->n_metadata + c->n_local_metadata;
+    size_t n = c->n_metadata + c->n_local_metadata;
 
     if (!n) return;
     pairs = (llmcb_pair *)llmcbi_arena_get(a, arena,
                                            (n + s->n_metadata) * sizeof *pairs);
     if (!pairs) return;
-    n = llmcbi_add_pairs(pairs, 0, c->metadata, c->n_metadata);
-    n = llmcbi_add_pairs(pairs, n, c->local_metadata, c->n_local_metadata);
-    for (i = 0; i < n; i++) {
-        pairs[i].key = llmcbi_arena_copy(a, arena, pairs[i].key);
-        pairs[i].value = llmcbi_arena_copy(a, arena, pairs[i].value);
-    }
-    s->n_metadata = llmcbi_add_pairs(pairs, n, s->metadata, s->n_metadata);
+    n = llmcbi_add_pairs(a, arena, pairs, 0, c->metadata, c->n_metadata);
+    n = llmcbi_add_pairs(a, arena, pairs, n, c->local_metadata,
+                         c->n_local_metadata);
+    s->n_metadata =
+        llmcbi_add_pairs(a, NULL, pairs, n, s->metadata, s->n_metadata);
     s->metadata = pairs;
 }
 
@@ -11078,9 +11049,9 @@ LLMCBI_DEF void llmcb_chat_free(llmcb_chat *chat)
 
 typedef enum llmcbi_phase {
     LLMCBI_PHASE_NONE,
-    LLMCBI_PHASE_CONNECT,
-    LLMCBI_PHASE_FIRST_BYTE,
-    LLMCBI_PHASE_IDLE, /* the body is coming */
+    LLMCBI_PHASE_CONNECT = LLMCB_DETAIL_CONNECT, /* if it takes too long */
+    LLMCBI_PHASE_FIRST_BYTE = LLMCB_DETAIL_FIRST_BYTE,
+    LLMCBI_PHASE_IDLE = LLMCB_DETAIL_IDLE, /* the body is coming */
     LLMCBI_PHASE_BACKOFF
 } llmcbi_phase;
 
@@ -11175,18 +11146,26 @@ static llmcbi_prompt *llmcbi_prompt_of(llmcbi_run *run)
 
 static const llmcb_allocator *llmcbi_prompt_alloc(const llmcbi_prompt *p)
 {
-    return &p->chat->loop->alloc;
+    return &p->run.loop->alloc;
 }
 
 /* -- the outcome of a prompt */
 
-static void llmcbi_prompt_fail(llmcbi_prompt *p, llmcb_code code,
-                               const char *message)
+/* The outcome is this code; of a success the message does not matter. */
+static void llmcbi_prompt_close(llmcbi_prompt *p, llmcb_code code,
+                                llmcb_detail detail, const char *message)
 {
     llmcb_error e;
 
     llmcbi_error_set(&e, code, message);
+    e.detail = detail;
     llmcbi_prompt_decide(p, &e);
+}
+
+static void llmcbi_prompt_fail(llmcbi_prompt *p, llmcb_code code,
+                               const char *message)
+{
+    llmcbi_prompt_close(p, code, LLMCB_DETAIL_NONE, message);
 }
 
 /* A server may echo the key in its error, and the error may be cut within
@@ -11250,26 +11229,18 @@ static void llmcbi_prompt_decide(llmcbi_prompt *p, llmcb_error *e)
 #endif
     p->outcome = llmcbi_error_keep(llmcbi_prompt_alloc(p), e);
     p->over = true;
-    llmcbi_timer_stop(p->chat->loop, &p->timer);
+    llmcbi_timer_stop(p->run.loop, &p->timer);
     p->phase = LLMCBI_PHASE_NONE;
     p->paused_at = 0;
     if (p->run.state != LLMCBI_RUN_NEW) llmcbi_run_drain(&p->run);
-    llmcbi_make_ready(p->chat->loop, &p->call->ready);
-}
-
-static void llmcbi_prompt_succeed(llmcbi_prompt *p)
-{
-    llmcb_error ok;
-
-    llmcbi_error_set(&ok, LLMCB_OK, NULL);
-    llmcbi_prompt_decide(p, &ok);
+    llmcbi_make_ready(p->run.loop, &p->call->ready);
 }
 
 /* -- timeouts: one timer for the phase and the whole */
 
 static void llmcbi_prompt_arm(llmcbi_prompt *p)
 {
-    llmcb_loop *loop = p->chat->loop;
+    llmcb_loop *loop = p->run.loop;
     int64_t due = p->phase_due;
 
     if (!due || (p->total_due && p->total_due < due)) due = p->total_due;
@@ -11282,7 +11253,7 @@ static void llmcbi_prompt_arm(llmcbi_prompt *p)
 static void llmcbi_prompt_set_phase(llmcbi_prompt *p, llmcbi_phase phase,
                                     int64_t ms)
 {
-    int64_t now = p->chat->loop->now;
+    int64_t now = p->run.loop->now;
 
     p->phase = (uint8_t)phase;
     p->phase_due = ms < 0 ? 0 : now + ms;
@@ -11291,31 +11262,19 @@ static void llmcbi_prompt_set_phase(llmcbi_prompt *p, llmcbi_phase phase,
     llmcbi_prompt_arm(p);
 }
 
-static void llmcbi_prompt_timed_out(llmcbi_prompt *p, llmcb_detail detail,
-                                    const char *message)
-{
-    llmcb_error e;
-
-    llmcbi_error_set(&e, LLMCB_ETIMEDOUT, message);
-    e.detail = detail;
-    if (detail != LLMCB_DETAIL_CONNECT && detail != LLMCB_DETAIL_FIRST_BYTE)
-        p->got_body = true; /* no retry */
-    llmcbi_prompt_decide(p, &e);
-}
-
 /* The library itself holds the transport: the clocks stand still. */
 static void llmcbi_prompt_pause(llmcbi_prompt *p)
 {
     p->run.starved = true;
-    llmcbi_make_ready(p->chat->loop, &p->run.ready); /* sets the mark */
-    p->paused_at = p->chat->loop->now;
+    llmcbi_run_wake(&p->run); /* sets the mark */
+    p->paused_at = p->run.loop->now;
     if (!p->paused_at) p->paused_at = 1;
-    llmcbi_timer_stop(p->chat->loop, &p->timer);
+    llmcbi_timer_stop(p->run.loop, &p->timer);
 }
 
 static void llmcbi_prompt_unpause(llmcbi_prompt *p)
 {
-    int64_t now = p->chat->loop->now, held = now - p->paused_at;
+    int64_t now = p->run.loop->now, held = now - p->paused_at;
 
     p->run.starved = false;
     p->paused_at = 0;
@@ -11366,38 +11325,68 @@ static llmcb_str llmcbi_raw_whole(char **at, const llmcbi_raw *raw)
     return s;
 }
 
-/* Adds decoded text to the answer. false: a limit, or no memory. */
-static inline bool llmcbi_prompt_keep(llmcbi_prompt *p, llmcbi_buf *b,
-                                      llmcb_str s)
+/* One choice of an event on its way into the answer and into the log. That
+ * it failed is told when it is safe: telling it may append. */
+typedef struct llmcbi_maker {
+    llmcbi_prompt *p;
+    const llmcb_allocator *a;
+    const llmcb_limits *limits;
+    llmcbi_choice *c;
+    char *at; /* where its record goes on */
+    bool failed;
+    const char *why; /* the limit; NULL: no memory */
+} llmcbi_maker;
+
+static void llmcbi_maker_limit(llmcbi_maker *m, const char *why)
 {
-    if (!s.len) return true;
-    p->answer.total += s.len;
-    if (p->answer.total > p->chat->d.limits.text) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
-        return false;
-    }
-    llmcbi_buf_add(llmcbi_prompt_alloc(p), b, s.ptr, s.len);
-    if (b->failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-    return !b->failed;
+    m->failed = true;
+    m->why = why;
+}
+
+/* Whether n more bytes of text fit into the answer; then they count. */
+static bool llmcbi_maker_fits(llmcbi_maker *m, size_t n)
+{
+    m->p->answer.total += n;
+    if (m->p->answer.total > m->limits->text)
+        llmcbi_maker_limit(m, "the answer exceeds limits.text");
+    return !m->failed;
+}
+
+static void llmcbi_maker_add(llmcbi_maker *m, llmcbi_buf *b, llmcb_str s)
+{
+    llmcbi_buf_add(m->a, b, s.ptr, s.len);
+    if (b->failed) m->failed = true;
+}
+
+/* Decodes a string into the record and adds it to what the answer has.
+ * carry NULL: no later piece goes on with it. */
+static void llmcbi_maker_text(llmcbi_maker *m, const llmcbi_raw *raw,
+                              llmcbi_carry *carry, llmcbi_buf *b,
+                              llmcb_str *shown)
+{
+    if (!raw->len || m->failed) return;
+    *shown = carry ? llmcbi_raw_decode(&m->at, raw, carry)
+                   : llmcbi_raw_whole(&m->at, raw);
+    if (llmcbi_maker_fits(m, shown->len)) llmcbi_maker_add(m, b, *shown);
 }
 
 /* The slot of a piece, new if need be; NULL: failed. */
-static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
-                                            const llmcbi_tool_piece *piece)
+static llmcbi_tool_slot *llmcbi_maker_tool(llmcbi_maker *m,
+                                           const llmcbi_tool_piece *piece)
 {
+    llmcbi_rarity *r = m->c->rare;
     size_t i = llmcbi_tool_find(r, piece);
     void *block;
 
     if (i < r->n_tools) return &r->tools[i];
-    if (i >= p->chat->d.limits.tool_calls) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT,
-                           "more tool calls than limits.tool_calls");
+    if (i >= m->limits->tool_calls) {
+        llmcbi_maker_limit(m, "more tool calls than limits.tool_calls");
         return NULL;
     }
-    block = llmcbi_grow_pair(llmcbi_prompt_alloc(p), r->tools, sizeof *r->tools,
-                             sizeof *r->calls, &r->tools_cap, i + 1);
+    block = llmcbi_grow_pair(m->a, r->tools, sizeof *r->tools, sizeof *r->calls,
+                             &r->tools_cap, i + 1);
     if (!block) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        m->failed = true;
         return NULL;
     }
     r->tools = (llmcbi_tool_slot *)block;
@@ -11408,49 +11397,34 @@ static llmcbi_tool_slot *llmcbi_prompt_tool(llmcbi_prompt *p, llmcbi_rarity *r,
 }
 
 /* One piece into its call and into the delta that handlers see. */
-static bool llmcbi_prompt_tool_piece(llmcbi_prompt *p, llmcbi_rarity *r,
-                                     const llmcbi_tool_piece *piece,
-                                     llmcb_tool_delta *delta, char **at)
+static void llmcbi_maker_piece(llmcbi_maker *m, const llmcbi_tool_piece *piece,
+                               llmcb_tool_delta *delta)
 {
-    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    llmcbi_tool_slot *s = llmcbi_prompt_tool(p, r, piece);
+    const llmcbi_raw *raw = &piece->arguments;
+    llmcbi_tool_slot *s;
 
-    if (!s) return false;
-    delta->index = (size_t)(s - r->tools);
+    if (m->failed) return;
+    s = llmcbi_maker_tool(m, piece);
+    if (!s) return;
+    delta->index = (size_t)(s - m->c->rare->tools);
     delta->id = delta->name = delta->arguments = llmcbi_slice("", 0);
-    if (piece->id.len && !s->id.len) {
-        delta->id = llmcbi_raw_whole(at, &piece->id);
-        if (!llmcbi_prompt_keep(p, &s->id, delta->id)) return false;
-    }
-    if (piece->name.len && !s->name.len) {
-        delta->name = llmcbi_raw_whole(at, &piece->name);
-        if (!llmcbi_prompt_keep(p, &s->name, delta->name)) return false;
-    }
-    if (piece->arguments.len &&
-        !(piece->arguments.object && s->arguments.len)) {
-        if (piece->arguments.object)
-            delta->arguments = llmcbi_record_utf8(
-                at, llmcbi_slice(piece->arguments.ptr, piece->arguments.len));
-        else
-            delta->arguments =
-                llmcbi_raw_decode(at, &piece->arguments, &s->carry);
-        if (s->arguments.len + delta->arguments.len >
-            p->chat->d.limits.arguments) {
-            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
-                               "a tool call exceeds limits.arguments");
-            return false;
-        }
-        llmcbi_buf_add(a, &s->arguments, delta->arguments.ptr,
-                       delta->arguments.len);
-    }
-    if (s->arguments.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-    return !s->arguments.failed;
+    if (!s->id.len) llmcbi_maker_text(m, &piece->id, NULL, &s->id, &delta->id);
+    if (!s->name.len)
+        llmcbi_maker_text(m, &piece->name, NULL, &s->name, &delta->name);
+    if (m->failed || !raw->len || (raw->object && s->arguments.len)) return;
+    delta->arguments =
+        raw->object
+            ? llmcbi_record_utf8(&m->at, llmcbi_slice(raw->ptr, raw->len))
+            : llmcbi_raw_decode(&m->at, raw, &s->carry);
+    if (s->arguments.len + delta->arguments.len > m->limits->arguments)
+        llmcbi_maker_limit(m, "a tool call exceeds limits.arguments");
+    else
+        llmcbi_maker_add(m, &s->arguments, delta->arguments);
 }
 
 /* The pieces of one event; with out NULL it only counts. */
-static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_rarity *r,
-                                  const llmcbi_wire_choice *w,
-                                  llmcb_tool_delta *out, char **at)
+static size_t llmcbi_maker_tools(llmcbi_maker *m, const llmcbi_wire_choice *w,
+                                 llmcb_tool_delta *out)
 {
     llmcbi_tool_piece piece;
     llmcbi_json j;
@@ -11459,179 +11433,158 @@ static size_t llmcbi_prompt_tools(llmcbi_prompt *p, llmcbi_rarity *r,
     if (w->tool_calls.len) {
         llmcbi_json_init(&j, w->tool_calls.ptr, w->tool_calls.len);
         llmcbi_json_next(&j);
-        while (llmcbi_wire_next_tool(&j, &piece)) {
-            if (out && !llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at))
-                return n;
-            n++;
-        }
+        for (; llmcbi_wire_next_tool(&j, &piece); n++)
+            if (out) llmcbi_maker_piece(m, &piece, &out[n]);
     }
     if (w->function_call.len) {
         llmcbi_json_init(&j, w->function_call.ptr, w->function_call.len);
         llmcbi_json_next(&j);
         llmcbi_wire_function(&j, &piece, 1);
         piece.index = 0;
-        if (!out || llmcbi_prompt_tool_piece(p, r, &piece, &out[n], at)) n++;
+        if (out) llmcbi_maker_piece(m, &piece, &out[n]);
+        n++;
     }
     return n;
 }
 
 /* One more element of an array, which stays whole if it fails. */
-static bool llmcbi_prompt_logprobs(llmcbi_prompt *p, llmcbi_buf *b, llmcb_str s)
+static void llmcbi_maker_logprobs(llmcbi_maker *m, llmcbi_buf *b, llmcb_str s)
 {
-    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
-    size_t had = b->len;
-
-    if (!llmcbi_buf_reserve(a, b, s.len + 2)) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return false;
+    if (!llmcbi_maker_fits(m, s.len)) return;
+    if (!llmcbi_buf_reserve(m->a, b, s.len + 2)) {
+        m->failed = true;
+        return;
     }
-    if (had) b->len--; /* the bracket */
-    llmcbi_buf_text(a, b, had ? "," : "[");
-    if (!llmcbi_prompt_keep(p, b, s)) {
-        b->len = had;
-        if (had) b->ptr[had - 1] = ']';
-        b->ptr[had] = '\0';
-        return false;
-    }
-    llmcbi_buf_text(a, b, "]");
-    return true;
+    if (b->len)
+        b->ptr[b->len - 1] = ','; /* the bracket */
+    else
+        llmcbi_buf_text(m->a, b, "[");
+    llmcbi_buf_add(m->a, b, s.ptr, s.len);
+    llmcbi_buf_text(m->a, b, "]");
 }
 
 /* The reason that counts is the first one. */
-static bool llmcbi_prompt_finished(llmcbi_prompt *p, const llmcbi_choice *c,
-                                   llmcb_str reason)
+static void llmcbi_maker_finished(llmcbi_maker *m, llmcb_str reason)
 {
-    llmcb_generation *g = &p->answer.generations[c - p->answer.choices];
+    const llmcbi_answer *answer = &m->p->answer;
+    llmcb_generation *g = &answer->generations[m->c - answer->choices];
     char clean[32];
 
+    if (m->c->finished) return;
+    m->c->finished = true;
     llmcbi_copy_clean(clean, sizeof clean, reason.ptr, reason.len);
-    if (llmcbi_str_keep(llmcbi_prompt_alloc(p), &g->finish_reason,
-                        llmcb_text(clean)))
-        return true;
-    llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-    return false;
+    if (!llmcbi_str_keep(m->a, &g->finish_reason, llmcb_text(clean)))
+        m->failed = true;
 }
 
 /* What a choice brings beside text, into the record behind `parts`. */
-static bool llmcbi_prompt_parts(llmcbi_prompt *p, llmcbi_choice *c,
-                                const llmcbi_wire_choice *w,
-                                const llmcb_usage *usage, llmcb_parts *parts,
-                                size_t n_tools, char **at)
+static void llmcbi_maker_parts(llmcbi_maker *m, const llmcbi_wire_choice *w,
+                               llmcb_parts *parts, size_t n_tools)
 {
-    llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)*at;
+    llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)m->at;
+    llmcbi_rarity *r = m->c->rare;
 
-    llmcbi_rarity *r = c->rare;
-
-    llmcbi_parts_clear(parts);
-    if (!r &&
-        (n_tools || w->refusal.len || w->reasoning.len || w->logprobs.len)) {
-        r = (llmcbi_rarity *)llmcbi_alloc(llmcbi_prompt_alloc(p), sizeof *r);
-        if (!r) {
-            llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-            return false;
-        }
-        c->rare = r;
-    }
-    *at += n_tools * sizeof *tools;
     if (n_tools) {
-        n_tools = llmcbi_prompt_tools(p, r, w, tools, at);
-        if (p->outcome) return false; /* other records stand here now */
+        m->at += n_tools * sizeof *tools;
+        llmcbi_maker_tools(m, w, tools);
         parts->tool_calls = tools;
         parts->n_tool_calls = n_tools;
     }
-    if (w->refusal.len) {
-        parts->refusal = llmcbi_raw_decode(at, &w->refusal, &r->refusal_carry);
-        if (!llmcbi_prompt_keep(p, &r->refusal, parts->refusal)) return false;
+    if (r) {
+        llmcbi_maker_text(m, &w->refusal, &r->refusal_carry, &r->refusal,
+                          &parts->refusal);
+        llmcbi_maker_text(m, &w->reasoning, &r->reasoning_carry, &r->reasoning,
+                          &parts->reasoning);
     }
-    if (w->reasoning.len) {
-        parts->reasoning =
-            llmcbi_raw_decode(at, &w->reasoning, &r->reasoning_carry);
-        if (!llmcbi_prompt_keep(p, &r->reasoning, parts->reasoning))
-            return false;
-    }
+    if (m->failed) return;
     if (w->finish_reason.len) {
-        parts->finish_reason = llmcbi_raw_whole(at, &w->finish_reason);
-        if (!c->finished && !llmcbi_prompt_finished(p, c, parts->finish_reason))
-            return false;
-        c->finished = true;
+        parts->finish_reason = llmcbi_raw_whole(&m->at, &w->finish_reason);
+        llmcbi_maker_finished(m, parts->finish_reason);
     }
     if (w->logprobs.len) {
         parts->logprobs = llmcbi_record_utf8(
-            at, llmcbi_slice(w->logprobs.ptr, w->logprobs.len));
-        if (!llmcbi_prompt_logprobs(p, &r->logprobs, parts->logprobs))
-            return false;
+            &m->at, llmcbi_slice(w->logprobs.ptr, w->logprobs.len));
+        llmcbi_maker_logprobs(m, &r->logprobs, parts->logprobs);
     }
-    if (usage) parts->usage = *usage;
-    return true;
 }
 
-/* One choice of an event: into the answer and, in a stream, into the log.
- * w NULL: usage alone. */
+/* A chunk without parts in a record that has not been committed, with room
+ * behind it; NULL: no memory. */
+static llmcb_chunk *llmcbi_prompt_chunk(llmcbi_prompt *p, size_t choice,
+                                        size_t room)
+{
+    llmcb_chunk *chunk = (llmcb_chunk *)(void *)llmcbi_run_reserve(
+        &p->run, sizeof *chunk + room);
+
+    if (!chunk) return NULL;
+    chunk->choice = (int)choice;
+    chunk->parts = &p->run.rules->no_parts;
+    chunk->text = llmcbi_slice("", 0);
+    return chunk;
+}
+
+/* The choice and the record. false: it failed; no reason is no memory. */
+static bool llmcbi_maker_make(llmcbi_maker *m, size_t index,
+                              const llmcbi_wire_choice *w,
+                              const llmcb_usage *usage)
+{
+    llmcbi_prompt *p = m->p;
+    llmcbi_choice *c = llmcbi_answer_choice(m->a, &p->answer, index);
+    size_t n_tools = llmcbi_maker_tools(NULL, w, NULL);
+    size_t room = llmcbi_raw_room(&w->text);
+    bool rare =
+        n_tools || w->refusal.len || w->reasoning.len || w->logprobs.len;
+    bool has_parts = rare || usage || w->finish_reason.len;
+    llmcb_parts *parts;
+    llmcb_chunk *chunk;
+
+    if (!c) return false;
+    m->c = c;
+    if (rare && !c->rare) {
+        c->rare = (llmcbi_rarity *)llmcbi_alloc(m->a, sizeof *c->rare);
+        if (!c->rare) return false;
+    }
+    if (has_parts)
+        room +=
+            sizeof *parts + n_tools * (sizeof(llmcb_tool_delta) + 32) +
+            llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
+            llmcbi_raw_room(&w->finish_reason) + 7 +
+            3 * (w->logprobs.len + w->tool_calls.len + w->function_call.len);
+    chunk = llmcbi_prompt_chunk(p, index, room);
+    if (!chunk) return false;
+    m->at = (char *)(chunk + 1);
+    if (has_parts) {
+        parts = (llmcb_parts *)(void *)m->at;
+        m->at = (char *)(parts + 1);
+        *parts = *chunk->parts;
+        chunk->parts = parts;
+        if (usage) parts->usage = *usage;
+        llmcbi_maker_parts(m, w, parts, n_tools);
+    }
+    llmcbi_maker_text(m, &w->text, &c->text_carry, &c->text, &chunk->text);
+    if (!m->failed && p->stream && !p->cached)
+        llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN,
+                          (size_t)(m->at - (char *)chunk));
+    return !m->failed;
+}
+
+/* One choice of an event: into the answer and, in a stream, into the log. */
 static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
                                  const llmcb_usage *usage)
 {
-    llmcbi_wire_choice nothing;
-    llmcbi_choice *c;
-    llmcb_chunk *chunk;
-    size_t size, n_tools = 0, index;
-    char *at, *begin;
-    bool has_parts;
+    uint64_t index = w->index < 0 ? 0 : (uint64_t)w->index;
+    llmcbi_maker m;
 
-    if (!w) {
-        memset(&nothing, 0, sizeof nothing);
-        w = &nothing;
-    }
-    index = w->index < 0 ? 0 : (size_t)w->index;
-    if ((uint64_t)w->index >= p->chat->d.limits.choices && w->index >= 0) {
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "more choices than limits.choices");
-        return false;
-    }
-    c = llmcbi_answer_choice(llmcbi_prompt_alloc(p), &p->answer, index);
-    if (!c) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return false;
-    }
-    size = sizeof *chunk + llmcbi_raw_room(&w->text);
-    has_parts = usage || w->refusal.len || w->reasoning.len ||
-                w->finish_reason.len || w->tool_calls.len ||
-                w->function_call.len || w->logprobs.len;
-    if (has_parts) {
-        n_tools = llmcbi_prompt_tools(p, NULL, w, NULL, NULL);
-        size += sizeof(llmcb_parts) + n_tools * sizeof(llmcb_tool_delta) +
-                llmcbi_raw_room(&w->refusal) + llmcbi_raw_room(&w->reasoning) +
-                llmcbi_raw_room(&w->finish_reason) + 3 * w->logprobs.len + 7 +
-                3 * (w->tool_calls.len + w->function_call.len) + 32 * n_tools;
-    }
-    begin = llmcbi_run_reserve(&p->run, size);
-    if (!begin) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return false;
-    }
-    at = begin + sizeof *chunk;
-    chunk = (llmcb_chunk *)(void *)begin;
-    chunk->choice = (int)index;
-    chunk->parts = &p->run.rules->no_parts;
-    if (has_parts) {
-        llmcb_parts *parts = (llmcb_parts *)(void *)at;
-        at += sizeof *parts;
-        chunk->parts = parts;
-        if (!llmcbi_prompt_parts(p, c, w, usage, parts, n_tools, &at))
-            return false;
-    }
-    if (w->text.len || c->text_carry.n || c->text_carry.high) {
-        llmcbi_raw empty;
-        empty.ptr = "";
-        empty.len = 0;
-        empty.plain = false;
-        chunk->text = llmcbi_raw_decode(&at, w->text.len ? &w->text : &empty,
-                                        &c->text_carry);
-        if (!llmcbi_prompt_keep(p, &c->text, chunk->text)) return false;
-    } else {
-        chunk->text = llmcbi_slice("", 0);
-    }
-    if (p->stream && !p->cached)
-        llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN, (size_t)(at - begin));
-    return true;
+    memset(&m, 0, sizeof m);
+    m.p = p;
+    m.a = llmcbi_prompt_alloc(p);
+    m.limits = &p->chat->d.limits;
+    if (index >= m.limits->choices)
+        llmcbi_maker_limit(&m, "more choices than limits.choices");
+    else if (llmcbi_maker_make(&m, (size_t)index, w, usage))
+        return true;
+    llmcbi_prompt_fail(p, m.why ? LLMCB_ELIMIT : LLMCB_ENOMEM, m.why);
+    return false;
 }
 
 static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
@@ -11641,24 +11594,20 @@ static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
 
     for (i = 0; i < p->answer.n; i++) {
         llmcbi_choice *c = &p->answer.choices[i];
-        char lost[16], *end;
         llmcb_chunk *chunk;
-        char *at;
-        end = llmcbi_carry_flush(lost, &c->text_carry);
-        if (end == lost) continue;
+        char lost[16], *at;
+        size_t n = (size_t)(llmcbi_carry_flush(lost, &c->text_carry) - lost);
+        if (!n) continue;
         /* told and kept, or neither */
-        if (!llmcbi_buf_reserve(a, &c->text, (size_t)(end - lost))) return;
-        at = llmcbi_run_reserve(&p->run, sizeof *chunk + sizeof lost);
-        if (!at) return;
-        chunk = (llmcb_chunk *)(void *)at;
-        at += sizeof *chunk;
-        chunk->choice = (int)i;
-        chunk->parts = &p->run.rules->no_parts;
-        chunk->text = llmcbi_record_text(&at, lost, (size_t)(end - lost));
-        llmcbi_buf_add(a, &c->text, lost, (size_t)(end - lost));
+        if (!llmcbi_buf_reserve(a, &c->text, n)) return;
+        chunk = llmcbi_prompt_chunk(p, i, sizeof lost);
+        if (!chunk) return;
+        at = (char *)(chunk + 1);
+        chunk->text = llmcbi_record_text(&at, lost, n);
+        llmcbi_buf_add(a, &c->text, lost, n);
         if (p->stream)
             llmcbi_run_commit(&p->run, LLMCB_LLM_NEW_TOKEN,
-                              sizeof *chunk + (size_t)(end - lost) + 1);
+                              (size_t)(at - (char *)chunk));
     }
 }
 
@@ -11672,7 +11621,10 @@ static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
     size_t i = 0;
     bool any = ev->has_choice;
 
-    if (!any && usage) return llmcbi_prompt_choice(p, NULL, usage);
+    if (!any && usage) { /* alone */
+        memset(w, 0, sizeof *w);
+        return llmcbi_prompt_choice(p, w, usage);
+    }
     for (; any; i++) {
         if (i >= skip && (w->has_delta || w->finish_reason.len)) {
             if (i > skip && !llmcbi_run_has_room(&p->run)) {
@@ -11699,25 +11651,38 @@ static void llmcbi_prompt_api_error(llmcbi_prompt *p, const char *ptr,
     llmcbi_prompt_decide(p, &e);
 }
 
-/* Notes what an event says of the whole answer. */
-static void llmcbi_prompt_note(llmcbi_prompt *p, const llmcbi_wire_event *ev)
+/* Reads an event, and notes what it says of the whole answer. false: it
+ * failed. */
+static bool llmcbi_prompt_read(llmcbi_prompt *p, llmcb_str data, bool cut,
+                               llmcbi_wire_event *ev)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     llmcb_result *r = &p->answer.result;
+    bool too_deep = false;
 
+    if (!llmcbi_wire_read(data.ptr, data.len, ev, &too_deep)) {
+        if (cut)
+            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED, NULL);
+        else if (too_deep)
+            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                               "the answer's JSON is nested too deeply");
+        else
+            llmcbi_prompt_fail(
+                p, LLMCB_EJSON,
+                "the answer holds an event that is not valid JSON");
+        return false;
+    }
+    if (ev->error.len) {
+        llmcbi_prompt_api_error(p, ev->error.ptr, ev->error.len);
+        return false;
+    }
     if (ev->usage.known) r->usage = ev->usage;
-    if (!llmcbi_answer_note(a, &r->model_name, &ev->model) ||
-        !llmcbi_answer_note(a, &r->id, &ev->id) ||
-        !llmcbi_answer_note(a, &r->system_fingerprint, &ev->fingerprint))
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-}
-
-static void llmcbi_prompt_bad_json(llmcbi_prompt *p, bool too_deep)
-{
-    llmcbi_prompt_fail(p, too_deep ? LLMCB_ELIMIT : LLMCB_EJSON,
-                       too_deep ? "the answer's JSON is nested too deeply"
-                                : "the answer holds an event that is not "
-                                  "valid JSON");
+    if (llmcbi_answer_note(a, &r->model_name, &ev->model) &&
+        llmcbi_answer_note(a, &r->id, &ev->id) &&
+        llmcbi_answer_note(a, &r->system_fingerprint, &ev->fingerprint))
+        return true;
+    llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+    return false;
 }
 
 #if LLMCBI_QUICK
@@ -11845,7 +11810,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     } while (more && !p->outcome && p->run.head < until &&
              p->run.held <= p->run.rules->window_bytes);
     *pieces = piece;
-    if (any) p->last_data = p->chat->loop->now;
+    if (any) p->last_data = p->run.loop->now;
     return any;
 }
 
@@ -12009,33 +11974,22 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
 static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
 {
     llmcbi_wire_event ev;
-    bool too_deep = false;
 
-    p->last_data = p->chat->loop->now;
+    p->last_data = p->run.loop->now;
     if (data.len == 6 && memcmp(data.ptr, "[DONE]", 6) == 0) {
         p->sentinel = true;
-        if (p->got_chunk || p->answer.n)
-            llmcbi_prompt_succeed(p);
-        else
-            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED,
-                               "the stream held no answer");
+        llmcbi_prompt_close(
+            p, p->got_chunk || p->answer.n ? LLMCB_OK : LLMCB_ETRUNCATED,
+            LLMCB_DETAIL_NONE, "the stream held no answer");
         return;
     }
     if (is_error) {
         llmcbi_prompt_api_error(p, data.ptr, data.len);
         return;
     }
-    if (!llmcbi_wire_read(data.ptr, data.len, &ev, &too_deep)) {
-        llmcbi_prompt_bad_json(p, too_deep);
-        return;
-    }
-    if (ev.error.len) {
-        llmcbi_prompt_api_error(p, ev.error.ptr, ev.error.len);
-        return;
-    }
-    llmcbi_prompt_note(p, &ev);
+    if (!llmcbi_prompt_read(p, data, false, &ev)) return;
     llmcbi_prompt_learn(p, data, &ev);
-    if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
+    if (llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
     llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, data.ptr, data.len);
     if (p->body.failed) llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
 }
@@ -12100,33 +12054,17 @@ static void llmcbi_prompt_stream(llmcbi_prompt *p, llmcb_str *piece,
 static void llmcbi_prompt_whole(llmcbi_prompt *p, bool cut)
 {
     llmcbi_wire_event ev;
-    bool too_deep = false;
 
-    if (!llmcbi_wire_read(p->body.ptr ? p->body.ptr : "", p->body.len, &ev,
-                          &too_deep)) {
-        if (cut || !p->body.len)
-            llmcbi_prompt_fail(p, LLMCB_ETRUNCATED, NULL);
-        else
-            llmcbi_prompt_bad_json(p, too_deep);
+    if (!llmcbi_prompt_read(p, llmcbi_buf_str(&p->body), cut || !p->body.len,
+                            &ev))
         return;
-    }
-    if (ev.error.len) {
-        llmcbi_prompt_api_error(p, ev.error.ptr, ev.error.len);
-        return;
-    }
-    llmcbi_prompt_note(p, &ev);
-    if (p->outcome) return;
     /* a completion of legal size goes into an empty log in one go */
-    while (!llmcbi_prompt_tell(p, &ev, p->choices_told)) {
-        if (p->outcome) return;
-        llmcbi_wire_read(p->body.ptr, p->body.len, &ev, &too_deep);
-        ev.usage.known = false;
-    }
-    if (p->got_chunk)
-        llmcbi_prompt_succeed(p);
-    else
-        llmcbi_prompt_fail(p, LLMCB_EPROTO,
-                           "the answer is JSON, but no completion");
+    if (!llmcbi_prompt_tell(p, &ev, 0))
+        while (!p->outcome && p->body.len)
+            llmcbi_prompt_event_again(p);
+    llmcbi_prompt_close(p, p->got_chunk ? LLMCB_OK : LLMCB_EPROTO,
+                        LLMCB_DETAIL_NONE,
+                        "the answer is JSON, but no completion");
 }
 
 static void llmcbi_prompt_http_error(llmcbi_prompt *p)
@@ -12228,39 +12166,57 @@ static int64_t llmcbi_wall_ms(void)
     return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
-static void llmcbi_prompt_forget_id(llmcbi_prompt *p)
+/* Empty: none. */
+static void llmcbi_prompt_set_id(llmcbi_prompt *p, llmcb_str id)
 {
-    llmcbi_str_free(llmcbi_prompt_alloc(p), p->request_id);
+    const llmcb_allocator *a = llmcbi_prompt_alloc(p);
+
+    llmcbi_str_free(a, p->request_id);
     p->request_id = llmcbi_slice("", 0);
+    if (id.len >= sizeof((llmcb_error *)NULL)->request_id)
+        id.len = sizeof((llmcb_error *)NULL)->request_id - 1;
+    llmcbi_str_keep(a, &p->request_id, id);
 }
 
 static void llmcbi_prompt_header(void *owner, llmcb_str name, llmcb_str value)
 {
+    static const char *const names[] = { "content-type",   "content-encoding",
+                                         "x-should-retry", "retry-after-ms",
+                                         "retry-after",    "x-request-id",
+                                         "location" };
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
+    unsigned which;
+    int64_t ms;
 
-    if (llmcbi_str_is_nocase(name, "content-type")) {
+    for (which = 0; which < 7 && !llmcbi_str_is_nocase(name, names[which]);)
+        which++;
+    switch (which) {
+    case 0:
         p->html = value.len >= 9 &&
                   llmcbi_str_is_nocase(llmcbi_slice(value.ptr, 9), "text/html");
-    } else if (llmcbi_str_is_nocase(name, "content-encoding")) {
+        break;
+    case 1:
         p->encoded = value.len && !llmcbi_str_is_nocase(value, "identity");
-    } else if (llmcbi_str_is_nocase(name, "retry-after-ms")) {
-        int64_t ms = llmcbi_parse_seconds(value, 1);
-        if (ms >= 0) p->retry_after = ms;
-    } else if (llmcbi_str_is_nocase(name, "retry-after")) {
-        if (p->retry_after < 0)
-            p->retry_after = llmcbi_retry_after(value, llmcbi_wall_ms());
-    } else if (llmcbi_str_is_nocase(name, "x-should-retry")) {
+        break;
+    case 2:
         if (llmcbi_str_is_nocase(value, "true")) p->should_retry = 1;
         if (llmcbi_str_is_nocase(value, "false")) p->should_retry = 0;
-    } else if (llmcbi_str_is_nocase(name, "x-request-id")) {
-        llmcbi_prompt_forget_id(p);
-        if (value.len >= sizeof((llmcb_error *)NULL)->request_id)
-            value.len = sizeof((llmcb_error *)NULL)->request_id - 1;
-        llmcbi_str_keep(llmcbi_prompt_alloc(p), &p->request_id, value);
-    } else if (llmcbi_str_is_nocase(name, "location") && p->status >= 300 &&
-               p->status < 400 && value.len < 4096) {
+        break;
+    case 3:
+        ms = llmcbi_parse_seconds(value, 1);
+        if (ms >= 0) p->retry_after = ms;
+        break;
+    case 4:
+        if (p->retry_after < 0)
+            p->retry_after = llmcbi_retry_after(value, llmcbi_wall_ms());
+        break;
+    case 5: llmcbi_prompt_set_id(p, value); break;
+    case 6:
+        if (p->status < 300 || p->status >= 400 || value.len >= 4096) break;
         p->body.len = 0;
         llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, value.ptr, value.len);
+        break;
+    default: break;
     }
 }
 
@@ -12308,7 +12264,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
         }
         if (p->outcome) continue;
         if (p->body_kind == LLMCBI_BODY_JSON) {
-            p->last_data = p->chat->loop->now;
+            p->last_data = p->run.loop->now;
             llmcbi_prompt_gather(p, piece, limits->body);
         } else if (p->body_kind == LLMCBI_BODY_STREAM) {
             llmcbi_prompt_stream(p, piece, stop);
@@ -12327,27 +12283,11 @@ static bool llmcbi_prompt_all_finished(const llmcbi_prompt *p)
     return true;
 }
 
-/* What the end of a stream's body means when no [DONE] was seen: by how it
- * ended, and whether every choice has a finish reason. An error object
- * before that has decided already, and so has [DONE]. */
-static llmcb_code llmcbi_terminal_evidence(llmcb_ending ending, bool finished)
-{
-    static const llmcb_code table[3][2] = {
-        /*              not finished       finished */
-        /* ORDERLY */ { LLMCB_ETRUNCATED, LLMCB_OK },
-        /* CUT     */ { LLMCB_ETRUNCATED, LLMCB_OK },
-        /* BROKEN  */ { LLMCB_EIO, LLMCB_EIO }
-    };
-
-    return table[ending][finished];
-}
-
 static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
                               const llmcb_error *error)
 {
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
     bool was_over = p->over || p->outcome;
-    llmcb_code code;
 
     p->orderly = ending == LLMCB_ORDERLY;
     p->over = true;
@@ -12373,11 +12313,10 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         llmcbi_prompt_fail(p, LLMCB_ECTYPE, NULL);
         return;
     }
-    code = llmcbi_terminal_evidence(ending, llmcbi_prompt_all_finished(p));
-    if (code == LLMCB_OK)
-        llmcbi_prompt_succeed(p);
-    else
-        llmcbi_prompt_fail(p, code, NULL);
+    /* without [DONE] it takes a finish reason of every choice */
+    llmcbi_prompt_close(
+        p, llmcbi_prompt_all_finished(p) ? LLMCB_OK : LLMCB_ETRUNCATED,
+        LLMCB_DETAIL_NONE, NULL);
 }
 
 /* What listens to the exchanges of all prompts. */
@@ -12415,7 +12354,7 @@ static llmcb_transport *llmcbi_default_transport(llmcb_loop *loop)
 static void llmcbi_prompt_launch(llmcbi_prompt *p)
 {
     llmcb_chat *chat = p->chat;
-    llmcb_loop *loop = p->chat->loop;
+    llmcb_loop *loop = p->run.loop;
     llmcb_transport *tr = chat->d.transport;
     llmcb_code code;
 
@@ -12425,7 +12364,7 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     p->retry_after = LLMCBI_NO_WISH;
     p->should_retry = -1;
     p->body_kind = LLMCBI_BODY_UNKNOWN;
-    llmcbi_prompt_forget_id(p);
+    llmcbi_prompt_set_id(p, llmcbi_slice("", 0));
     p->sse.limit = chat->d.limits.event;
     if (!tr) tr = llmcbi_default_transport(loop);
     p->x = tr ? llmcbi_exchange_new(tr, &llmcbi_prompt_sink, p) : NULL;
@@ -12551,7 +12490,7 @@ static void llmcbi_prompt_go(llmcbi_prompt *p)
     if (llmcbi_prompt_cached(p)) return;
 #endif
     if (chat->d.total_ms > 0) {
-        p->total_due = p->chat->loop->now + chat->d.total_ms;
+        p->total_due = p->run.loop->now + chat->d.total_ms;
         llmcbi_prompt_arm(p);
     }
 #ifndef LLMCB_NO_KIT
@@ -12595,7 +12534,7 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
 
     if (p->run.state != LLMCBI_RUN_OPEN || !llmcbi_prompt_retryable(p, e))
         return false;
-    if (ms < 0) ms = llmcbi_backoff(&p->chat->loop->random, p->attempt);
+    if (ms < 0) ms = llmcbi_backoff(&p->run.loop->random, p->attempt);
     rec =
         (llmcbi_retry_record *)(void *)llmcbi_run_reserve(&p->run, sizeof *rec);
     if (!rec) return false;
@@ -12606,19 +12545,22 @@ static bool llmcbi_prompt_retry(llmcbi_prompt *p, const llmcb_error *e)
     llmcbi_run_commit(&p->run, LLMCB_RETRY, sizeof *rec);
     p->over = true;
     llmcbi_prompt_set_phase(p, LLMCBI_PHASE_BACKOFF, ms);
-    llmcbi_make_ready(p->chat->loop, &p->call->ready);
+    llmcbi_make_ready(p->run.loop, &p->call->ready);
     return true;
 }
 
 static void llmcbi_prompt_timer(llmcbi_timer *t)
 {
     llmcbi_prompt *p = LLMCBI_OWNER(llmcbi_prompt, timer, t);
+    static const char *const why[] = { NULL, "no connection within connect_ms",
+                                       "no answer within first_byte_ms",
+                                       "no data within idle_ms" };
     const llmcb_chat_desc *d = &p->chat->d;
-    int64_t now = p->chat->loop->now;
+    int64_t now = p->run.loop->now;
 
     if (p->total_due && p->total_due <= now) {
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_TOTAL,
-                                "the call took longer than total_ms");
+        llmcbi_prompt_close(p, LLMCB_ETIMEDOUT, LLMCB_DETAIL_TOTAL,
+                            "the call took longer than total_ms");
         return;
     }
     if (p->phase == LLMCBI_PHASE_IDLE && p->last_data + d->idle_ms > now) {
@@ -12626,24 +12568,13 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
         llmcbi_prompt_arm(p);
         return;
     }
-    switch (p->phase) {
-    case LLMCBI_PHASE_CONNECT:
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_CONNECT,
-                                "no connection within connect_ms");
-        break;
-    case LLMCBI_PHASE_FIRST_BYTE:
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_FIRST_BYTE,
-                                "no answer within first_byte_ms");
-        break;
-    case LLMCBI_PHASE_IDLE:
-        llmcbi_prompt_timed_out(p, LLMCB_DETAIL_IDLE, "no data within idle_ms");
-        break;
-    case LLMCBI_PHASE_BACKOFF:
-        llmcbi_prompt_let_go(p);
-        llmcbi_prompt_launch(p);
-        break;
-    default: break;
+    if (p->phase != LLMCBI_PHASE_BACKOFF) {
+        llmcbi_prompt_close(p, LLMCB_ETIMEDOUT, (llmcb_detail)p->phase,
+                            why[p->phase]);
+        return;
     }
+    llmcbi_prompt_let_go(p);
+    llmcbi_prompt_launch(p);
 }
 
 /* -- the call as a whole */
@@ -12697,15 +12628,6 @@ static void llmcbi_prompt_told(llmcbi_run *run)
     }
     if (run->state != LLMCBI_RUN_OPEN || p->over || c->orphaned)
         llmcbi_make_ready(c->op.loop, &c->ready);
-}
-
-static bool llmcbi_call_all(const llmcbi_call *c, llmcbi_run_state least)
-{
-    size_t i;
-
-    for (i = 0; i < c->n; i++)
-        if (c->prompts[i].run.state < (uint8_t)least) return false;
-    return true;
 }
 
 static void llmcbi_prompt_forget_talk(llmcbi_prompt *p)
@@ -12775,6 +12697,15 @@ static void llmcbi_prompt_tell_finish(llmcbi_prompt *p)
     llmcbi_run_finish(&p->run, &p->answer.result, NULL, p->outcome);
 }
 
+/* Tells the outcome of a run that has drained. true: that is done. */
+static bool llmcbi_prompt_finish(llmcbi_prompt *p)
+{
+    if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
+    if (p->run.state == LLMCBI_RUN_FINISHING && llmcbi_run_settled(&p->run))
+        llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
+    return p->run.state == LLMCBI_RUN_DONE;
+}
+
 /* When all runs have drained: errors one by one in index order, then the
  * ends. true: all are told and done. */
 static bool llmcbi_call_finish(llmcbi_call *c)
@@ -12784,21 +12715,11 @@ static bool llmcbi_call_finish(llmcbi_call *c)
 
     for (; c->told < c->n; c->told++) {
         llmcbi_prompt *p = &c->prompts[c->told];
-        if (p->outcome->code == LLMCB_OK) continue;
-        if (p->run.state == LLMCBI_RUN_DRAINED) llmcbi_prompt_tell_finish(p);
-        if (p->run.state == LLMCBI_RUN_FINISHING && llmcbi_run_settled(&p->run))
-            llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
-        if (p->run.state != LLMCBI_RUN_DONE) return false;
+        if (p->outcome->code != LLMCB_OK && !llmcbi_prompt_finish(p))
+            return false;
     }
-    for (i = 0; i < c->n; i++) {
-        llmcbi_prompt *p = &c->prompts[i];
-        if (p->run.state == LLMCBI_RUN_DRAINED)
-            llmcbi_prompt_tell_finish(p);
-        else if (p->run.state == LLMCBI_RUN_FINISHING &&
-                 llmcbi_run_settled(&p->run))
-            llmcbi_run_set_state(&p->run, LLMCBI_RUN_DONE);
-        if (p->run.state != LLMCBI_RUN_DONE) done = false;
-    }
+    for (i = 0; i < c->n; i++)
+        if (!llmcbi_prompt_finish(&c->prompts[i])) done = false;
     return done;
 }
 
@@ -12812,12 +12733,13 @@ static const llmcb_error *llmcbi_call_error(llmcbi_call *c)
 
     for (i = 0; i < c->n && !e; i++)
         if (c->prompts[i].outcome->code != LLMCB_OK) e = c->prompts[i].outcome;
-    if (e || c->late || !c->cancelled)
-        return llmcbi_outcome_error(a, e ? e : llmcbi_error_const(LLMCB_OK),
-                                    c->late);
-    llmcbi_error_set(&cancelled, LLMCB_ECANCELLED, NULL);
-    cancelled.detail = LLMCB_DETAIL_CALLER;
-    return llmcbi_error_keep(a, &cancelled);
+    if (!e && !c->late && c->cancelled) {
+        llmcbi_error_set(&cancelled, LLMCB_ECANCELLED, NULL);
+        cancelled.detail = LLMCB_DETAIL_CALLER;
+        e = &cancelled;
+    }
+    return llmcbi_outcome_error(a, e ? e : llmcbi_error_const(LLMCB_OK),
+                                c->late);
 }
 
 static void llmcbi_call_free(llmcbi_call *c);
@@ -12825,6 +12747,7 @@ static void llmcbi_call_free(llmcbi_call *c);
 static void llmcbi_call_step(llmcbi_ready *r)
 {
     llmcbi_call *c = LLMCBI_OWNER(llmcbi_call, ready, r);
+    bool drained = true;
     size_t i;
 
     if (c->orphaned) {
@@ -12840,10 +12763,10 @@ static void llmcbi_call_step(llmcbi_ready *r)
         llmcbi_run *run = &c->prompts[i].run;
         if (run->state == LLMCBI_RUN_DRAINING && llmcbi_run_settled(run))
             llmcbi_run_set_state(run, LLMCBI_RUN_DRAINED);
+        if (run->state < LLMCBI_RUN_DRAINED) drained = false;
     }
-    if (!llmcbi_call_all(c, LLMCBI_RUN_DRAINED) || !llmcbi_call_finish(c))
-        return;
-    llmcbi_op_finish(&c->op, llmcbi_call_error(c));
+    if (drained && llmcbi_call_finish(c))
+        llmcbi_op_finish(&c->op, llmcbi_call_error(c));
 }
 
 static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
@@ -12854,18 +12777,15 @@ static void llmcbi_call_cancel(llmcb_op *op, llmcb_detail detail)
     if (!c->cancelled) c->cancelled = detail == LLMCB_DETAIL_CALLER;
     for (i = 0; i < c->n; i++) {
         llmcbi_prompt *p = &c->prompts[i];
-        llmcb_error e;
         if (p->run.state >= LLMCBI_RUN_DRAINED || p->run.skipping) {
             if (detail == LLMCB_DETAIL_LOOP) llmcbi_run_interrupt(&p->run);
             continue;
         }
-        llmcbi_error_set(&e, LLMCB_ECANCELLED, NULL);
-        e.detail = detail;
         if (p->outcome && p->outcome->code == LLMCB_OK) {
             llmcbi_error_drop(llmcbi_prompt_alloc(p), p->outcome);
             p->outcome = NULL;
         }
-        llmcbi_prompt_decide(p, &e);
+        llmcbi_prompt_close(p, LLMCB_ECANCELLED, detail, NULL);
         llmcbi_run_skip(&p->run);
         /* not for what is ending: freeing a loop asks in each turn */
         llmcbi_make_ready(op->loop, &c->ready);
@@ -12887,7 +12807,7 @@ static void llmcbi_call_waited(llmcb_op *op)
 
     if (!c->n || !c->prompts[0].run.reader) return;
     c->prompts[0].run.reader = NULL; /* unread chunks go */
-    llmcbi_make_ready(op->loop, &c->prompts[0].run.ready);
+    llmcbi_run_wake(&c->prompts[0].run);
 }
 
 static void llmcbi_call_free(llmcbi_call *c)
@@ -12906,12 +12826,12 @@ static void llmcbi_call_free(llmcbi_call *c)
         p->over = true;
         llmcbi_prompt_let_go(p);
         llmcbi_timer_free(loop, &p->timer);
-        llmcbi_run_free(&p->run);
         llmcbi_prompt_forget_asked(p);
         llmcbi_prompt_forget_talk(p);
-        llmcbi_prompt_forget_id(p);
+        llmcbi_prompt_set_id(p, llmcbi_slice("", 0));
         llmcbi_answer_free(a, &p->answer);
         llmcbi_error_drop(a, p->outcome);
+        llmcbi_run_free(&p->run);
     }
     llmcbi_unready(&c->ready);
     llmcbi_error_drop(a, c->late);
@@ -13078,11 +12998,11 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     p->answer.result = *llmcbi_no_result();
     p->retry_after = LLMCBI_NO_WISH;
     p->run.rules = &chat->rules;
-    if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
-        return LLMCB_ENOMEM;
     code = llmcbi_run_init(loop, &p->run, &c->arena, setup->handlers,
                            setup->n_handlers, &c->op);
     if (code != LLMCB_OK) return code;
+    if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
+        return LLMCB_ENOMEM;
     llmcbi_run_name(&p->run, &c->arena, plan->config, setup, "ChatOpenAI");
     if (!llmcbi_prompt_ask(p, prompt, plan)) return LLMCB_ENOMEM;
     if (setup->n_handlers && !llmcbi_prompt_copy_talk(p, prompt, plan))
@@ -13292,7 +13212,7 @@ static void llmcbi_call_pass(llmcbi_call *c)
     llmcbi_record_take(&run->reader->pos);
     run->reader->seq++;
     run->reader->shown = false;
-    if (run->starved) llmcbi_make_ready(run->loop, &run->ready);
+    if (run->starved) llmcbi_run_wake(run);
 }
 
 /* The next token record, in the program's hands until the next call. */
@@ -13424,10 +13344,10 @@ LLMCBI_DEF llmcb_usage llmcb_op_usage(const llmcb_op *op)
     llmcb_usage sum = llmcbi_no_result()->usage;
     size_t i, n = llmcb_op_n_prompts(op);
 
-    if (op && op->usage) return *op->usage;
     sum.known = n > 0;
     for (i = 0; i < n; i++)
         llmcbi_usage_add(&sum, &llmcb_op_result_at(op, i)->usage);
+    if (op && op->usage) sum = *op->usage;
     return sum;
 }
 
@@ -13457,43 +13377,39 @@ LLMCBI_DEF void llmcb_str_print(llmcb_str text, FILE *out)
     }
 }
 
+static void llmcbi_print(FILE *out, const char *label, llmcb_str text)
+{
+    fputs(label, out);
+    llmcb_str_print(text, out);
+}
+
 LLMCBI_DEF void llmcb_result_print(const llmcb_result *result, FILE *out)
 {
+    const llmcb_usage *u;
     size_t i, k;
 
     if (!result || !out) return;
     for (i = 0; i < result->n_generations; i++) {
         const llmcb_generation *g = &result->generations[i];
-        fputs("text: ", out);
-        llmcb_str_print(g->text, out);
-        if (g->refusal.len) {
-            fputs("\nrefusal: ", out);
-            llmcb_str_print(g->refusal, out);
-        }
+        llmcbi_print(out, "text: ", g->text);
+        if (g->refusal.len) llmcbi_print(out, "\nrefusal: ", g->refusal);
         for (k = 0; k < g->n_tool_calls; k++) {
-            fputs("\ntool call: ", out);
-            llmcb_str_print(g->tool_calls[k].name, out);
-            fputs(" ", out);
-            llmcb_str_print(g->tool_calls[k].arguments, out);
+            llmcbi_print(out, "\ntool call: ", g->tool_calls[k].name);
+            llmcbi_print(out, " ", g->tool_calls[k].arguments);
         }
-        fputs("\nfinish reason: ", out);
-        if (g->finish_reason.len)
-            llmcb_str_print(g->finish_reason, out);
-        else
-            fputs("none", out);
+        llmcbi_print(out, "\nfinish reason: ",
+                     g->finish_reason.len ? g->finish_reason
+                                          : llmcbi_slice("none", 4));
         fputs("\n", out);
     }
-    fputs("model name: ", out);
-    llmcb_str_print(result->model_name, out);
-    if (result->usage.known) {
-        char in[24], answer[24], all[24];
-        fprintf(out, "\nusage: %s input, %s output, %s total tokens\n",
-                llmcbi_decimal(in, result->usage.input_tokens),
-                llmcbi_decimal(answer, result->usage.output_tokens),
-                llmcbi_decimal(all, result->usage.total_tokens));
-    } else {
+    llmcbi_print(out, "model name: ", result->model_name);
+    u = &result->usage;
+    if (u->known)
+        fprintf(out, "\nusage: %lld input, %lld output, %lld total tokens\n",
+                (long long)u->input_tokens, (long long)u->output_tokens,
+                (long long)u->total_tokens);
+    else
         fputs("\nusage: unknown\n", out);
-    }
 }
 #endif
 

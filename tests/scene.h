@@ -576,7 +576,8 @@ static inline bool scene_open(scene *s)
     s->loop = llmcb_loop_new(&s->ld);
     if (!s->loop) return false;
     s->spy.inner = s->fed ? NULL : llmcb_replay_new(s->loop, &rd);
-    if (!s->fed && !s->spy.inner) return false;
+    if (!s->fed && s->heap.fail_at && s->heap.calls >= s->heap.fail_at)
+        return false; /* without memory for it, it refuses all requests */
     s->spy.base.state_size = s->fed ? 0 : s->spy.inner->state_size;
     s->spy.base.start = spy_start;
     s->spy.base.resume = spy_resume;

@@ -2924,7 +2924,8 @@ TEST(odd_parents)
         llmcb_op_free(op);
     }
     CHECK(run_new(&w, (llmcb_run_kind)7, "r", NULL) == NULL ||
-          w.s.loop->ops->error->code == LLMCB_EINVAL);
+          LLMCBI_OWNER(llmcb_op, all, w.s.loop->ops)->error->code ==
+              LLMCB_EINVAL);
     CHECK(llmcb_run_start(NULL, NULL, NULL) == NULL);
     op = llmcb_run_start(w.s.loop, NULL, NULL); /* a group without a name */
     end_and_free(op, "");
