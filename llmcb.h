@@ -387,7 +387,7 @@ typedef struct llmcb_loop_desc {
 #define LLMCB_WRITE 2
 
 /* Push embedding: how a host loop is told what to watch, inside any function
- * that works on the loop. They must not call the library. */
+ * that works on the loop. They are callbacks like any other. */
 typedef struct llmcb_host {
     /* Watch fd for events (LLMCB_READ, LLMCB_WRITE, both); 0: forget it. */
     void (*watch)(void *user, int fd, int events);
@@ -423,7 +423,7 @@ LLMCB_API llmcb_code llmcb_loop_run_until(llmcb_loop *loop, llmcb_op *op);
  * nothing to do jumps, whatever max_ms is. */
 LLMCB_API llmcb_code llmcb_loop_run_once(llmcb_loop *loop, int64_t max_ms);
 
-/* Makes llmcb_loop_run return after the present turn. */
+/* Makes llmcb_loop_run and llmcb_op_wait return after the present turn. */
 LLMCB_API void llmcb_loop_stop(llmcb_loop *loop);
 
 /* Whether an operation is under way. */
@@ -434,12 +434,13 @@ LLMCB_API bool llmcb_loop_alive(const llmcb_loop *loop);
 LLMCB_API int64_t llmcb_loop_now(const llmcb_loop *loop);
 
 /* Moves a virtual clock forward by ms and makes due what falls in between;
- * it runs in the next turn. LLMCB_ESTATE with a real clock. */
+ * it runs in the next turn, or the present one. LLMCB_ESTATE with a real
+ * clock. */
 LLMCB_API llmcb_code llmcb_clock_advance(llmcb_loop *loop, int64_t ms);
 
 /* Runs fn(arg) on the loop's thread, in its next turn. Any thread. What is
- * still posted when the loop is freed runs then; what that posts in turn is
- * refused with LLMCB_ESTATE. LLMCB_ENOMEM. */
+ * still posted when the loop is freed runs then, unless a thread is stuck;
+ * what that posts in turn is refused with LLMCB_ESTATE. LLMCB_ENOMEM. */
 LLMCB_API llmcb_code llmcb_loop_post(llmcb_loop *loop, void (*fn)(void *arg),
                                      void *arg);
 
@@ -480,17 +481,19 @@ LLMCB_API llmcb_code llmcb_loop_timer_event(llmcb_loop *loop);
 /* An operation is anything under way: a chat call, a coroutine of yours, a
  * blocking function on the pool. The functions below serve them all. */
 
-/* Runs the loop until op is done and returns its code. NULL: LLMCB_ENOMEM.
- * Inside a callback: LLMCB_ESTATE; coroutines use llmcb_await. */
+/* Runs the loop until op is done and returns its code, or LLMCB_EBUSY after
+ * llmcb_loop_stop. NULL: LLMCB_ENOMEM. Inside a callback: LLMCB_ESTATE;
+ * coroutines use llmcb_await. */
 LLMCB_API llmcb_code llmcb_op_wait(llmcb_op *op);
 
 /* Whether op is done. NULL is done. */
 LLMCB_API bool llmcb_op_done(const llmcb_op *op);
 
 /* Asks op to end with LLMCB_ECANCELLED in the loop's next turn, up to which
- * its handlers may be told more; what is done stays as it is. A blocking
- * function that runs already is not stopped. Any thread, signal-safe; op must
- * not be freed meanwhile. */
+ * its handlers may be told more. What is done stays as it is, and an end that
+ * is being told stays the event that it is. A blocking function that runs
+ * already is not stopped. Any thread, signal-safe; op must not be freed
+ * meanwhile. */
 LLMCB_API void llmcb_op_cancel(llmcb_op *op);
 
 /* Frees op. One that is under way is cancelled and detached: its handlers
@@ -548,10 +551,10 @@ typedef llmcb_step (*llmcb_task_fn)(llmcb_task *t);
     return LLMCB_DONE
 /* clang-format on */
 
-/* Starts a coroutine in the loop's next turn, with frame_size zeroed bytes
- * at t->frame and `self` at t->self. Its code is what its step returns. A
- * cancel ends its present await with LLMCB_ECANCELLED; it may clean up and
- * await more. NULL: no memory, or not on the loop's thread. */
+/* Starts a coroutine later, at the latest in the loop's next turn, with
+ * frame_size zeroed bytes at t->frame and `self` at t->self. Its code is what
+ * its step returns. A cancel ends its present await with LLMCB_ECANCELLED; it
+ * may clean up and await more. NULL: no memory, or not on the loop's thread. */
 LLMCB_API llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
                                      size_t frame_size, void *self);
 
@@ -692,7 +695,8 @@ LLMCB_API void llmcb_loop_unhook(llmcb_loop *loop, llmcb_handler *h);
  * finished. The bytes are copied; it is delivered later, never inside this
  * call. Loop thread, or any thread from inside a sync handler of that run
  * while it handles an event. LLMCB_EBUSY: the run's window is full (never on
- * a worker: there the event is queued). LLMCB_ESTATE: not that moment. */
+ * a worker: there the event is queued, and goes with a cancel). LLMCB_ESTATE:
+ * not that moment. */
 LLMCB_API llmcb_code llmcb_run_text(llmcb_run *run, llmcb_str text);
 LLMCB_API llmcb_code llmcb_run_custom(llmcb_run *run, const char *name,
                                       llmcb_str data);
@@ -1032,7 +1036,8 @@ LLMCB_API void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
                                      llmcb_str value);
 
 /* Bytes of the body, transfer coding removed. All are taken; false: give no
- * more until resume is called. Inline handlers may be called inside. */
+ * more until resume is called. Inline handlers may be called inside; inside a
+ * handler it only keeps the bytes. */
 LLMCB_API bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
                                    size_t len);
 
@@ -3015,12 +3020,15 @@ struct llmcb_loop {
     bool virtual_clock;
     bool stopping;
     bool freeing; /* awaits end at once, nothing new starts */
+    bool joined;  /* no worker is left */
+    bool telling; /* handlers are called, or a task that is one begins */
     bool thread_known;
     bool sleeping;      /* under the mutex: it waits, or its host does */
     bool closed;        /* under the mutex: no more posts */
     bool progress_due;  /* under the mutex: some of it has reached its mark */
     llmcbi_pool *pool;  /* set once, by the loop */
     llmcbi_link *ops;   /* all, done or not */
+    llmcbi_link *dead;  /* siblings that were done and freed in a callback */
     size_t n_alive;     /* operations that are not done */
     llmcbi_sleep *heap; /* from 1 */
     pid_t pid;
@@ -3592,6 +3600,8 @@ static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop);
 static void llmcbi_take_back(llmcbi_away *w);
 /* upward: llmcbi_publish */
 static void llmcbi_publish(llmcb_loop *loop);
+/* upward: llmcbi_bury */
+static void llmcbi_bury(llmcb_loop *loop);
 
 /* How long the loop may wait, and that it does from now on. */
 static int64_t llmcbi_prepare(llmcb_loop *loop)
@@ -3653,6 +3663,7 @@ static void llmcbi_process(llmcb_loop *loop, bool woken)
     llmcbi_run_timers(loop);
     llmcbi_run_fired(loop);
     llmcbi_run_ready(loop);
+    llmcbi_bury(loop);
     llmcbi_publish(loop);
     loop->turning = false;
 }
@@ -3766,12 +3777,29 @@ static void llmcbi_host_update(llmcb_loop *loop)
     int64_t ms;
 
     if (!loop->host.timer || loop->turning) return;
-    ms = llmcbi_prepare(loop);
-    if (ms < 0 && loop->host_timer == -1) return;
-    loop->host_timer = ms;
+    do { /* once more if the host itself has begun something */
+        ms = llmcbi_prepare(loop);
+        if (ms < 0 && loop->host_timer == -1) return;
+        loop->host_timer = ms;
+        loop->turning = true;
+        loop->host.timer(loop->host.user, ms);
+        loop->turning = false;
+    } while (ms != 0 && llmcbi_prepare(loop) == 0);
+}
+
+/* User code may be called from here on, to the matching llmcbi_leave. */
+static bool llmcbi_visit(llmcb_loop *loop)
+{
+    bool turning = loop->turning;
+
     loop->turning = true;
-    loop->host.timer(loop->host.user, ms);
-    loop->turning = false;
+    return turning;
+}
+
+static void llmcbi_leave(llmcb_loop *loop, bool turning)
+{
+    loop->turning = turning;
+    llmcbi_host_update(loop);
 }
 
 /* Has the host watch all that the loop does, or forget it. */
@@ -3949,6 +3977,16 @@ static void llmcbi_op_destroy(llmcb_op *op)
     op->kind->destroy(op);
 }
 
+/* Destroys what was freed inside a callback. */
+static void llmcbi_bury(llmcb_loop *loop)
+{
+    while (loop->dead) {
+        llmcb_op *op = LLMCBI_OWNER(llmcb_op, sibling, loop->dead);
+        llmcbi_link_out(&op->sibling);
+        llmcbi_op_destroy(op);
+    }
+}
+
 /* Makes `child` a part of op until it is done. */
 static void llmcbi_op_adopt(llmcb_op *op, llmcb_op *child)
 {
@@ -4022,7 +4060,7 @@ static void llmcbi_take_cancels(llmcb_loop *loop)
     for (l = loop->ops; l; l = next) {
         llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, l);
         unsigned char detail = LLMCBI_FLAG_GET(&op->cancel_wanted);
-        next = l->next; /* cancel destroys no other op */
+        next = l->next; /* nothing is destroyed within a turn */
         if (!detail) continue;
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
         if (!op->done) op->kind->cancel(op, (llmcb_detail)detail);
@@ -4037,7 +4075,11 @@ LLMCBI_DEF void llmcb_op_free(llmcb_op *op)
     loop = op->loop;
     op->detached = true;
     if (op->done) {
-        if (!op->waiting) llmcbi_op_destroy(op);
+        if (op->waiting) return;
+        if (loop->turning) /* somebody further up may be in its memory */
+            llmcbi_link_in(&loop->dead, &op->sibling);
+        else
+            llmcbi_op_destroy(op);
         return;
     }
     if (op->reader) llmcbi_task_wake(op->reader, LLMCB_ECANCELLED);
@@ -4428,6 +4470,7 @@ static void llmcbi_task_op_destroy(llmcb_op *op)
 {
     llmcbi_task_op *o = (llmcbi_task_op *)(void *)op;
 
+    llmcbi_task_disarm(&o->task); /* one that a freed loop gave up on */
     llmcbi_timer_free(op->loop, &o->task.timer);
     llmcbi_free(&op->loop->alloc, o, o->size);
 }
@@ -5154,8 +5197,9 @@ struct llmcbi_away {
     uint64_t finish_seq;
     bool busy; /* in its strand's list or being run */
     bool in_progress;
-    uint8_t failed_kind; /* of the event in which the handler failed */
-    int failed;          /* what it returned */
+    llmcbi_flag recalled; /* no further event, within a batch either */
+    uint8_t failed_kind;  /* of the event in which the handler failed */
+    int failed;           /* what it returned */
 };
 
 /* An event as a handler is shown it, and what that may point to. It is where
@@ -5371,7 +5415,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     if (stop > done && c->run->rules->handler_ms > 0) stop = done + 1;
     llmcbi_unlock(loop);
     shown.ev.kind = LLMCB_N_EVENTS;
-    while (done < stop && !failed) {
+    while (done < stop && !failed && !LLMCBI_FLAG_GET(&w->recalled)) {
         const char *next = pos;
         const llmcbi_record *rec;
         llmcbi_lane lane;
@@ -5436,6 +5480,7 @@ static void llmcbi_publish(llmcb_loop *loop)
         if (run->mark != UINT64_MAX) urgent = true; /* somebody waits */
         w->finish_seq = run->finish_seq;
         w->limit = llmcbi_cursor_limit(c);
+        LLMCBI_FLAG_SET(&w->recalled, w->limit == 0);
         if (w->busy || w->failed) continue;
         if (w->done < w->limit) {
             w->busy = true;
@@ -5804,6 +5849,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
     bool moved = true;
 
     if (run->withheld && !run->skipping) return;
+    run->loop->telling = true;
     while (moved) {
         moved = llmcbi_run_serve_inline(run);
         if (moved) continue;
@@ -5812,6 +5858,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
             while (llmcbi_cursor_advance(&run->cursors[i], run->visible))
                 moved = true;
     }
+    run->loop->telling = false;
     run->slowest = llmcbi_run_done(run, 0);
     llmcbi_run_recycle(run);
     if (run->flusher && run->slowest >= run->flush_at)
@@ -6065,7 +6112,7 @@ static bool llmcbi_run_in_use(const llmcbi_run *run, llmcbi_ready *again)
 {
     size_t i;
 
-    if (!run->loop) return false;
+    if (!run->loop || run->loop->joined) return false;
     if (!llmcbi_run_off_pool(run)) return true;
     for (i = 0; i < run->n_cursors; i++)
         if (run->cursors[i].task && run->cursors[i].task->stepping) {
@@ -6617,6 +6664,11 @@ static void llmcbi_loop_release(llmcb_loop *loop, bool stuck)
 {
     llmcb_allocator a = loop->alloc;
 
+    loop->turning = true; /* for good: what is called may not run it */
+    loop->joined = !stuck;
+    loop->dead = NULL;
+    while (!llmcbi_list_empty(&loop->ready))
+        llmcbi_unready(loop->ready.next);
     while (loop->transports) {
         llmcb_transport *tr = loop->transports;
         loop->transports = tr->next;
@@ -6625,6 +6677,9 @@ static void llmcbi_loop_release(llmcb_loop *loop, bool stuck)
     while (loop->ops) {
         llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, loop->ops);
         op->done = true;
+        while (op->waiters)
+            llmcbi_link_out(op->waiters);
+        if (op->reader) op->reader->slot = NULL;
         llmcbi_op_destroy(op);
     }
     llmcbi_block_trim(loop, 0);
@@ -6673,7 +6728,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_free(llmcb_loop *loop)
         late = left <= 0 && loop->n_alive;
     }
     /* threads that are idle leave at once, but not in no time */
-    stuck = !llmcbi_pool_join(loop, late ? deadline + 200 : deadline);
+    stuck = !llmcbi_pool_join(loop, deadline + 200);
     llmcbi_lock(loop);
     loop->closed = true;
     llmcbi_unlock(loop);
@@ -6690,7 +6745,8 @@ typedef struct llmcbi_sink {
     void (*sent)(void *owner);
     void (*status)(void *owner, int status);
     void (*header)(void *owner, llmcb_str name, llmcb_str value);
-    /* Shortens each piece by what it took: the rest must wait for resume. */
+    /* Shortens each piece by what it took: the rest must wait for resume, and
+     * so must what comes next if there are none. */
     void (*data)(void *owner, llmcb_str *pieces, size_t n);
     void (*end)(void *owner, llmcb_ending ending, const llmcb_error *error);
 } llmcbi_sink;
@@ -6773,11 +6829,14 @@ static void llmcbi_exchange_drop_held(llmcb_exchange *x)
 static void llmcbi_exchange_free(llmcb_exchange *x, llmcbi_parting how)
 {
     llmcb_transport *tr;
+    bool ended;
 
     if (!x) return;
     tr = x->tr;
-    if (!x->ended && how == LLMCBI_PART_RELEASE) tr->release(tr, x);
-    if (!x->ended && how == LLMCBI_PART_CANCEL) tr->cancel(tr, x);
+    ended = x->ended;
+    x->ended = true; /* what it says from now on is not heard */
+    if (!ended && how == LLMCBI_PART_RELEASE) tr->release(tr, x);
+    if (!ended && how == LLMCBI_PART_CANCEL) tr->cancel(tr, x);
     llmcbi_exchange_drop_held(x);
     llmcbi_free(&tr->loop->alloc, x, LLMCBI_EXCHANGE_HEAD + tr->state_size);
 }
@@ -6813,15 +6872,46 @@ static llmcbi_held *llmcbi_exchange_hold(llmcb_exchange *x)
     return x->held;
 }
 
+/* What came while the sink was at it comes behind what that has left. */
+static void llmcbi_exchange_behind(llmcb_exchange *x, llmcbi_held *later)
+{
+    const llmcb_allocator *a = &x->tr->loop->alloc;
+    llmcbi_held *h = x->held;
+
+    if (!h) x->held = later;
+    if (!h || !later) return;
+    llmcbi_buf_add(a, &h->bytes, later->bytes.ptr, later->bytes.len);
+    h->ending = later->ending;
+    h->end_error = later->end_error;
+    llmcbi_buf_free(a, &later->bytes);
+    llmcbi_free(a, later, sizeof *later);
+}
+
+/* What is said inside a handler waits until that has returned. */
+static void llmcbi_exchange_wait(llmcb_exchange *x)
+{
+    if (x->paused || !x->tr->loop->telling) return;
+    x->paused = true;
+    x->sink->data(x->owner, NULL, 0);
+}
+
 /* Pieces of the body; what is not taken of them is held until resume. */
 static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
                                    size_t n)
 {
-    llmcbi_held *h;
+    llmcbi_held *h, *later = NULL;
+    bool turning;
     size_t i;
 
     if (!x || x->ended) return false;
-    if (!x->paused) x->sink->data(x->owner, pieces, n);
+    llmcbi_exchange_wait(x);
+    if (!x->paused) {
+        turning = llmcbi_visit(x->tr->loop);
+        x->sink->data(x->owner, pieces, n);
+        later = x->held;
+        x->held = NULL;
+        llmcbi_leave(x->tr->loop, turning);
+    }
     for (i = 0; i < n; i++) {
         if (!pieces[i].len) continue;
         x->paused = true;
@@ -6830,6 +6920,7 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
             llmcbi_buf_add(&x->tr->loop->alloc, &h->bytes, pieces[i].ptr,
                            pieces[i].len);
     }
+    llmcbi_exchange_behind(x, later);
     return !x->paused;
 }
 
@@ -6844,12 +6935,18 @@ LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
 static void llmcbi_exchange_over(llmcb_exchange *x, llmcb_ending ending,
                                  const llmcb_error *e)
 {
+    llmcb_loop *loop;
     llmcbi_held *h;
+    bool turning;
 
     if (!x || x->ended) return;
+    loop = x->tr->loop;
+    llmcbi_exchange_wait(x);
     x->ended = true;
     if (!x->paused) {
+        turning = llmcbi_visit(loop);
         x->sink->end(x->owner, ending, e);
+        llmcbi_leave(loop, turning);
         return;
     }
     h = llmcbi_exchange_hold(x);
@@ -6864,6 +6961,7 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
 {
     llmcb_error e;
 
+    if (ending == LLMCB_BROKEN && code == LLMCB_OK) code = LLMCB_EIO;
     llmcbi_error_set(&e, code, message);
     e.sys_errno = sys_errno;
     llmcbi_exchange_over(x, ending, &e);
@@ -6872,22 +6970,27 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
 /* There is room again. Not inside a call of the transport's. */
 static void llmcbi_exchange_resume(llmcb_exchange *x)
 {
-    llmcbi_held *h = x->held;
+    llmcbi_held *h = x->held, *later;
+    bool ended = x->ended;
 
     if (!x->paused) return;
     if (x->lost || (h && h->bytes.failed)) {
         x->paused = false;
-        if (!x->ended) x->tr->cancel(x->tr, x);
         x->ended = true;
+        if (!ended) x->tr->cancel(x->tr, x);
         x->sink->end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
         return;
     }
     if (h && h->taken < h->bytes.len) {
         llmcb_str rest =
             llmcbi_slice(h->bytes.ptr + h->taken, h->bytes.len - h->taken);
+        x->held = NULL;
         x->sink->data(x->owner, &rest, 1);
         h->taken = h->bytes.len - rest.len;
-        if (rest.len) return;
+        later = x->held;
+        x->held = h;
+        llmcbi_exchange_behind(x, later);
+        if (h->taken < h->bytes.len) return;
     }
     if (h && x->ended) {
         x->paused = false;
@@ -9478,6 +9581,7 @@ static void llmcbi_take_data(void *owner, llmcb_str *pieces, size_t n)
     llmcbi_take *t = (llmcbi_take *)owner;
     char digits[2 * sizeof(size_t) + 1];
 
+    if (!n) llmcbi_exchange_wait(t->outer);
     for (; n; n--, pieces++) {
         char *size = digits + sizeof digits - 1;
         size_t left = pieces->len;
@@ -12246,6 +12350,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
     const llmcb_limits *limits = &p->chat->d.limits;
     const llmcb_str *stop = piece + n;
 
+    if (!n && !p->outcome && !p->over) llmcbi_prompt_pause(p);
     for (; piece < stop; piece->len = 0, piece++) {
         if (p->outcome || p->over) continue; /* nobody listens any more */
         if (p->phase == LLMCBI_PHASE_FIRST_BYTE)
@@ -12267,7 +12372,9 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
             p->last_data = p->run.loop->now;
             llmcbi_prompt_gather(p, piece, limits->body);
         } else if (p->body_kind == LLMCBI_BODY_STREAM) {
+            p->run.loop->telling = true;
             llmcbi_prompt_stream(p, piece, stop);
+            p->run.loop->telling = false;
             return;
         }
     }
