@@ -589,6 +589,152 @@ TEST(nothing_leaks_when_a_handler_returns_in_the_grace)
     free(r);
 }
 
+/* ======== the functions of a host ========================================= */
+
+typedef struct push {
+    llmcb_loop *loop;
+    llmcb_op *op; /* that watch frees when fd is forgotten, or timer starts */
+    int fd;
+    int64_t wish;
+    int done;
+} push;
+
+static void watch_nothing(void *user, int fd, int events)
+{
+    (void)user;
+    (void)fd;
+    (void)events;
+}
+
+static void watch_frees(void *user, int fd, int events)
+{
+    push *p = (push *)user;
+    llmcb_op *op = p->op;
+
+    if (fd != p->fd || events || !op || !llmcb_op_done(op)) return;
+    p->op = NULL;
+    p->done++;
+    llmcb_op_free(op);
+}
+
+static void timer_keeps(void *user, int64_t ms)
+{
+    ((push *)user)->wish = ms;
+}
+
+static llmcb_step ends(llmcb_task *t)
+{
+    *(bool *)t->self = true;
+    return LLMCB_DONE;
+}
+
+static bool ended;
+
+static void timer_starts(void *user, int64_t ms)
+{
+    push *p = (push *)user;
+
+    p->wish = ms;
+    if (ms > 0 && !p->op) p->op = llmcb_task_start(p->loop, ends, 0, &ended);
+}
+
+static llmcb_step sleeps(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 60000));
+    LLMCB_END(t);
+}
+
+static llmcb_step awaits_fd(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t,
+                llmcb_await_fd(t, *(int *)t->self, LLMCB_READ, LLMCB_FOREVER));
+    LLMCB_END(t);
+}
+
+TEST(host_is_told_of_what_its_timer_function_has_started)
+{
+    push p = { .fd = -1 };
+    llmcb_host host = { watch_nothing, timer_starts, &p };
+    scene s;
+    llmcb_op *op;
+
+    begin(&s);
+    s.ld.virtual_clock = false;
+    scene_open(&s);
+    p.loop = s.loop;
+    ended = false;
+    llmcb_loop_set_host(s.loop, &host);
+    op = llmcb_task_start(s.loop, sleeps, 0, NULL);
+    CHECK_INT(p.wish, 0);
+    CHECK(!p.op);
+    llmcb_loop_timer_event(s.loop);
+    CHECK(p.op != NULL);
+    CHECK_INT(p.wish, 0);
+    llmcb_loop_timer_event(s.loop);
+    CHECK(ended);
+    CHECK(p.wish > 0);
+    llmcb_op_free(p.op);
+    llmcb_op_free(op);
+    scene_close(&s);
+}
+
+/* The op's own coroutine, which it gave up on, lets go of the descriptor. */
+TEST(watch_function_frees_the_op_of_a_late_handler)
+{
+    push p = { .fd = -1 };
+    llmcb_host host = { watch_frees, timer_keeps, &p };
+    scene s;
+    late l;
+    int fds[2];
+
+    REQUIRE(pipe(fds) == 0);
+    begin(&s);
+    late_add(&s, &l);
+    p.fd = l.fd = fds[0];
+    scene_open(&s);
+    llmcb_loop_set_host(s.loop, &host);
+    p.op = scene_call(&s);
+    CHECK_INT(llmcb_op_wait(p.op), LLMCB_ETIMEDOUT);
+    turns(&s, 2);
+    CHECK_INT(write(fds[1], "x", 1), 1);
+    turns(&s, 3);
+    CHECK_INT(p.done, 1);
+    llmcb_op_free(p.op);
+    scene_close(&s);
+    close(fds[0]);
+    close(fds[1]);
+}
+
+/* The op that is freed is the next in turn when cancels are taken. */
+TEST(watch_function_frees_another_op_while_one_is_cancelled)
+{
+    push p = { .fd = -1 };
+    llmcb_host host = { watch_frees, timer_keeps, &p };
+    scene s;
+    llmcb_op *op;
+    int fds[2];
+
+    REQUIRE(pipe(fds) == 0);
+    begin(&s);
+    p.fd = fds[0];
+    scene_open(&s);
+    llmcb_loop_set_host(s.loop, &host);
+    p.op = llmcb_task_start(s.loop, ends, 0, &ended);
+    op = llmcb_task_start(s.loop, awaits_fd, 0, &fds[0]);
+    turns(&s, 2);
+    CHECK(llmcb_op_done(p.op));
+    llmcb_op_cancel(op);
+    turns(&s, 2);
+    CHECK_INT(p.done, 1);
+    CHECK(llmcb_op_done(op));
+    llmcb_op_free(op);
+    scene_close(&s);
+    close(fds[0]);
+    close(fds[1]);
+}
+
 int main(int argc, char **argv)
 {
     return scene_main(argc, argv);
