@@ -2803,7 +2803,8 @@ LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
                                                       llmcb_str line,
                                                       llmcb_str *event)
 {
-    const char *p, *end = line.ptr + line.len;
+    const char *colon;
+    size_t name;
     llmcb_str value;
 
     if (line.len == 0) {
@@ -2815,12 +2816,15 @@ LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
         s->is_error = false;
         return LLMCBI_SSE_MORE;
     }
-    p = (const char *)memchr(line.ptr, ':', line.len);
-    line.len = (size_t)((p ? p : end) - line.ptr);
-    p = line.ptr + line.len;
-    if (p < end) p++;
-    if (p < end && *p == ' ') p++;
-    value = llmcbi_slice(p, (size_t)(end - p));
+    colon = (const char *)memchr(line.ptr, ':', line.len);
+    name = colon ? (size_t)(colon - line.ptr) : line.len;
+    value = llmcbi_slice(line.ptr + name, line.len - name);
+    if (value.len) { /* the colon and at most one blank */
+        size_t skip = value.len > 1 && value.ptr[1] == ' ' ? 2 : 1;
+        value.ptr += skip;
+        value.len -= skip;
+    }
+    line.len = name;
     if (llmcbi_str_is(line, "data")) return llmcbi_sse_data(a, s, value);
     if (llmcbi_str_is(line, "event"))
         s->is_error = llmcbi_str_is(value, "error");
