@@ -1989,7 +1989,7 @@ static void llmcbi_error_add(llmcb_error *e, const char *text, size_t len)
 }
 
 /* What is said when there is no memory left to say more. */
-static const llmcb_error *llmcbi_error_const(llmcb_code code)
+LLMCBI_APART static const llmcb_error *llmcbi_error_const(llmcb_code code)
 {
 #define LLMCBI_ENTRY(name, text) \
     { name, LLMCB_DETAIL_NONE, 0, 0, 0, -1, "", "", "", text, 0 },
@@ -2598,7 +2598,8 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
 }
 
 /* Decodes a byte or an escape at *s. */
-static size_t llmcbi_json_unit(char *out, const char **s, llmcbi_carry *c)
+LLMCBI_APART static size_t llmcbi_json_unit(char *out, const char **s,
+                                            llmcbi_carry *c)
 {
     size_t len = **s != '\\' ? 1 : (*s)[1] == 'u' ? 6 : 2;
 
@@ -9047,7 +9048,8 @@ static llmcb_segment *llmcbi_tape_segments(const llmcbi_tape *t, size_t *n)
     return (llmcb_segment *)(void *)t->borders.ptr;
 }
 
-static const char *llmcbi_tape_at(const llmcbi_tape *t, size_t segment)
+LLMCBI_APART static const char *llmcbi_tape_at(const llmcbi_tape *t,
+                                               size_t segment)
 {
     size_t n, at = t->bytes.len;
     const llmcb_segment *s = llmcbi_tape_segments(t, &n);
@@ -10155,8 +10157,8 @@ typedef struct llmcbi_tool_piece {
     bool has_function;
 } llmcbi_tool_piece;
 
-static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p,
-                                 unsigned level)
+LLMCBI_APART static void
+llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p, unsigned level)
 {
 #define LLMCBI_AT(m) offsetof(llmcbi_tool_piece, m)
     static const llmcbi_wanted members[] = {
