@@ -2046,7 +2046,7 @@ static void llmcbi_error_add(llmcb_error *e, const char *text, size_t len)
 }
 
 /* What is said when there is no memory left to say more. */
-static const llmcb_error *llmcbi_error_const(llmcb_code code)
+LLMCBI_APART static const llmcb_error *llmcbi_error_const(llmcb_code code)
 {
 #define LLMCBI_ENTRY(name, text) \
     { name, LLMCB_DETAIL_NONE, 0, 0, 0, -1, "", "", "", text, 0 },
@@ -2648,7 +2648,8 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
 }
 
 /* Decodes a byte or an escape at *s. */
-static size_t llmcbi_json_unit(char *out, const char **s, llmcbi_carry *c)
+LLMCBI_APART static size_t llmcbi_json_unit(char *out, const char **s,
+                                            llmcbi_carry *c)
 {
     size_t len = **s != '\\' ? 1 : (*s)[1] == 'u' ? 6 : 2;
 
@@ -2853,7 +2854,8 @@ LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
                                                       llmcb_str line,
                                                       llmcb_str *event)
 {
-    const char *p, *end = line.ptr + line.len;
+    const char *colon;
+    size_t name;
     llmcb_str value;
 
     if (line.len == 0) {
@@ -2865,12 +2867,15 @@ LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
         s->is_error = false;
         return LLMCBI_SSE_MORE;
     }
-    p = (const char *)memchr(line.ptr, ':', line.len);
-    line.len = (size_t)((p ? p : end) - line.ptr);
-    p = line.ptr + line.len;
-    if (p < end) p++;
-    if (p < end && *p == ' ') p++;
-    value = llmcbi_slice(p, (size_t)(end - p));
+    colon = (const char *)memchr(line.ptr, ':', line.len);
+    name = colon ? (size_t)(colon - line.ptr) : line.len;
+    value = llmcbi_slice(line.ptr + name, line.len - name);
+    if (value.len) { /* the colon and at most one blank */
+        size_t skip = value.len > 1 && value.ptr[1] == ' ' ? 2 : 1;
+        value.ptr += skip;
+        value.len -= skip;
+    }
+    line.len = name;
     if (llmcbi_str_is(line, "data")) return llmcbi_sse_data(a, s, value);
     if (llmcbi_str_is(line, "event"))
         s->is_error = llmcbi_str_is(value, "error");
@@ -9146,7 +9151,8 @@ static llmcb_segment *llmcbi_tape_segments(const llmcbi_tape *t, size_t *n)
     return (llmcb_segment *)(void *)t->borders.ptr;
 }
 
-static const char *llmcbi_tape_at(const llmcbi_tape *t, size_t segment)
+LLMCBI_APART static const char *llmcbi_tape_at(const llmcbi_tape *t,
+                                               size_t segment)
 {
     size_t n, at = t->bytes.len;
     const llmcb_segment *s = llmcbi_tape_segments(t, &n);
@@ -10261,8 +10267,8 @@ typedef struct llmcbi_tool_piece {
     bool has_function;
 } llmcbi_tool_piece;
 
-static void llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p,
-                                 unsigned level)
+LLMCBI_APART static void
+llmcbi_wire_function(llmcbi_json *j, llmcbi_tool_piece *p, unsigned level)
 {
 #define LLMCBI_AT(m) offsetof(llmcbi_tool_piece, m)
     static const llmcbi_wanted members[] = {

@@ -140,7 +140,7 @@ static inline void fuzz_note(llmcbi_buf *log, const char *s, size_t n)
 
 static inline void fuzz_note_int(llmcbi_buf *log, int64_t v)
 {
-    llmcbi_buf_int(&fuzz_plain, log, v);
+    llmcbi_buf_print(&fuzz_plain, log, "%d", v);
     fuzz_note(log, " ", 1);
 }
 
