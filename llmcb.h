@@ -7178,11 +7178,13 @@ typedef struct llmcbi_field {
     llmcb_str name, value;
 } llmcbi_field;
 
+#define LLMCBI_H1_PIECES 16
+
 /* A header field, or data: many pieces at once cost less than one by one. */
 typedef struct llmcbi_found {
     llmcbi_field field;
     size_t n;
-    llmcb_str pieces[16];
+    llmcb_str pieces[LLMCBI_H1_PIECES];
 } llmcbi_found;
 
 #define LLMCBI_H1_MAX_INTERIM 8
@@ -7427,6 +7429,7 @@ static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
     return line.len ? llmcbi_h1_header(h, line, field) : llmcbi_h1_head_end(h);
 }
 
+#if LLMCBI_QUICK
 /* The data of a whole chunk in one go, from its size to the line end behind
  * it, if all of it is there and nothing about it is unusual. */
 static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
@@ -7458,6 +7461,7 @@ static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
     *p = q + size + 4;
     return true;
 }
+#endif
 
 static int llmcbi_h1_fail(llmcbi_h1 *h, int fault)
 {
@@ -7481,18 +7485,18 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
                                      const char **p, const char *end,
                                      llmcbi_found *out)
 {
-    const size_t most = sizeof out->pieces / sizeof *out->pieces;
-
     for (out->n = 0;;) {
         int type;
         if (h->state == LLMCBI_H1_AT_END) return LLMCBI_H1_END;
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
-        while (out->n < most &&
+#if LLMCBI_QUICK
+        while (out->n < LLMCBI_H1_PIECES &&
                llmcbi_h1_next_chunk(h, p, end, &out->pieces[out->n]))
             out->n++;
         if (out->n) return LLMCBI_H1_DATA;
+#endif
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
