@@ -214,7 +214,7 @@
  *   LLMCB_NO_SOCKETS   no plain-socket transport
  *   LLMCB_NO_EPOLL     poll(2) on Linux too
  *   LLMCB_NO_AGENT     no [AGENT]; define it wherever included
- *   LLMCB_NO_KIT       no [KIT], recorder, limiter and cache; likewise
+ *   LLMCB_NO_KIT       no [KIT], [REPLAY], limiter and cache; likewise
  *   LLMCB_NO_STDIO     no llmcb_result_print and llmcb_str_print, no files
  *                      in [REPLAY] and [KIT]; define it wherever included
  *   LLMCB_ALLOW_INSECURE_TLS   makes llmcb_chat_desc.insecure_tls work
@@ -1056,6 +1056,7 @@ LLMCB_API llmcb_transport *llmcb_curl_transport(llmcb_loop *loop);
 
 /* ==== [REPLAY] recordings ============================================== */
 
+#ifndef LLMCB_NO_KIT
 /* When bytes of a recording become available. */
 typedef struct llmcb_segment {
     size_t offset;    /* of its first byte; ascending, the first is 0 */
@@ -1099,7 +1100,6 @@ typedef struct llmcb_replay_desc {
 LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
                                             const llmcb_replay_desc *desc);
 
-#ifndef LLMCB_NO_KIT
 /* A transport that hands everything to `inner` and writes each response to
  * path, NAME-2.http, ... with NAME.segments.json beside it, mode 0600, in a
  * form that llmcb_replay_new plays. Of the request nothing is written, of the
@@ -7096,6 +7096,60 @@ static bool llmcbi_url_is_local(const llmcbi_url *u)
             strspn(u->host.ptr, "0123456789.") >= u->host.len);
 }
 
+/* -- header fields */
+
+typedef struct llmcbi_field {
+    llmcb_str name, value;
+} llmcbi_field;
+
+#define LLMCBI_H1_MAX_INTERIM 8
+
+static bool llmcbi_token_char(char c)
+{
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+           (c >= 'A' && c <= 'Z') || (c && strchr("!#$%&'*+-.^_`|~", c));
+}
+
+/* Whether some transport here reads HTTP/1.1 by itself; a proof, too. */
+#ifndef LLMCBI_H1
+#if !defined(LLMCB_NO_SOCKETS) || !defined(LLMCB_NO_KIT)
+#define LLMCBI_H1 1
+#else
+#define LLMCBI_H1 0
+#endif
+#endif
+
+#if LLMCBI_H1 || !defined(LLMCB_NO_CURL)
+/* Without the blanks around it. */
+static llmcb_str llmcbi_trim(llmcb_str s)
+{
+    while (s.len && (*s.ptr == ' ' || *s.ptr == '\t'))
+        s.ptr++, s.len--;
+    while (s.len && (s.ptr[s.len - 1] == ' ' || s.ptr[s.len - 1] == '\t'))
+        s.len--;
+    return s;
+}
+
+/* Splits "name: value". */
+static bool llmcbi_h1_field(llmcb_str line, llmcbi_field *field)
+{
+    const char *s = line.ptr;
+    size_t i = 0;
+
+    while (i < line.len && llmcbi_token_char(s[i]))
+        i++;
+    if (i == 0 || i == line.len || s[i] != ':') return false;
+    field->name = llmcbi_slice(s, i);
+    for (i++; i < line.len; i++)
+        if (((unsigned char)s[i] < 0x20 && s[i] != '\t') || s[i] == 0x7F)
+            return false;
+    i = field->name.len + 1;
+    field->value = llmcbi_trim(llmcbi_slice(s + i, line.len - i));
+    return true;
+}
+#endif
+
+#if LLMCBI_H1
 /* -- the response parser: bytes to head, body and end */
 
 #define LLMCBI_H1_FAULTS(X)                                                 \
@@ -7174,10 +7228,6 @@ typedef struct llmcbi_h1 {
     llmcbi_buf line; /* a line that began in earlier input */
 } llmcbi_h1;
 
-typedef struct llmcbi_field {
-    llmcb_str name, value;
-} llmcbi_field;
-
 #define LLMCBI_H1_PIECES 16
 
 /* A header field, or data: many pieces at once cost less than one by one. */
@@ -7187,7 +7237,6 @@ typedef struct llmcbi_found {
     llmcb_str pieces[LLMCBI_H1_PIECES];
 } llmcbi_found;
 
-#define LLMCBI_H1_MAX_INTERIM 8
 #define LLMCBI_H1_MAX_EXTENSION 256
 #define LLMCBI_H1_MAX_TRAILER 8192
 #define LLMCBI_H1_FREE_FRAMING ((uint64_t)100 * 1024)
@@ -7235,40 +7284,6 @@ static bool llmcbi_h1_status_line(llmcbi_h1 *h, llmcb_str s)
     h->close = s.ptr[7] == '0';
     h->interim = h->status < 200;
     return h->status >= 100 && h->status < 600 && h->status != 101;
-}
-
-static bool llmcbi_token_char(char c)
-{
-    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
-           (c >= 'A' && c <= 'Z') || (c && strchr("!#$%&'*+-.^_`|~", c));
-}
-
-/* Without the blanks around it. */
-static llmcb_str llmcbi_trim(llmcb_str s)
-{
-    while (s.len && (*s.ptr == ' ' || *s.ptr == '\t'))
-        s.ptr++, s.len--;
-    while (s.len && (s.ptr[s.len - 1] == ' ' || s.ptr[s.len - 1] == '\t'))
-        s.len--;
-    return s;
-}
-
-/* Splits "name: value". */
-static bool llmcbi_h1_field(llmcb_str line, llmcbi_field *field)
-{
-    const char *s = line.ptr;
-    size_t i = 0;
-
-    while (i < line.len && llmcbi_token_char(s[i]))
-        i++;
-    if (i == 0 || i == line.len || s[i] != ':') return false;
-    field->name = llmcbi_slice(s, i);
-    for (i++; i < line.len; i++)
-        if (((unsigned char)s[i] < 0x20 && s[i] != '\t') || s[i] == 0x7F)
-            return false;
-    i = field->name.len + 1;
-    field->value = llmcbi_trim(llmcbi_slice(s + i, line.len - i));
-    return true;
 }
 
 static bool llmcbi_h1_length(llmcbi_h1 *h, llmcb_str s)
@@ -7528,6 +7543,42 @@ static llmcb_ending llmcbi_h1_eof(llmcbi_h1 *h)
     return LLMCB_BROKEN;
 }
 
+/* Feeds wire bytes to the exchange (NULL: nobody listens any more). Returns
+ * LLMCBI_H1_MORE, _END or _ERROR. */
+static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
+                                      llmcb_exchange *x, const char **p,
+                                      const char *end)
+{
+    llmcbi_found found;
+
+    for (;;) {
+        llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end, &found);
+        if (type == LLMCBI_H1_STATUS)
+            llmcb_exchange_status(x, h->status);
+        else if (type == LLMCBI_H1_HEADER)
+            llmcb_exchange_header(x, found.field.name, found.field.value);
+        else if (type == LLMCBI_H1_DATA)
+            llmcbi_exchange_pieces(x, found.pieces, found.n);
+        else
+            return type;
+    }
+}
+
+static uint32_t llmcbi_u32(size_t n)
+{
+    return n < UINT32_MAX ? (uint32_t)n : UINT32_MAX;
+}
+
+static void llmcbi_h1_init(llmcbi_h1 *h, const llmcb_limits *limits)
+{
+    memset(h, 0, sizeof *h);
+    h->max_line = llmcbi_u32(limits->header_line);
+    h->max_block = llmcbi_u32(limits->header_block);
+    h->max_fields = llmcbi_u32(limits->header_fields);
+    h->max_body = limits->body;
+}
+#endif /* LLMCBI_H1 */
+
 /* -- retry rules */
 
 #define LLMCBI_RETRY_CAP ((int64_t)120 * 1000)
@@ -7604,41 +7655,6 @@ static int64_t llmcbi_backoff(llmcbi_random *r, int failed_attempts)
     while (--failed_attempts > 0 && ms < 8000)
         ms *= 2;
     return ms - (int64_t)(llmcbi_random_next(r) % (uint64_t)(ms / 4));
-}
-
-/* Feeds wire bytes to the exchange (NULL: nobody listens any more). Returns
- * LLMCBI_H1_MORE, _END or _ERROR. */
-static llmcbi_h1_type llmcbi_h1_drive(llmcb_loop *loop, llmcbi_h1 *h,
-                                      llmcb_exchange *x, const char **p,
-                                      const char *end)
-{
-    llmcbi_found found;
-
-    for (;;) {
-        llmcbi_h1_type type = llmcbi_h1_next(&loop->alloc, h, p, end, &found);
-        if (type == LLMCBI_H1_STATUS)
-            llmcb_exchange_status(x, h->status);
-        else if (type == LLMCBI_H1_HEADER)
-            llmcb_exchange_header(x, found.field.name, found.field.value);
-        else if (type == LLMCBI_H1_DATA)
-            llmcbi_exchange_pieces(x, found.pieces, found.n);
-        else
-            return type;
-    }
-}
-
-static uint32_t llmcbi_u32(size_t n)
-{
-    return n < UINT32_MAX ? (uint32_t)n : UINT32_MAX;
-}
-
-static void llmcbi_h1_init(llmcbi_h1 *h, const llmcb_limits *limits)
-{
-    memset(h, 0, sizeof *h);
-    h->max_line = llmcbi_u32(limits->header_line);
-    h->max_block = llmcbi_u32(limits->header_block);
-    h->max_fields = llmcbi_u32(limits->header_fields);
-    h->max_body = limits->body;
 }
 
 /* How transports keep connections. */
@@ -9078,6 +9094,7 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
 
 /* ==== [REPLAY] recordings: play them, make them ======================== */
 
+#ifndef LLMCB_NO_KIT
 static llmcb_code llmcbi_no_start(llmcb_transport *tr, llmcb_exchange *x,
                                   const llmcb_request *request)
 {
@@ -9329,7 +9346,6 @@ static void llmcbi_tape_copy(llmcbi_replay *r, const llmcb_recording *rec)
     llmcbi_tape_add(r, &t);
 }
 
-#if !defined(LLMCB_NO_STDIO) || !defined(LLMCB_NO_KIT)
 /* NAME.http, NAME-2.http ..., NAME.segments.json ...: stem, number, ending */
 static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
                              const char *path, size_t number,
@@ -9343,7 +9359,6 @@ static void llmcbi_tape_name(const llmcb_allocator *a, llmcbi_buf *b,
     if (number > 1) llmcbi_buf_print(a, b, "-%d", (int64_t)number);
     llmcbi_buf_text(a, b, ending);
 }
-#endif
 
 #ifndef LLMCB_NO_STDIO
 #define LLMCBI_APPEND (O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW)
@@ -9512,7 +9527,6 @@ LLMCBI_DEF llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
     return &r->base;
 }
 
-#ifndef LLMCB_NO_KIT
 /* -- the recorder */
 
 typedef struct llmcbi_recorder {

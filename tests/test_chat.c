@@ -2,7 +2,7 @@
  * environment, what goes over the wire, connections and their reuse, limits
  * at N and N + 1, the life of the key. Time is virtual wherever it matters,
  * with recordings in memory; the wire is the scripted server's. */
-/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT */
+/* build: -DLLMCB_NO_AGENT */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif

@@ -1,7 +1,7 @@
 /* The thread pool: blocking functions, sync handlers beside them, threads
  * that cannot be made, and the end of the pool. What must be going on at the
  * same time waits for each other; nothing here waits for time. */
-/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_SOCKETS */
 #if !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif

@@ -1,7 +1,7 @@
 /* [HTTP]: the response parser, addresses and the rules for retries. Each
  * response is read in every possible division into reads, and ends at memory
  * that cannot be read. */
-/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_SOCKETS */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* mmap with MAP_ANONYMOUS, timegm */
 #endif

@@ -3,7 +3,7 @@
  * sends nothing.
  *
  * In tables ' stands for the quotation mark, so that JSON can be read. */
-/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_KIT -DLLMCB_NO_SOCKETS */
+/* build: -DLLMCB_NO_AGENT -DLLMCB_NO_SOCKETS */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* mmap with MAP_ANONYMOUS */
 #endif

@@ -9,6 +9,7 @@
 #endif
 #define LLMCB_NO_AGENT
 #define LLMCB_NO_KIT
+#define LLMCBI_H1 1
 #include <__fc_builtin.h>
 #include <stddef.h>
 #include <stdint.h>
