@@ -6011,8 +6011,8 @@ static void llmcbi_run_free(llmcbi_run *run)
     run->loop = NULL;
 }
 
-static llmcb_code llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c,
-                                     llmcb_handler *h)
+LLMCBI_APART static llmcb_code
+llmcbi_cursor_init(llmcbi_run *run, llmcbi_cursor *c, llmcb_handler *h)
 {
     llmcb_loop *loop = run->loop;
     unsigned has = llmcbi_handler_has(h);
@@ -7417,8 +7417,9 @@ static int llmcbi_h1_frame(llmcbi_h1 *h, char c)
     return LLMCBI_H1_BAD_CHUNK;
 }
 
-static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
-                          const char **p, const char *end, llmcbi_field *field)
+LLMCBI_APART static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
+                                       const char **p, const char *end,
+                                       llmcbi_field *field)
 {
     static const char magic[] = "HTTP/1.";
     size_t seen = h->line.len, n = (size_t)(end - *p);
@@ -10223,7 +10224,7 @@ static llmcbi_choice *llmcbi_answer_choice(const llmcb_allocator *a,
 }
 
 /* Makes w->result show what has come. Allocates nothing. */
-static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
+LLMCBI_APART static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
 {
     llmcbi_rarity none;
     size_t i, k;
@@ -10830,7 +10831,7 @@ static const char *llmcbi_chat_copy(llmcb_chat *chat, const char *s)
     return llmcbi_arena_text(&chat->loop->alloc, &chat->arena, s, strlen(s));
 }
 
-static bool llmcbi_header_name_ok(const char *s)
+LLMCBI_APART static bool llmcbi_header_name_ok(const char *s)
 {
     size_t i;
 
@@ -11606,8 +11607,9 @@ static void llmcbi_maker_finished(llmcbi_maker *m, llmcb_str reason)
 }
 
 /* What a choice brings beside text, into the record behind `parts`. */
-static void llmcbi_maker_parts(llmcbi_maker *m, const llmcbi_wire_choice *w,
-                               llmcb_parts *parts, size_t n_tools)
+LLMCBI_APART static void llmcbi_maker_parts(llmcbi_maker *m,
+                                            const llmcbi_wire_choice *w,
+                                            llmcb_parts *parts, size_t n_tools)
 {
     llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)m->at;
     llmcbi_rarity *r = m->c->rare;
@@ -11715,7 +11717,7 @@ static bool llmcbi_prompt_choice(llmcbi_prompt *p, const llmcbi_wire_choice *w,
     return false;
 }
 
-static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
+LLMCBI_APART static void llmcbi_prompt_flush_carries(llmcbi_prompt *p)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     size_t i;
@@ -13038,9 +13040,9 @@ static size_t llmcbi_talk_room(const llmcb_prompt *prompt,
 }
 
 /* What the start event shows, with a copy of the conversation. */
-static bool llmcbi_prompt_copy_talk(llmcbi_prompt *p,
-                                    const llmcb_prompt *prompt,
-                                    const llmcbi_plan *plan)
+LLMCBI_APART static bool llmcbi_prompt_copy_talk(llmcbi_prompt *p,
+                                                 const llmcb_prompt *prompt,
+                                                 const llmcbi_plan *plan)
 {
     const llmcb_allocator *a = llmcbi_prompt_alloc(p);
     llmcbi_talk *talk = (llmcbi_talk *)llmcbi_alloc(a, sizeof *talk);
@@ -13190,8 +13192,9 @@ static void llmcbi_call_room(llmcbi_call *c, size_t n,
 }
 
 /* The runs of a call, ready to begin. */
-static llmcb_code llmcbi_call_build(llmcbi_call *c, const llmcb_prompt *prompts,
-                                    llmcbi_plan *plan)
+LLMCBI_APART static llmcb_code llmcbi_call_build(llmcbi_call *c,
+                                                 const llmcb_prompt *prompts,
+                                                 llmcbi_plan *plan)
 {
     const llmcb_allocator *a = &c->op.loop->alloc;
     const llmcb_config *config = plan->config;
