@@ -7266,12 +7266,11 @@ static int llmcbi_h1_line(const llmcb_allocator *a, llmcbi_h1 *h,
     *p += n;
     if (!lf) return LLMCBI_H1_MORE;
     h->line.len = 0;
-    if (line->len < 2 || line->ptr[line->len - 2] != '\r')
+    if (line->len < 2 || line->ptr[line->len - 2] != '\r' ||
+        memchr(line->ptr, '\r', line->len - 2) ||
+        memchr(line->ptr, '\0', line->len))
         return LLMCBI_H1_BAD_LINE;
-    n = line->len -= 2;
-    while (n-- > 0)
-        if (line->ptr[n] == '\r' || line->ptr[n] == '\0')
-            return LLMCBI_H1_BAD_LINE;
+    line->len -= 2;
     return LLMCBI_H1_HEADER;
 }
 
@@ -7787,21 +7786,25 @@ static void llmcbi_conn_fail(llmcbi_conn *c, llmcb_code code,
     llmcbi_conn_end(c, code, message, LLMCB_BROKEN);
 }
 
-static void llmcbi_conn_write_head(llmcbi_conn *c, const llmcbi_url *u)
+/* When it can be sent, since many may be connecting. */
+static void llmcbi_conn_write_head(llmcbi_conn *c)
 {
     const llmcb_allocator *a = &c->loop->alloc;
     llmcbi_buf *b = &c->head;
     const llmcb_request *q = c->request;
     const llmcb_pair *h = q->headers, *last = h + q->n_headers;
-    size_t size = 256 + u->target.len + u->authority.len;
+    llmcbi_url u;
+    size_t size;
 
+    llmcbi_url_parse(&u, q->url); /* which has been tried */
+    size = 256 + u.target.len + u.authority.len;
     for (; h < last; h++)
         size += strlen(h->key) + strlen(h->value) + 4;
     /* in one piece, so that no copy of the key stays behind */
     if (!llmcbi_buf_reserve(a, b, size)) return;
-    llmcbi_buf_print(
-        a, b, "%s %S HTTP/1.1\r\nHost: %S\r\nContent-Length: %d\r\n", q->method,
-        &u->target, &u->authority, (int64_t)q->body_len);
+    llmcbi_buf_print(a, b,
+                     "%s %S HTTP/1.1\r\nHost: %S\r\nContent-Length: %d\r\n",
+                     q->method, &u.target, &u.authority, (int64_t)q->body_len);
     for (h = q->headers; h < last; h++)
         llmcbi_buf_print(a, b, "%s: %s\r\n", h->key, h->value);
     llmcbi_buf_text(a, b, "\r\n");
@@ -7880,7 +7883,11 @@ static void llmcbi_conn_established(llmcbi_conn *c)
     c->state = LLMCBI_CONN_ACTIVE;
     c->sys_errno = 0;
     llmcb_exchange_connected(c->x);
-    if (llmcbi_conn_send(c)) llmcbi_conn_watch(c);
+    llmcbi_conn_write_head(c);
+    if (c->head.failed)
+        llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
+    else if (llmcbi_conn_send(c))
+        llmcbi_conn_watch(c);
 }
 
 /* A non-blocking socket that begins to connect. */
@@ -8100,11 +8107,6 @@ static void llmcbi_conn_begin(llmcbi_ready *r)
     llmcbi_h1_free(&c->loop->alloc, &c->h1);
     llmcbi_h1_init(&c->h1, c->request->limits);
     llmcbi_conn_wipe_head(c);
-    llmcbi_conn_write_head(c, &u);
-    if (c->head.failed) {
-        llmcbi_conn_fail(c, LLMCB_ENOMEM, NULL);
-        return;
-    }
     c->sent = 0;
     c->born = c->loop->now;
     idle = c->replayed ? NULL : llmcbi_conn_find_idle(c);
