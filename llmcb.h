@@ -1103,8 +1103,9 @@ LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
 /* A transport that hands everything to `inner` and writes each response to
  * path, NAME-2.http, ... with NAME.segments.json beside it, mode 0600, in a
  * form that llmcb_replay_new plays. Of the request nothing is written, of the
- * response no cookies. Belongs to the loop. No memory: every request fails
- * with LLMCB_ENOMEM. NULL: bad arguments, or not the loop's thread. */
+ * response no cookies. What cannot be written is logged, and the call goes
+ * on. Belongs to the loop. No memory: every request fails with
+ * LLMCB_ENOMEM. NULL: bad arguments, or not the loop's thread. */
 LLMCB_API llmcb_transport *
 llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path);
 #endif
@@ -9128,6 +9129,7 @@ typedef struct llmcbi_replay {
     llmcbi_buf tapes; /* of llmcbi_tape */
     size_t n_tapes, turn;
     char missing[96]; /* what could not be read */
+    int sys_errno;    /* why */
     bool no_delays;
     bool failed; /* no memory */
 } llmcbi_replay;
@@ -9230,7 +9232,8 @@ static void llmcbi_player_play(llmcbi_ready *r)
     size_t n;
 
     if (!t) {
-        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ESYS, 0, p->replay->missing);
+        llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_ESYS, p->replay->sys_errno,
+                          p->replay->missing);
         return;
     }
     if (!p->connected) {
@@ -9474,7 +9477,10 @@ static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
 
     memset(&t, 0, sizeof t);
     t.end = LLMCB_REPLAY_CLOSE;
-    if (!llmcbi_tape_read(r, &t.bytes, path, number, ".http")) return false;
+    if (!llmcbi_tape_read(r, &t.bytes, path, number, ".http")) {
+        if (number == 1) r->sys_errno = errno;
+        return false;
+    }
     if (llmcbi_tape_read(r, &text, path, number, ".segments.json"))
         ok = llmcbi_tape_borders(a, &t, llmcbi_buf_str(&text));
     llmcbi_buf_free(a, &text);
@@ -9662,19 +9668,34 @@ static bool llmcbi_take_write(const llmcbi_take *t, const char *ending,
     return ok;
 }
 
+/* Says so, with room for it in a buffer that is needed no more. */
+static void llmcbi_take_lost(const llmcbi_take *t, llmcbi_buf *line)
+{
+    llmcb_loop *loop = t->outer->tr->loop;
+    int64_t why = errno;
+
+    line->len = 0;
+    llmcbi_buf_print(&loop->alloc, line,
+                     "a recording could not be written: %s, errno %d",
+                     t->recorder->path, why);
+    llmcbi_log(loop,
+               line->failed ? "a recording could not be written" : line->ptr);
+}
+
 static void llmcbi_take_save(llmcbi_take *t, const char *end)
 {
     llmcb_loop *loop = t->outer->tr->loop;
     llmcbi_buf json;
 
     memset(&json, 0, sizeof json);
+    errno = ENOMEM; /* unless a system call says otherwise */
     llmcbi_buf_print(&loop->alloc, &json,
                      "{\"end\":\"%s\",\"segments\":[%s]}\n", end,
                      t->borders.len ? t->borders.ptr : "[0,0]");
     if (t->http.failed || t->borders.failed || json.failed ||
         !llmcbi_take_write(t, ".http", &t->http) ||
         !llmcbi_take_write(t, ".segments.json", &json))
-        llmcbi_log(loop, "a recording could not be written");
+        llmcbi_take_lost(t, &json);
     llmcbi_buf_free(&loop->alloc, &json);
 }
 

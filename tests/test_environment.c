@@ -1523,6 +1523,37 @@ TEST(recorded_while_a_handler_is_slow_replay)
     CHECK_INT(rmdir(scratch), 0);
 }
 
+/* What is not there is named, and why; what cannot be written, too. */
+TEST(a_recording_says_why_it_cannot_be_read_or_written_replay)
+{
+    server_script s = script(CLEAN_KEPT, SERVER_KEEP);
+    llmcb_replay_desc d;
+    trial t;
+    int i;
+
+    for (i = 0; i < 2; i++) {
+        trial_begin(&t, REPLAY, &s, 1);
+        trial_open(&t);
+        llmcb_chat_free(t.chat);
+        memset(&d, 0, sizeof d);
+        d.path = "build/none/x.http";
+        t.cd.transport = i ? llmcb_record_new(t.loop, t.tr, d.path)
+                           : llmcb_replay_new(t.loop, &d);
+        t.chat = llmcb_chat_new(t.loop, &t.cd);
+        trial_ask(&t);
+        trial_finish(&t, i ? "start|clean|end" : "start|error:ESYS",
+                     i ? LLMCB_OK : LLMCB_ESYS);
+        if (i) {
+            CHECK(strstr(t.log, "build/none/x.http, errno "));
+        } else {
+            CHECK_INT(llmcb_op_error(t.op)->sys_errno, ENOENT);
+            CHECK(strstr(llmcb_op_error(t.op)->message, d.path));
+        }
+        t.no_clean = true;
+        trial_end(&t);
+    }
+}
+
 /* Where there was no memory for a recording, the server gets no request. */
 TEST(no_memory_for_a_recording_is_no_way_to_the_network)
 {
