@@ -8360,6 +8360,7 @@ LLMCBI_DEF llmcb_transport *llmcb_socket_transport(llmcb_loop *loop)
     sock = (llmcbi_sock *)llmcbi_alloc(&loop->alloc, sizeof *sock);
     if (!sock) return NULL;
     sock->base = llmcbi_sock_transport;
+    sock->base.loop = loop;
     llmcb_transport_init(loop, &sock->base);
     return &sock->base;
 }
@@ -12094,7 +12095,7 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     for (n = s.head.len; n && head[n - 1] == s.head.ptr[n - 1];)
         n--;
     if (!llmcbi_prompt_adopt(p, q, n ? 6 + n : 0)) return;
-    if (n) {
+    if (p->own) {
         memcpy(p->own, "data: ", 6);
         memcpy(p->own + 6, s.head.ptr, n);
     }
