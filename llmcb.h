@@ -594,7 +594,7 @@ LLMCB_API llmcb_step llmcb_await_chunk(llmcb_task *t, llmcb_op *op);
  * while another coroutine awaits the same. */
 LLMCB_API llmcb_step llmcb_await_run(llmcb_task *t, llmcb_run *run);
 
-/* Until fn(arg) has run on the pool: what it returned, if 0 or negative. A
+/* Until fn(arg) has run on the pool: the code of that, as of llmcb_offload. A
  * cancel ends the await at once, though fn goes on: arg must outlive it. */
 LLMCB_API llmcb_step llmcb_await_blocking(llmcb_task *t, int (*fn)(void *arg),
                                           void *arg);
@@ -1036,8 +1036,8 @@ LLMCB_API void llmcb_exchange_header(llmcb_exchange *x, llmcb_str name,
                                      llmcb_str value);
 
 /* Bytes of the body, transfer coding removed. All are taken; false: give no
- * more until resume is called. Inline handlers may be called inside; inside a
- * handler it only keeps the bytes. */
+ * more until resume is called. Inline handlers may be called inside; inside
+ * one of these it only keeps the bytes. */
 LLMCB_API bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
                                    size_t len);
 
@@ -4066,7 +4066,7 @@ static void llmcbi_take_cancels(llmcb_loop *loop)
     for (l = loop->ops; l; l = next) {
         llmcb_op *op = LLMCBI_OWNER(llmcb_op, all, l);
         unsigned char detail = LLMCBI_FLAG_GET(&op->cancel_wanted);
-        next = l->next; /* nothing is destroyed within a turn */
+        next = l->next; /* cancel destroys no other op */
         if (!detail) continue;
         LLMCBI_FLAG_SET(&op->cancel_wanted, 0);
         if (!op->done) op->kind->cancel(op, (llmcb_detail)detail);
@@ -4379,10 +4379,12 @@ LLMCBI_DEF llmcb_step llmcb_await(llmcb_task *t, llmcb_op *op)
 static llmcb_step llmcbi_await_many(llmcb_task *pub, llmcb_op *const *ops,
                                     size_t n, int64_t timeout_ms, bool any)
 {
-    llmcbi_task *t = llmcbi_await(pub);
+    llmcbi_task *t;
     llmcb_code code = LLMCB_OK, bad;
     size_t i, first = n, left = 0;
 
+    if (pub) pub->index = n; /* a cancel may have come before */
+    t = llmcbi_await(pub);
     if (!t) return LLMCB_WAIT;
     if (n && !ops) return llmcbi_await_over(t, LLMCB_EINVAL);
     for (i = 0; i < n; i++) {
@@ -6887,6 +6889,7 @@ static void llmcbi_exchange_behind(llmcb_exchange *x, llmcbi_held *later)
     if (!h) x->held = later;
     if (!h || !later) return;
     llmcbi_buf_add(a, &h->bytes, later->bytes.ptr, later->bytes.len);
+    if (later->bytes.failed) h->bytes.failed = true;
     h->ending = later->ending;
     h->end_error = later->end_error;
     llmcbi_buf_free(a, &later->bytes);
@@ -6906,17 +6909,16 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
                                    size_t n)
 {
     llmcbi_held *h, *later = NULL;
-    bool turning;
+    bool turning, open;
     size_t i;
 
     if (!x || x->ended) return false;
     llmcbi_exchange_wait(x);
+    turning = llmcbi_visit(x->tr->loop);
     if (!x->paused) {
-        turning = llmcbi_visit(x->tr->loop);
         x->sink->data(x->owner, pieces, n);
         later = x->held;
         x->held = NULL;
-        llmcbi_leave(x->tr->loop, turning);
     }
     for (i = 0; i < n; i++) {
         if (!pieces[i].len) continue;
@@ -6927,7 +6929,9 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
                            pieces[i].len);
     }
     llmcbi_exchange_behind(x, later);
-    return !x->paused;
+    open = !x->paused;
+    llmcbi_leave(x->tr->loop, turning); /* a host may say more in there */
+    return open;
 }
 
 LLMCBI_DEF bool llmcb_exchange_data(llmcb_exchange *x, const char *bytes,
@@ -6977,17 +6981,11 @@ LLMCBI_DEF void llmcb_exchange_end(llmcb_exchange *x, llmcb_ending ending,
 static void llmcbi_exchange_resume(llmcb_exchange *x)
 {
     llmcbi_held *h = x->held, *later;
-    bool ended = x->ended;
+    bool ended;
 
     if (!x->paused) return;
-    if (x->lost || (h && h->bytes.failed)) {
-        x->paused = false;
-        x->ended = true;
-        if (!ended) x->tr->cancel(x->tr, x);
-        x->sink->end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
-        return;
-    }
-    if (h && h->taken < h->bytes.len) {
+    /* what a handler says meanwhile is held, too, and comes next */
+    while (h && !x->lost && !h->bytes.failed && h->taken < h->bytes.len) {
         llmcb_str rest =
             llmcbi_slice(h->bytes.ptr + h->taken, h->bytes.len - h->taken);
         x->held = NULL;
@@ -6996,9 +6994,17 @@ static void llmcbi_exchange_resume(llmcb_exchange *x)
         later = x->held;
         x->held = h;
         llmcbi_exchange_behind(x, later);
-        if (h->taken < h->bytes.len) return;
+        if (rest.len) return;
     }
-    if (h && x->ended) {
+    ended = x->ended;
+    if (x->lost || (h && h->bytes.failed)) {
+        x->paused = false;
+        x->ended = true;
+        if (!ended) x->tr->cancel(x->tr, x);
+        x->sink->end(x->owner, LLMCB_BROKEN, llmcbi_error_const(LLMCB_ENOMEM));
+        return;
+    }
+    if (h && ended) {
         x->paused = false;
         x->sink->end(x->owner, h->ending, h->end_error);
     } else {

@@ -419,6 +419,102 @@ static void say_more(bool held)
     free(slow);
 }
 
+/* Bytes that come at a, at b and, with the end, at e: each while what was
+ * held before is given out, and that is used up. */
+static int act_say_on(rec *r, const llmcb_event *ev)
+{
+    stage *st = (stage *)r->user;
+    const char *text = ev->token ? ev->token->text.ptr : "";
+
+    if (strcmp(text, "a") == 0) say(st->x, "b|c");
+    if (strcmp(text, "b") == 0) say(st->x, "d|e");
+    if (strcmp(text, "e") == 0) say(st->x, "f|$|[DONE]");
+    return 0;
+}
+
+TEST(handler_that_feeds_its_call_to_the_end_sees_the_end)
+{
+    int recorded;
+
+    for (recorded = 0; recorded < 2; recorded++) {
+        stage st;
+        rec *r = rec_new("I", INLINE);
+
+        memset(&st, 0, sizeof st);
+        begin(&st.s);
+        r->act = act_say_on;
+        r->user = &st;
+        scene_add(&st.s, r);
+        scene_open(&st.s);
+        if (recorded) {
+            llmcb_chat_free(st.s.chat);
+            st.s.cd.transport = llmcb_record_new(
+                st.s.loop, &st.s.spy.base, "build/none/x.http");
+            st.s.chat = llmcb_chat_new(st.s.loop, &st.s.cd);
+        }
+        st.op = call(&st.s);
+        st.x = st.s.spy.fed;
+        say(st.x, "0");
+        turns(&st.s, 3);
+        say(st.x, "a");
+        turns(&st.s, 10);
+        CHECK_INT(llmcb_op_code(st.op), LLMCB_OK);
+        CHECK_STR(r->log, "start|0|a|b|c|d|e|f||end");
+        CHECK_REC(r);
+        llmcb_op_free(st.op);
+        scene_close(&st.s);
+        free(r);
+    }
+}
+
+/* Whatever there is no memory for: an error, or the whole text. */
+TEST(no_memory_for_bytes_of_a_handler_is_no_success)
+{
+    static const char pieces[] =
+        "a|b|c|d|" OTHER("e") "|" OTHER("f") "|g|h";
+    bool reached = true;
+    long at;
+
+    for (at = 1; reached; at++) {
+        stage st;
+        rec *r = rec_new("I", INLINE), *slow = rec_new("A", ASYNC);
+        int before = test_failures_here;
+
+        memset(&st, 0, sizeof st);
+        begin(&st.s);
+        st.s.cd.limits.window_events = 4;
+        r->act = act_say_more;
+        r->user = &st;
+        slow->ms = 1;
+        scene_add(&st.s, r);
+        scene_add(&st.s, slow);
+        scene_open(&st.s);
+        st.op = call(&st.s);
+        st.x = st.s.spy.fed;
+        st.s.heap.calls = 0;
+        st.s.heap.fail_at = at;
+        say(st.x, pieces);
+        turns(&st.s, 100);
+        reached = heap_mend(&st.s.heap, at);
+        if (st.s.spy.fed) say(st.s.spy.fed, "$|[DONE]");
+        if (llmcb_op_wait(st.op) == LLMCB_OK)
+            CHECK_STR(llmcb_op_text(st.op).ptr, "abcdefghxy");
+        else
+            CHECK_INT(llmcb_op_code(st.op), LLMCB_ENOMEM);
+        CHECK_REC(r);
+        CHECK_REC(slow);
+        llmcb_op_free(st.op);
+        scene_close(&st.s);
+        free(r);
+        free(slow);
+        if (before != test_failures_here) {
+            TEST_FAIL("at allocation %ld", at);
+            return;
+        }
+    }
+    CHECK(at > 10);
+}
+
 TEST(handler_that_feeds_its_own_call_is_not_called_inside_itself)
 {
     say_more(false);

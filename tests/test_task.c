@@ -474,6 +474,42 @@ TEST(cancel_before_the_first_step_of_one_that_never_awaits)
     llmcb_loop_free(loop);
 }
 
+static llmcb_step awaits_any(llmcb_task *t)
+{
+    llmcb_op *ops[2] = { (llmcb_op *)t->self, (llmcb_op *)t->self };
+
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_await_any(t, ops, 2, LLMCB_FOREVER));
+    return t->result == LLMCB_ECANCELLED && t->index == 2 ? LLMCB_DONE
+                                                          : LLMCB_EPROTO;
+    LLMCB_END(t);
+}
+
+static llmcb_step sleeps_a_day(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 86400000));
+    LLMCB_END(t);
+}
+
+/* None of them has ended, whether the cancel came before the await or in it. */
+TEST(await_any_that_is_cancelled_names_none)
+{
+    llmcb_loop *loop = llmcb_loop_new(NULL);
+    llmcb_op *other = llmcb_task_start(loop, sleeps_a_day, 0, NULL);
+    int turns;
+
+    for (turns = 0; turns < 2; turns++) {
+        llmcb_op *op = llmcb_task_start(loop, awaits_any, 0, other);
+        if (turns) llmcb_loop_run_once(loop, 0);
+        llmcb_op_cancel(op);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        llmcb_op_free(op);
+    }
+    llmcb_op_free(other);
+    llmcb_loop_free(loop);
+}
+
 static llmcb_step has_no_frame(llmcb_task *t)
 {
     *(bool *)t->self = t->frame == NULL;
