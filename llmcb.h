@@ -6913,6 +6913,7 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
     size_t i;
 
     if (!x || x->ended) return false;
+    if (!n) return !x->paused;
     llmcbi_exchange_wait(x);
     turning = llmcbi_visit(x->tr->loop);
     if (!x->paused) {
@@ -8592,9 +8593,10 @@ static int llmcbi_transfer_connected(CURL *easy, curl_infotype type, char *data,
     llmcbi_transfer *t = (llmcbi_transfer *)user;
 
     (void)easy;
-    (void)data;
-    (void)len;
-    if (type == CURLINFO_HEADER_OUT) llmcb_exchange_connected(t->x);
+    /* a proxy is asked first */
+    if (type == CURLINFO_HEADER_OUT &&
+        (len < 8 || memcmp(data, "CONNECT ", 8) != 0))
+        llmcb_exchange_connected(t->x);
     return 0;
 }
 #endif
@@ -9658,6 +9660,7 @@ static bool llmcbi_write_file(const char *path, llmcb_str text)
 {
     (void)path;
     (void)text;
+    errno = ENOSYS;
     return false;
 }
 #endif
@@ -9896,6 +9899,7 @@ static void llmcbi_wire_keep(const llmcbi_json *j, llmcbi_json_type type,
     } else if (fits && type <= LLMCBI_JSON_ARRAY) {
         raw->ptr = start;
         raw->len = (size_t)(j->p - start);
+        raw->plain = false;
         raw->object = true;
     } else if (fits ? j->len || !(types & LLMCBI_OR_EMPTY)
                     : !(types & LLMCBI_OR_NONE)) {
@@ -10119,6 +10123,7 @@ static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
     used = strlen(e->message);
     llmcbi_json_clean(e->message + used, sizeof e->message - used,
                       said.message.ptr, said.message.len);
+    if (!e->message[used]) e->message[used - 2] = '\0'; /* half a character */
 }
 
 /* -- the answer as it grows */
@@ -10543,13 +10548,17 @@ static void llmcbi_wire_params(const llmcb_allocator *a, llmcbi_buf *b,
         llmcbi_buf_print(a, &ours, ",\"%s\":%d", limits[openai],
                          (int64_t)d->max_tokens);
     if (d->n > 1) llmcbi_buf_print(a, &ours, ",\"n\":%d", (int64_t)d->n);
-    if (d->tools) llmcbi_buf_print(a, &ours, ",\"tools\":%s", d->tools);
     llmcbi_buf_text(a, &ours, "}");
     llmcbi_buf_text(a, b, "{");
     if (ours.failed)
         b->failed = true;
     else
         llmcbi_wire_members(a, b, ours.ptr, x, y);
+    /* not among ours, where it would be one level deeper */
+    if (d->tools && !llmcbi_has_member(x, "tools") &&
+        !llmcbi_has_member(y, "tools"))
+        llmcbi_buf_print(a, b, "%s\"tools\":%s", b->len > 1 ? "," : "",
+                         d->tools);
     llmcbi_wire_members(a, b, x, y, NULL);
     llmcbi_wire_members(a, b, y, NULL, NULL);
     llmcbi_buf_text(a, b, "}");

@@ -1306,6 +1306,30 @@ static void say(llmcb_exchange *x, const char *bytes)
     llmcb_exchange_data(x, bytes, strlen(bytes));
 }
 
+/* A piece of no bytes is nothing that anybody waits for. */
+TEST(no_bytes_do_not_stop_the_clocks)
+{
+    mute m;
+    talk t;
+
+    talk_init(&t, true);
+    mute_init(&m, t.loop);
+    t.d.transport = &m.base;
+    t.d.idle_ms = 100;
+    t.d.max_retries = -1;
+    t.chat = llmcb_chat_new(t.loop, &t.d);
+    t.op = llmcb_chat_generate(t.chat, &question, 1, NULL);
+    while (!m.x && !llmcb_op_done(t.op))
+        llmcb_loop_run_once(t.loop, 0);
+    llmcb_exchange_connected(m.x);
+    llmcb_exchange_status(m.x, 200);
+    say(m.x, EV("a"));
+    CHECK(llmcb_exchange_data(m.x, "", 0));
+    CHECK_INT(llmcb_op_wait(t.op), LLMCB_ETIMEDOUT);
+    CHECK_INT(llmcb_op_error(t.op)->detail, LLMCB_DETAIL_IDLE);
+    talk_end(&t);
+}
+
 /* A whole answer, more than the window holds; then another one behind its
  * end. */
 static void answer_twice(void *arg)

@@ -1038,6 +1038,27 @@ TEST(parameters_are_sent_once_and_extra_wins)
     }
 }
 
+/* What is accepted is sent as it is, however deep. */
+TEST(tools_of_the_greatest_depth_are_sent_whole)
+{
+    llmcb_message m = { .content = "?" };
+    llmcb_chat_desc d = { .model = "m" };
+    char deep[2 * 128 + 1], *want;
+    size_t n;
+
+    memset(deep, '[', 128);
+    memset(deep + 128, ']', 128);
+    deep[256] = '\0';
+    d.tools = deep;
+    CHECK_INT(request(d, &m, 1), LLMCB_ECONNECT);
+    REQUIRE(sent);
+    want = strstr(sent, "\"tools\":[");
+    REQUIRE(want);
+    n = strlen("\"tools\":");
+    CHECK(strncmp(want + n, deep, 256) == 0);
+    CHECK_STR(want + n + 256, "}");
+}
+
 /* Members that are the same thing under two names, or that are ours. */
 TEST(extra_wins_over_all_that_is_sent_besides)
 {
