@@ -3152,12 +3152,21 @@ static void llmcbi_unready(llmcbi_ready *r)
     r->prev = r->next = NULL;
 }
 
-/* The host's functions are user code: the loop does not run inside them. */
-static void llmcbi_host_watch(llmcb_loop *loop, int fd, int events)
+/* User code may be called from here on, and cannot run the loop; it ends with
+ * llmcbi_leave. */
+static bool llmcbi_visit(llmcb_loop *loop)
 {
     bool turning = loop->turning;
 
     loop->turning = true;
+    return turning;
+}
+
+/* The host's functions are user code too. */
+static void llmcbi_host_watch(llmcb_loop *loop, int fd, int events)
+{
+    bool turning = llmcbi_visit(loop);
+
     if (loop->host.watch) loop->host.watch(loop->host.user, fd, events);
     loop->turning = turning;
 }
@@ -3778,6 +3787,14 @@ LLMCBI_DEF llmcb_code llmcb_loop_dispatch(llmcb_loop *loop,
     return LLMCB_OK;
 }
 
+static void llmcbi_host_timer(llmcb_loop *loop, int64_t ms)
+{
+    bool turning = llmcbi_visit(loop);
+
+    if (loop->host.timer) loop->host.timer(loop->host.user, ms);
+    loop->turning = turning;
+}
+
 static void llmcbi_host_update(llmcb_loop *loop)
 {
     int64_t ms;
@@ -3787,19 +3804,8 @@ static void llmcbi_host_update(llmcb_loop *loop)
         ms = llmcbi_prepare(loop);
         if (ms < 0 && loop->host_timer == -1) return;
         loop->host_timer = ms;
-        loop->turning = true;
-        loop->host.timer(loop->host.user, ms);
-        loop->turning = false;
+        llmcbi_host_timer(loop, ms);
     } while (ms != 0 && llmcbi_prepare(loop) == 0);
-}
-
-/* User code may be called from here on, to the matching llmcbi_leave. */
-static bool llmcbi_visit(llmcb_loop *loop)
-{
-    bool turning = loop->turning;
-
-    loop->turning = true;
-    return turning;
 }
 
 static void llmcbi_leave(llmcb_loop *loop, bool turning)
@@ -3827,9 +3833,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
 
     if (code != LLMCB_OK) return code;
     if (host && (!host->watch || !host->timer)) return LLMCB_EINVAL;
-    loop->turning = true;
-    if (loop->host.timer) loop->host.timer(loop->host.user, -1);
-    loop->turning = false;
+    llmcbi_host_timer(loop, -1);
     llmcbi_host_watch_all(loop, false);
     memset(&loop->host, 0, sizeof loop->host);
     if (host) loop->host = *host;
@@ -4137,7 +4141,6 @@ struct llmcbi_task {
     bool any;        /* one of `many` is enough */
     bool timing_out; /* the timer is a limit, not the thing awaited */
     bool cancelled;  /* told at the next await */
-    bool stepping;   /* its function is on the stack */
     llmcb_step (*step)(llmcbi_task *t);              /* calls the function */
     void (*finish)(llmcbi_task *t, llmcb_code code); /* it has ended */
     llmcbi_waiter *many; /* of llmcb_await_all and llmcb_await_any */
@@ -4243,9 +4246,7 @@ static void llmcbi_task_run(llmcbi_ready *r)
     llmcb_step step;
 
     t->armed = false;
-    t->stepping = true;
     step = t->step(t);
-    t->stepping = false;
     if (step == LLMCB_WAIT && t->armed) return;
     /* it says that it waits, but for nothing; or it ends while it waits */
     llmcbi_unready(&t->ready);
@@ -6114,20 +6115,10 @@ static void llmcbi_run_interrupt(llmcbi_run *run)
         if (run->cursors[i].running) llmcbi_task_cancel(run->cursors[i].task);
 }
 
-/* Whether a worker or a coroutine on the stack is in the run's memory; the
- * latter will have left it when `again` is served. */
-static bool llmcbi_run_in_use(const llmcbi_run *run, llmcbi_ready *again)
+/* Whether a worker is in the run's memory. */
+static bool llmcbi_run_in_use(const llmcbi_run *run)
 {
-    size_t i;
-
-    if (!run->loop || run->loop->joined) return false;
-    if (!llmcbi_run_off_pool(run)) return true;
-    for (i = 0; i < run->n_cursors; i++)
-        if (run->cursors[i].task && run->cursors[i].task->stepping) {
-            llmcbi_make_ready(run->loop, again);
-            return true;
-        }
-    return false;
+    return run->loop && !run->loop->joined && !llmcbi_run_off_pool(run);
 }
 
 /* Events handed out already end; the rest is skipped. */
@@ -8389,7 +8380,7 @@ typedef struct llmcbi_transfer llmcbi_transfer;
 /* One easy handle. It may outlive its exchange by 100 ms, reading the rest
  * of the response so that the connection can be kept. */
 struct llmcbi_transfer {
-    llmcbi_transfer *prev, *next;
+    llmcbi_link link;
     llmcbi_curl *curl;
     llmcb_exchange *x; /* NULL: lingering */
     CURL *easy;
@@ -8412,16 +8403,15 @@ struct llmcbi_transfer {
 /* A descriptor of libcurl's. */
 typedef struct llmcbi_curl_fd {
     llmcbi_watch watch;
+    llmcbi_link link;
     llmcbi_curl *curl;
-    struct llmcbi_curl_fd *prev, *next;
 } llmcbi_curl_fd;
 
 struct llmcbi_curl {
     llmcb_transport base;
     CURLM *multi;
     llmcbi_timer timer;
-    llmcbi_transfer *transfers;
-    llmcbi_curl_fd *fds;
+    llmcbi_link *transfers, *fds;
     curl_socket_t idle[LLMCBI_MAX_IDLE]; /* where a response ended last */
     size_t n_idle;
     bool tls; /* some request was for https:// */
@@ -8491,11 +8481,7 @@ static void llmcbi_transfer_free(llmcbi_transfer *t)
     llmcbi_sigpipe_restore(&pipe_state);
     curl_slist_free_all(t->headers);
     llmcbi_timer_free(loop, &t->timer);
-    if (t->next) t->next->prev = t->prev;
-    if (t->prev)
-        t->prev->next = t->next;
-    else
-        t->curl->transfers = t->next;
+    llmcbi_link_out(&t->link);
     llmcbi_free(&loop->alloc, t, sizeof *t);
 }
 
@@ -8742,7 +8728,7 @@ static void llmcbi_curl_check(llmcbi_curl *c)
 static void llmcbi_curl_action(llmcbi_curl *c, curl_socket_t fd, int mask)
 {
     llmcbi_sigpipe pipe_state;
-    llmcbi_transfer *t;
+    llmcbi_link *l;
     CURLMcode failed;
     int running;
 
@@ -8750,8 +8736,9 @@ static void llmcbi_curl_action(llmcbi_curl *c, curl_socket_t fd, int mask)
     failed = curl_multi_socket_action(c->multi, fd, mask, &running);
     llmcbi_sigpipe_restore(&pipe_state);
     /* out of memory: whose socket is watched no more, it does not tell */
-    for (t = c->transfers; t && failed != CURLM_OK; t = t->next)
-        llmcbi_transfer_fail(t, LLMCB_ENOMEM);
+    for (l = c->transfers; l && failed != CURLM_OK; l = l->next)
+        llmcbi_transfer_fail(LLMCBI_OWNER(llmcbi_transfer, link, l),
+                             LLMCB_ENOMEM);
     llmcbi_curl_check(c);
 }
 
@@ -8774,15 +8761,25 @@ static void llmcbi_curl_event(llmcbi_watch *w, int events)
  * libcurl would end all others too, and none before a timer of its own. */
 static int llmcbi_curl_unwatched(llmcbi_curl *c, CURL *easy, llmcb_code code)
 {
-    llmcbi_transfer *t;
+    llmcbi_link *l;
     int saved = errno;
 
-    for (t = c->transfers; t && t->easy != easy;)
-        t = t->next;
-    if (!t) return 0;
-    t->watch_errno = code == LLMCB_ESYS ? saved : 0;
-    llmcbi_transfer_fail(t, code);
+    for (l = c->transfers; l; l = l->next) {
+        llmcbi_transfer *t = LLMCBI_OWNER(llmcbi_transfer, link, l);
+        if (t->easy != easy) continue;
+        t->watch_errno = code == LLMCB_ESYS ? saved : 0;
+        llmcbi_transfer_fail(t, code);
+    }
     return 0;
+}
+
+static void llmcbi_curl_fd_free(llmcbi_curl_fd *f)
+{
+    llmcb_loop *loop = f->curl->base.loop;
+
+    llmcbi_watch_set(loop, &f->watch, 0);
+    llmcbi_link_out(&f->link);
+    llmcbi_free(&loop->alloc, f, sizeof *f);
 }
 
 static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
@@ -8796,14 +8793,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
                  (what & CURL_POLL_OUT ? LLMCB_WRITE : 0);
 
     if (what == CURL_POLL_REMOVE) {
-        if (!f) return 0;
-        llmcbi_watch_set(loop, &f->watch, 0);
-        if (f->next) f->next->prev = f->prev;
-        if (f->prev)
-            f->prev->next = f->next;
-        else
-            c->fds = f->next;
-        llmcbi_free(&loop->alloc, f, sizeof *f);
+        if (f) llmcbi_curl_fd_free(f);
         return 0;
     }
     if (!f) {
@@ -8812,9 +8802,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
         f->watch.fn = llmcbi_curl_event;
         f->watch.fd = fd;
         f->curl = c;
-        f->next = c->fds;
-        if (f->next) f->next->prev = f;
-        c->fds = f;
+        llmcbi_link_in(&c->fds, &f->link);
         curl_multi_assign(c->multi, fd, f);
     }
     code = llmcbi_watch_set(loop, &f->watch, events);
@@ -8968,9 +8956,7 @@ static llmcb_code llmcbi_curl_start(llmcb_transport *tr, llmcb_exchange *x,
     t->x = x;
     t->limits = *request->limits;
     t->request_len = request->body_len;
-    t->next = c->transfers;
-    if (t->next) t->next->prev = t;
-    c->transfers = t;
+    llmcbi_link_in(&c->transfers, &t->link);
     if (llmcbi_timer_init(loop, &t->timer, llmcbi_transfer_timer) &&
         llmcbi_transfer_headers(t, request) &&
         (t->easy = curl_easy_init()) != NULL &&
@@ -9025,16 +9011,12 @@ static void llmcbi_curl_free(llmcb_transport *tr)
     llmcbi_sigpipe pipe_state;
 
     while (c->transfers)
-        llmcbi_transfer_free(c->transfers);
+        llmcbi_transfer_free(LLMCBI_OWNER(llmcbi_transfer, link, c->transfers));
     llmcbi_sigpipe_block(c, &pipe_state);
     curl_multi_cleanup(c->multi); /* takes leave of kept connections */
     llmcbi_sigpipe_restore(&pipe_state);
-    while (c->fds) {
-        llmcbi_curl_fd *f = c->fds;
-        c->fds = f->next;
-        llmcbi_watch_set(loop, &f->watch, 0);
-        llmcbi_free(&loop->alloc, f, sizeof *f);
-    }
+    while (c->fds)
+        llmcbi_curl_fd_free(LLMCBI_OWNER(llmcbi_curl_fd, link, c->fds));
     llmcbi_timer_free(loop, &c->timer);
     llmcbi_free(&loop->alloc, c, sizeof *c);
 }
@@ -9068,9 +9050,7 @@ LLMCBI_DEF llmcb_transport *llmcb_curl_transport(llmcb_loop *loop)
     LLMCBI_OPT(CURLMOPT_MAXCONNECTS, (long)LLMCBI_MAX_IDLE);
 #undef LLMCBI_OPT
     if (!ok) {
-        if (c->multi) curl_multi_cleanup(c->multi);
-        llmcbi_timer_free(loop, &c->timer);
-        llmcbi_free(&loop->alloc, c, sizeof *c);
+        llmcbi_curl_free(&c->base);
         return NULL;
     }
     llmcb_transport_init(loop, &c->base);
@@ -9094,10 +9074,12 @@ static void llmcbi_transports_forked(llmcb_loop *loop)
 #ifndef LLMCB_NO_CURL
         if (tr->free == llmcbi_curl_free) {
             llmcbi_curl *c = (llmcbi_curl *)(void *)tr;
-            llmcbi_curl_fd *f;
+            llmcbi_link *l;
             size_t i;
-            for (f = c->fds; f; f = f->next)
+            for (l = c->fds; l; l = l->next) {
+                llmcbi_curl_fd *f = LLMCBI_OWNER(llmcbi_curl_fd, link, l);
                 LLMCBI_SYS(close)(f->watch.fd);
+            }
             for (i = 0; i < c->n_idle; i++)
                 LLMCBI_SYS(close)(c->idle[i]);
         }
@@ -12989,7 +12971,7 @@ static void llmcbi_call_free(llmcbi_call *c)
     size_t i;
 
     for (i = 0; i < c->n; i++)
-        if (llmcbi_run_in_use(&c->prompts[i].run, &c->ready)) {
+        if (llmcbi_run_in_use(&c->prompts[i].run)) {
             c->orphaned = true; /* later */
             return;
         }
@@ -13799,7 +13781,7 @@ static void llmcbi_work_free(llmcbi_work *w)
     llmcb_loop *loop = w->op.loop;
     const llmcb_allocator *a = &loop->alloc;
 
-    if ((w->use && w->use->job) || llmcbi_run_in_use(&w->run, &w->ready)) {
+    if ((w->use && w->use->job) || llmcbi_run_in_use(&w->run)) {
         w->orphaned = true; /* later */
         return;
     }

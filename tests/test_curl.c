@@ -198,6 +198,16 @@ static llmcbi_curl *curl_of(const trial *t)
     return (llmcbi_curl *)(void *)t->tr;
 }
 
+static llmcbi_transfer *transfer_at(llmcbi_link *l)
+{
+    return l ? LLMCBI_OWNER(llmcbi_transfer, link, l) : NULL;
+}
+
+static llmcbi_transfer *newest(const trial *t)
+{
+    return transfer_at(curl_of(t)->transfers);
+}
+
 /* Stops the library's clocks for as long as a test needs. */
 static void clock_stops(void)
 {
@@ -629,7 +639,7 @@ static void slow_open(slow *w, const char *first, const char *rest)
 
 static bool slow_is_held(const slow *w)
 {
-    return curl_of(&w->t)->transfers && curl_of(&w->t)->transfers->held;
+    return newest(&w->t) && newest(&w->t)->held;
 }
 
 #define PAUSED SSE "Connection: close\r\n\r\n" EV("a") EV("b") EV("c")
@@ -724,7 +734,7 @@ static void linger(size_t more)
     trial_open(&t);
     trial_ask(&t);
     trial_finish(&t, "start|Hel|lo||end", LLMCB_OK);
-    CHECK(curl_of(&t)->transfers && !curl_of(&t)->transfers->x);
+    CHECK(newest(&t) && !newest(&t)->x);
     clock_stops();
     server_go(t.server);
     while (curl_of(&t)->transfers && t.turns--)
@@ -762,7 +772,7 @@ TEST(lingering_transfer_fails)
     trial_ask(&t);
     trial_finish(&t, "start|Hel|lo|end", LLMCB_OK);
     clock_stops();
-    CHECK(curl_of(&t)->transfers && !curl_of(&t)->transfers->x);
+    CHECK(newest(&t) && !newest(&t)->x);
     lib_plan(LIB_multi_action, 1, true);
     llmcbi_curl_action(curl_of(&t), CURL_SOCKET_TIMEOUT, 0);
     llmcbi_curl_action(curl_of(&t), CURL_SOCKET_TIMEOUT, 0);
@@ -847,7 +857,7 @@ TEST(unwatched_transfer_fails_alone)
     while (!curl_of(&t)->transfers->next) llmcb_loop_run_once(t.loop, 1);
     /* the first is no longer the head of the list, and is told of */
     t.heap.fail_at = t.heap.calls + 1;
-    CHECK_INT(lib.socket_fn(curl_of(&t)->transfers->next->easy, 0,
+    CHECK_INT(lib.socket_fn(transfer_at(newest(&t)->link.next)->easy, 0,
                             CURL_POLL_IN, lib.socket_user, NULL),
               0);
     t.heap.fail_at = 0;
@@ -896,7 +906,7 @@ TEST(forgotten_descriptors_are_left)
     trial_open(&t);
     trial_ask(&t);
     while (!curl_of(&t)->transfers) llmcb_loop_run_once(t.loop, 0);
-    lib.socket_fn(curl_of(&t)->transfers->easy, fds[0], CURL_POLL_IN,
+    lib.socket_fn(newest(&t)->easy, fds[0], CURL_POLL_IN,
                   lib.socket_user, NULL);
     trial_finish(&t, "start|clean|end", LLMCB_OK);
     trial_end(&t);

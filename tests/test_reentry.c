@@ -383,6 +383,23 @@ static int act_say_more(rec *r, const llmcb_event *ev)
 #define OTHER(t) \
     "{\"id\":\"x\",\"choices\":[{\"delta\":{\"content\":\"" t "\"}}]}"
 
+/* An inline handler that says more, one that is slow, and a call that has
+ * begun. */
+static void open_to_say_more(stage *st, rec *r, rec *slow, bool held)
+{
+    memset(st, 0, sizeof *st);
+    begin(&st->s);
+    if (held) st->s.cd.limits.window_events = 4;
+    r->act = act_say_more;
+    r->user = st;
+    slow->ms = 1;
+    scene_add(&st->s, r);
+    scene_add(&st->s, slow);
+    scene_open(&st->s);
+    st->op = call(&st->s);
+    st->x = st->s.spy.fed;
+}
+
 /* Everything is told once, and never a handler called inside itself. Held
  * bytes come before those that the handler brings while it is told of them. */
 static void say_more(bool held)
@@ -391,17 +408,7 @@ static void say_more(bool held)
     stage st;
     rec *r = rec_new("I", INLINE), *slow = rec_new("A", ASYNC);
 
-    memset(&st, 0, sizeof st);
-    begin(&st.s);
-    if (held) st.s.cd.limits.window_events = 4;
-    r->act = act_say_more;
-    r->user = &st;
-    slow->ms = 1;
-    scene_add(&st.s, r);
-    scene_add(&st.s, slow);
-    scene_open(&st.s);
-    st.op = call(&st.s);
-    st.x = st.s.spy.fed;
+    open_to_say_more(&st, r, slow, held);
     say(st.x, "a|b|c|d|" OTHER("e") "|" OTHER("f") "|g|h");
     if (held) CHECK_INT(st.done, 0);
     turns(&st.s, 100);
@@ -480,17 +487,7 @@ TEST(no_memory_for_bytes_of_a_handler_is_no_success)
         rec *r = rec_new("I", INLINE), *slow = rec_new("A", ASYNC);
         int before = test_failures_here;
 
-        memset(&st, 0, sizeof st);
-        begin(&st.s);
-        st.s.cd.limits.window_events = 4;
-        r->act = act_say_more;
-        r->user = &st;
-        slow->ms = 1;
-        scene_add(&st.s, r);
-        scene_add(&st.s, slow);
-        scene_open(&st.s);
-        st.op = call(&st.s);
-        st.x = st.s.spy.fed;
+        open_to_say_more(&st, r, slow, true);
         st.s.heap.calls = 0;
         st.s.heap.fail_at = at;
         say(st.x, pieces);
