@@ -2312,11 +2312,15 @@ static llmcbi_json_type llmcbi_json_fail(llmcbi_json *j)
     return LLMCBI_JSON_ERROR;
 }
 
-static int llmcbi_hex(char c)
+/* What a hexadecimal digit is worth; 16: it is none. Unsigned and in this order
+ * it compiles to no branch on letters, which come as they like. */
+static inline unsigned llmcbi_hex(char c)
 {
-    if (c >= '0' && c <= '9') return c - '0';
-    c = llmcbi_lower(c);
-    return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+    unsigned digit = (unsigned char)c - (unsigned)'0';
+    unsigned letter = ((unsigned char)c | 0x20u) - (unsigned)'a';
+
+    letter = letter < 6 ? letter + 10 : 16;
+    return digit < 10 ? digit : letter;
 }
 
 /* Four hexadecimal digits that have been checked. */
@@ -2390,7 +2394,7 @@ static bool llmcbi_json_string(llmcbi_json *j)
             int i;
             if (end - p < 4) return false;
             for (i = 0; i < 4; i++)
-                if (llmcbi_hex(*p++) < 0) return false;
+                if (llmcbi_hex(*p++) > 15) return false;
         } else if (!memchr(llmcbi_json_letters, c, 8)) {
             return false;
         }
@@ -3214,27 +3218,49 @@ static bool llmcbi_sleep_before(const llmcbi_sleep *a, const llmcbi_sleep *b)
     return a->due != b->due ? a->due < b->due : a->seq < b->seq;
 }
 
-static void llmcbi_heap_put(llmcb_loop *loop, size_t i, const llmcbi_sleep *s)
+LLMCBI_APART static void llmcbi_heap_put(llmcb_loop *loop, llmcbi_sleep *at,
+                                         const llmcbi_sleep *s)
 {
-    loop->heap[i] = *s;
-    s->timer->place = i;
+    *at = *s;
+    s->timer->place = (size_t)(at - loop->heap);
 }
 
 /* Finds the place of s, which begins at i. */
 static void llmcbi_heap_sift(llmcb_loop *loop, size_t i, const llmcbi_sleep *s)
 {
-    const llmcbi_sleep *heap = loop->heap;
-    size_t n = loop->n_timers, k, least;
+    llmcbi_sleep *heap = loop->heap, *at = heap + i, *kid, *k, *last;
+    size_t n = loop->n_timers;
 
-    for (; i > 1 && llmcbi_sleep_before(s, &heap[(i + 2) / 4]); i = (i + 2) / 4)
-        llmcbi_heap_put(loop, i, &heap[(i + 2) / 4]);
-    for (; (least = 4 * i - 2) <= n; i = least) {
-        for (k = least + 1; k <= n && k < 4 * i + 2; k++)
-            if (llmcbi_sleep_before(&heap[k], &heap[least])) least = k;
-        if (!llmcbi_sleep_before(&heap[least], s)) break;
-        llmcbi_heap_put(loop, i, &heap[least]);
+    for (; i > 1; at = kid) {
+        kid = heap + (i + 2) / 4;
+        if (!llmcbi_sleep_before(s, kid)) break;
+        llmcbi_heap_put(loop, at, kid);
+        i = (i + 2) / 4;
     }
-    llmcbi_heap_put(loop, i, s);
+    for (; 4 * i - 2 <= n; at = kid) {
+        kid = k = heap + (4 * i - 2);
+        last = heap + (4 * i + 1 < n ? 4 * i + 1 : n);
+        while (k++ < last)
+            if (llmcbi_sleep_before(k, kid)) kid = k;
+        if (!llmcbi_sleep_before(kid, s)) break;
+        llmcbi_heap_put(loop, at, kid);
+        i = (size_t)(kid - heap);
+    }
+    llmcbi_heap_put(loop, at, s);
+}
+
+/* Takes out what is at i. */
+static void llmcbi_heap_cut(llmcb_loop *loop, size_t i)
+{
+    llmcbi_sleep last = loop->heap[loop->n_timers--];
+
+    if (i <= loop->n_timers) llmcbi_heap_sift(loop, i, &last);
+}
+
+/* Whether the first place is free: its timer is just expiring. */
+static bool llmcbi_heap_vacant(const llmcb_loop *loop)
+{
+    return loop->n_timers && !loop->heap[1].timer;
 }
 
 static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
@@ -3253,13 +3279,8 @@ static bool llmcbi_timer_init(llmcb_loop *loop, llmcbi_timer *t,
 
 static void llmcbi_timer_stop(llmcb_loop *loop, llmcbi_timer *t)
 {
-    size_t i = t->place;
-    llmcbi_sleep last;
-
-    if (!i) return;
+    if (t->place) llmcbi_heap_cut(loop, t->place);
     t->place = 0;
-    last = loop->heap[loop->n_timers--];
-    if (last.timer != t) llmcbi_heap_sift(loop, i, &last);
 }
 
 /* fn once, ms from now; at the earliest in the next turn. */
@@ -3275,7 +3296,7 @@ static void llmcbi_timer_start(llmcb_loop *loop, llmcbi_timer *t, int64_t ms)
     s.due = ms < LLMCBI_LAST_MS - s.due ? s.due + ms : LLMCBI_LAST_MS;
     s.seq = ++loop->timer_seq;
     s.timer = t;
-    llmcbi_heap_sift(loop, ++loop->n_timers, &s);
+    llmcbi_heap_sift(loop, llmcbi_heap_vacant(loop) ? 1 : ++loop->n_timers, &s);
     llmcbi_host_update(loop);
 }
 
@@ -3295,8 +3316,11 @@ static void llmcbi_run_timers(llmcb_loop *loop)
     while (loop->n_timers && loop->heap[1].due <= loop->now &&
            loop->heap[1].seq <= last) {
         llmcbi_timer *t = loop->heap[1].timer;
-        llmcbi_timer_stop(loop, t);
+        /* what it arms, often itself, takes its place at once */
+        loop->heap[1].timer = NULL;
+        t->place = 0;
         t->fn(t);
+        if (llmcbi_heap_vacant(loop)) llmcbi_heap_cut(loop, 1);
     }
 }
 
@@ -7227,7 +7251,7 @@ typedef struct llmcbi_h1 {
     llmcbi_buf line; /* a line that began in earlier input */
 } llmcbi_h1;
 
-#define LLMCBI_H1_PIECES 16
+#define LLMCBI_H1_PIECES 32
 
 /* A header field, or data: many pieces at once cost less than one by one. */
 typedef struct llmcbi_found {
@@ -7372,16 +7396,16 @@ static int llmcbi_h1_body(llmcbi_h1 *h, const char **p, const char *end,
 /* One byte of chunk framing. */
 static int llmcbi_h1_frame(llmcbi_h1 *h, char c)
 {
-    int digit;
+    unsigned digit;
 
     if (++h->framing > LLMCBI_H1_FREE_FRAMING && h->body < h->framing / 3)
         return LLMCBI_H1_MUCH_FRAMING;
     switch (h->state) {
     case LLMCBI_H1_AT_SIZE:
         digit = llmcbi_hex(c);
-        if (digit >= 0) {
+        if (digit < 16) {
             if (++h->digits > 16) break;
-            h->left = h->left << 4 | (uint64_t)digit;
+            h->left = h->left << 4 | digit;
             return LLMCBI_H1_MORE;
         }
         if (!h->digits || h->left > INT64_MAX) break;
@@ -7444,36 +7468,38 @@ LLMCBI_APART static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
 }
 
 #if LLMCBI_QUICK
-/* The data of a whole chunk in one go, from its size to the line end behind
- * it, if all of it is there and nothing about it is unusual. */
-static inline bool llmcbi_h1_next_chunk(llmcbi_h1 *h, const char **p,
-                                        const char *end, llmcb_str *data)
+/* The data of whole chunks in one go, each from its size to the line end
+ * behind it, as far as all of it is there and nothing about it is unusual. */
+static size_t llmcbi_h1_chunks(llmcbi_h1 *h, const char **p, const char *end,
+                               llmcb_str *data)
 {
-    const char *from = *p, *q = from;
-    const char *stop = end - from < 8 ? end : from + 8;
-    uint64_t size = 0;
+    const char *from = *p;
+    uint64_t body = h->body, framing = h->framing;
+    size_t n = 0;
 
-    if (h->state != LLMCBI_H1_AT_SIZE || h->digits) return false;
-    for (; q < stop; q++) {
-        unsigned digit = (unsigned)*q - '0';
-        if (digit > 9) {
-            digit = ((unsigned)*q | 0x20) - 'a' + 10;
-            if (digit < 10 || digit > 15) break;
-        }
-        size = size << 4 | digit;
+    if (h->state != LLMCBI_H1_AT_SIZE || h->digits) return 0;
+    /* room for eight digits and two line ends */
+    for (; n < LLMCBI_H1_PIECES && end - from >= 12; n++) {
+        const char *q = from;
+        uint64_t size = 0;
+        unsigned digit;
+        for (; (digit = llmcbi_hex(*q)) < 16 && q < from + 8; q++)
+            size = size << 4 | digit;
+        if (!size || size > (uint64_t)(end - q - 4) || q[0] != '\r' ||
+            q[1] != '\n' || q[2 + size] != '\r' || q[3 + size] != '\n' ||
+            size > h->max_body - body ||
+            (framing + 12 > LLMCBI_H1_FREE_FRAMING &&
+             body < (framing + 12) / 3))
+            break;
+        data[n] = llmcbi_slice(q + 2, (size_t)size);
+        framing += (uint64_t)(q + 4 - from);
+        body += size;
+        from = q + size + 4;
     }
-    if (!size || end - q < 4 || size > (uint64_t)(end - q - 4) ||
-        q[0] != '\r' || q[1] != '\n' || q[2 + size] != '\r' ||
-        q[3 + size] != '\n' || size > h->max_body - h->body ||
-        (h->framing + 12 > LLMCBI_H1_FREE_FRAMING &&
-         h->body < (h->framing + 12) / 3))
-        return false;
-    h->framing += (uint64_t)(q + 4 - from);
-    h->body += size;
-    data->ptr = q + 2;
-    data->len = (size_t)size;
-    *p = q + size + 4;
-    return true;
+    h->framing = framing;
+    h->body = body;
+    *p = from;
+    return n;
 }
 #endif
 
@@ -7506,9 +7532,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         if (*p == end) return LLMCBI_H1_MORE;
         h->begun = true;
 #if LLMCBI_QUICK
-        while (out->n < LLMCBI_H1_PIECES &&
-               llmcbi_h1_next_chunk(h, p, end, &out->pieces[out->n]))
-            out->n++;
+        out->n = llmcbi_h1_chunks(h, p, end, out->pieces);
         if (out->n) return LLMCBI_H1_DATA;
 #endif
         switch (h->state) {
@@ -11921,29 +11945,34 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     size_t tail = len - head - mid, most = p->chat->d.limits.event;
     uint64_t until = llmcbi_run_until(&p->run);
     llmcb_str *piece = *pieces;
-    bool direct, more, any = false;
+    bool direct, any = false;
 
     while (llmcbi_run_serve_inline(&p->run)) {
     } /* then tokens may pass the log by */
     direct = llmcbi_run_direct(&p->run);
     do {
-        const char *s = piece->ptr, *end = s + piece->len;
+        const char *s = piece->ptr, *end;
+        size_t left = piece->len;
         llmcbi_raw raw;
-        if (piece->len < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
+        if (left < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
             memcmp(s + n_own, like + n_own, head - n_own) != 0)
             break;
+        end = s + left;
+        left -= head;
         raw.ptr = s + head;
         s = llmcbi_json_plain(raw.ptr, end);
-        raw.plain = s < end && *s == '"';
+        if ((size_t)(end - s) < mid) break;
+        raw.plain = *s == '"';
         if (!raw.plain) {
             llmcbi_json j;
             j.p = raw.ptr;
             j.end = end;
             if (!llmcbi_json_string(&j)) break;
             s = j.p - 1;
+            if ((size_t)(end - s) < mid) break;
         }
         raw.len = (size_t)(s - raw.ptr);
-        if ((size_t)(end - s) < mid || memcmp(s, like + head, mid) != 0) break;
+        if (memcmp(s, like + head, mid) != 0) break;
         s += mid;
         if (tail) {
             s = llmcbi_json_plain(s, end);
@@ -11953,13 +11982,17 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
             s += tail;
         }
         if ((size_t)(s - piece->ptr) - 2 > most) break;
-        *piece = llmcbi_slice(s, (size_t)(end - s));
-        llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
+        piece->ptr = s;
+        piece->len = (size_t)(end - s);
+        llmcbi_prompt_text(p, &raw, left, &direct);
         any = true;
-        more = piece->len || piece + 1 < stop;
-        if (!piece->len && more) piece++;
-    } while (more && !p->outcome && p->run.head < until &&
-             p->run.held <= p->run.rules->window_bytes);
+        if (!piece->len) {
+            if (piece + 1 == stop) break;
+            piece++;
+        }
+    } while (!p->outcome &&
+             (direct || (p->run.head < until &&
+                         p->run.held <= p->run.rules->window_bytes)));
     *pieces = piece;
     if (any) p->last_data = p->run.loop->now;
     return any;

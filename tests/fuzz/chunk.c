@@ -6,6 +6,14 @@
 static const char chunk_head[] =
     "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
 
+static int hex_digit(char c)
+{
+    static const char all[] = "0123456789abcdef0123456789ABCDEF";
+    const char *at = c ? strchr(all, c) : NULL;
+
+    return at ? (int)((at - all) % 16) : -1;
+}
+
 /* The number of bytes of a chunked body, which is added to *out; 0: bad. */
 static size_t dechunk(llmcbi_buf *out, const char *s, size_t n)
 {
@@ -14,8 +22,8 @@ static size_t dechunk(llmcbi_buf *out, const char *s, size_t n)
     for (;;) {
         unsigned long long size = 0;
         size_t digits = 0, eol;
-        for (; at < n && llmcbi_hex(s[at]) >= 0; at++, digits++)
-            size = size << 4 | (unsigned)llmcbi_hex(s[at]);
+        for (; at < n && hex_digit(s[at]) >= 0; at++, digits++)
+            size = size << 4 | (unsigned)hex_digit(s[at]);
         if (!digits || digits > 16 || at == n || size > INT64_MAX) return 0;
         if (s[at] != '\r' && s[at] != ';') return 0;
         for (eol = at; eol < n && s[eol] != '\r'; eol++)
