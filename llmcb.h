@@ -1782,10 +1782,9 @@ static void llmcbi_free(const llmcb_allocator *a, void *ptr, size_t size)
 /* A wipe that the compiler does not take for a dead store. */
 static void llmcbi_wipe(void *ptr, size_t size)
 {
-    volatile unsigned char *p = (volatile unsigned char *)ptr;
+    void *(*volatile set)(void *, int, size_t) = memset;
 
-    while (size--)
-        *p++ = 0;
+    if (size) set(ptr, 0, size);
 }
 
 /* Bytes of the UTF-8 sequence that `first` opens; 0: none does. */
@@ -12122,7 +12121,10 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     if (!q || !llmcbi_pattern_fits(q, &s)) q = llmcbi_chat_pattern(p->chat, &s);
     if (!q) return;
     head = (const char *)(q + 1) + 6;
-    for (n = s.head.len; n && head[n - 1] == s.head.ptr[n - 1];)
+    n = s.head.len;
+    while (n >= 8 && memcmp(head + n - 8, s.head.ptr + n - 8, 8) == 0)
+        n -= 8;
+    while (n && head[n - 1] == s.head.ptr[n - 1])
         n--;
     if (!llmcbi_prompt_adopt(p, q, n ? 6 + n : 0)) return;
     if (p->own) {
