@@ -7377,10 +7377,10 @@ static int llmcbi_h1_head_end(llmcbi_h1 *h)
 static int llmcbi_h1_body(llmcbi_h1 *h, const char **p, const char *end,
                           llmcb_str *data)
 {
-    uint64_t n = (uint64_t)(end - *p);
+    uint64_t n = (uint64_t)(end - *p), room = h->max_body - h->body;
 
-    if (h->body == h->max_body) return LLMCBI_H1_LONG_BODY;
-    if (n > h->max_body - h->body) n = h->max_body - h->body;
+    if (!room) return LLMCBI_H1_LONG_BODY;
+    if (n > room) n = room;
     if (n > h->left) n = h->left;
     *data = llmcbi_slice(*p, (size_t)n);
     *p += n;

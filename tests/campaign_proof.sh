@@ -154,7 +154,7 @@ if [ "$mode" ]; then
     mutant field_reads_on \
         "$(in_function llmcbi_sse_line 's/value.len > 1 && //')" sse 3
     mutant chunk_size_reads_on \
-        "$(in_function llmcbi_h1_next_chunk 's/end - q < 4 || //')" \
+        "$(in_function llmcbi_h1_chunks 's/end - from >= 12/end > from/')" \
         http 4
     mutant date_overflows \
         "$(in_function llmcbi_parse_seconds 's|INT64_MAX / 100000|INT64_MAX / 100|')" \

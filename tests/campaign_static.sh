@@ -59,23 +59,26 @@ result() { # name, file with findings
 cat >$dir/known <<'END'
 bugprone-not-null-terminated-result	memcpy(out, "\xEF\xBF\xBD", 3);	bytes with a length
 bugprone-not-null-terminated-result	memcpy(at, "data: ", 6);	bytes with a length
-bugprone-not-null-terminated-result	memchr("\"\\/bfnrt", c, 8)	bytes with a length
+bugprone-not-null-terminated-result	memchr(llmcbi_json_	bytes with a length
 clang-analyzer-security.insecureAPI.strcpy	strcpy(chat->url + len + sizeof path - 1, query);	room for it was asked for
+clang-analyzer-security.insecureAPI.strcpy	r->path = strcpy((char *)(r + 1), path);	room for it was asked for
+clang-analyzer-security.insecureAPI.strcpy	chat->key = strcpy(auth + before, d->api_key);	room for it was asked for
 clang-analyzer-security.insecureAPI.strcpy	strcpy(to, llmcbi_decimal(	a number into room for one
 clang-analyzer-security.insecureAPI.strcpy	strcat(text, llmcbi_decimal(digits	a number behind 5 of 40 bytes
 concurrency-mt-unsafe	getenv(	the manual says when the environment is read
 bugprone-implicit-widening-of-multiplication-result	months + 3 * month	month is below 12
-bugprone-implicit-widening-of-multiplication-result	return days * 86400 + hour * 3600	hour is below 24
+bugprone-implicit-widening-of-multiplication-result	return days * 86400 + v[2] * 3600	of two digits each
 readability-non-const-parameter	llmcbi_transfer_connected(	libcurl gives the type
 bugprone-inc-dec-in-conditions	if (++h->framing > LLMCBI_H1_FREE_FRAMING &&	what stands before && comes first
-alpha.core.PointerSub	if ((size_t)(end - s) < mid ||	s is at the closing quote
+alpha.core.PointerSub	if ((size_t)(end - s) < mid)	s is at the closing quote
 alpha.core.PointerSub	raw.len = (size_t)(s - raw.ptr);	s is at the closing quote
-alpha.core.IdenticalExpr	if (p->outcome || llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;	the call in between sets it
 ctuuninitvar	const char *p = j->p, *end = j->end;	all that call it have set these two
+ctunullpointer	if (m->failed) return;	without a maker there is no record to fill, which is asked before
+ctuuninitvar	const char *s = j->str, *end = s + j->len;	behind a string that was read
 uninitvar	struct pollfd one, *fds = loop->fds ? loop->fds : &one;	llmcbi_poller_fill does
 redundantContinue	continue;	the whole body of a loop
-knownConditionTrueFalse	if (digit < 10 || digit > 15) break;	9 for '@' and '`', whose letter would be before 'a'
 clarifyCalculation	what & CURL_POLL_	x & FLAG ? a : b has no second reading
+clarifyCalculation	types & LLMCBI_OR_NONE ?	x & FLAG ? a : b has no second reading
 END
 # stdin: findings; those that are not known.
 unknown() {

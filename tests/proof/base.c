@@ -25,12 +25,16 @@ static void copy(void)
 static void errors(void)
 {
     int n = Frama_C_interval(1, 3), fail = Frama_C_interval(0, 1);
-    int code = Frama_C_interval(-2147483647 - 1, 2147483647);
+    int part = Frama_C_interval(0, 2), code;
     llmcb_error e;
     char *text;
 
     /*@ split n; */
     /*@ split fail; */
+    /*@ split part; */
+    code = part == 0   ? Frama_C_interval(LLMCB_ETOOL, LLMCB_OK)
+           : part == 1 ? Frama_C_interval(1, 2147483647)
+                       : Frama_C_interval(-2147483647 - 1, LLMCB_ETOOL - 1);
     proof_fail_at = fail;
     llmcbi_error_const((llmcb_code)code);
     llmcbi_code_of(code);

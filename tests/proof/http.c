@@ -4,11 +4,11 @@
 /* eva: -eva-auto-loop-unroll 40 */
 /* eva: -eva-widening-delay 60 */
 /* eva: -eva-slevel-function llmcbi_buf_add:20,llmcbi_buf_reserve:20 */
-/* eva: -eva-slevel-function llmcbi_h1_next_chunk:300 */
+/* eva: -eva-slevel-function llmcbi_h1_chunks:300 */
 /* eva: -inline-calls llmcbi_h1_field,llmcbi_h1_head,llmcbi_h1_line */
-/* eva: -inline-calls proof_memchr */
+/* eva: -inline-calls proof_memchr,llmcbi_trim */
 /* eva: -eva-slevel-function llmcbi_h1_next:3000,llmcbi_h1_header:500 */
-/* eva: -eva-slevel-function values:50,fields:50 */
+/* eva: -eva-slevel-function values:50,fields:50,llmcbi_number:100 */
 #include "proof.h"
 #define N 3
 #define CAP 8
@@ -135,14 +135,14 @@ static void chunk(void)
 {
     int n = Frama_C_interval(0, 14);
     const char *p, *end;
-    llmcb_str data;
+    llmcb_str data[LLMCBI_H1_PIECES];
     llmcbi_h1 h;
 
     /*@ split n; */
     h = any_h1(LLMCBI_H1_AT_SIZE, -1);
     p = any_bytes(n);
     end = p + n;
-    llmcbi_h1_next_chunk(&h, &p, end, &data);
+    llmcbi_h1_chunks(&h, &p, end, data);
     /*@ assert place: p <= end; */
 }
 

@@ -11,7 +11,7 @@ static void decode(void)
 {
     int kind = Frama_C_interval(0, 8), n = Frama_C_interval(0, 3);
     int high = Frama_C_interval(0, 1), unit = Frama_C_interval(0, 2);
-    int part = Frama_C_interval(0, 2);
+    int part = Frama_C_interval(0, 2), letter = Frama_C_interval(0, 7);
     llmcbi_carry c;
     char *in, *out;
     size_t len, room, did, left;
@@ -21,6 +21,8 @@ static void decode(void)
     /*@ split high; */
     /*@ split unit; */
     /*@ split part; */
+    /*@ split letter; */
+    if (unit == 1 ? part > 0 : letter > 0) return;
     if (kind ? n == 0 || n >= CARRY_SIZE(kind) : n > 0) return;
     c = any_carry(kind, n, high);
     len = unit == 0 ? 1 : unit == 1 ? 2 : 6;
@@ -29,7 +31,7 @@ static void decode(void)
         in[0] = any_but('\\', part);
     } else {
         in[0] = '\\';
-        in[1] = unit == 1 ? any_but('u', part) : 'u';
+        in[1] = unit == 1 ? llmcbi_json_letters[letter] : 'u';
     }
     room = 3 * len + (kind ? 3 : 0) + (high ? 3 : 0);
     out = (char *)malloc(room);
