@@ -312,6 +312,7 @@ static const struct {
     { D(OK11 "A: b\rc\r\n\r\n"), "200 EPROTO" },
     { D(OK11 "A: b\r\r\n\r\n"), "200 EPROTO" },
     { D(OK11 "A: b\x7F\r\n\r\n"), "200 EPROTO" },
+    { D(OK11 "A: b\x1F\r\n\r\n"), "200 EPROTO" },
     { D(OK11 "A: b\x1B[2J\r\n\r\n"), "200 EPROTO" },
     { D(OK11 "A\xFF: b\r\n\r\n"), "200 EPROTO" },
     { D(OK11 "A(: b\r\n\r\n"), "200 EPROTO" },

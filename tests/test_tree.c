@@ -1630,6 +1630,39 @@ TEST(case_103_fifty_runs_leave_nothing)
     world_close(&w);
 }
 
+/* Logs of many runs at once need many blocks; when all have ended, few are
+ * kept for the next ones. */
+TEST(a_burst_of_runs_gives_its_memory_back)
+{
+    enum { RUNS = 300 };
+    llmcb_op *ops[RUNS];
+    llmcb_config c;
+    size_t before;
+    world w;
+    int i;
+
+    world_init(&w);
+    world_ear(&w, "A", SYNC, 0);
+    world_open(&w);
+    c = world_config(&w);
+    for (i = 0; i < 2; i++) { /* what is made once is there then */
+        ops[i] = run_new(&w, LLMCB_RUN_CHAIN, "r", &c);
+        speak_and_end(ops[i], 3);
+        CHECK_INT(llmcb_op_wait(ops[i]), LLMCB_OK);
+        llmcb_op_free(ops[i]);
+    }
+    before = w.s.heap.bytes;
+    for (i = 0; i < RUNS; i++) {
+        ops[i] = run_new(&w, LLMCB_RUN_CHAIN, "r", &c);
+        speak_and_end(ops[i], 20);
+    }
+    CHECK(w.s.heap.bytes > before + RUNS * 1024);
+    for (i = 0; i < RUNS; i++) CHECK_INT(llmcb_op_wait(ops[i]), LLMCB_OK);
+    for (i = 0; i < RUNS; i++) llmcb_op_free(ops[i]);
+    CHECK(w.s.heap.bytes <= before + 80 * 1024);
+    world_close(&w);
+}
+
 /* A fallback: the attempts are children of the wrapper. */
 static llmcb_step fallback_body(llmcb_task *t)
 {
