@@ -192,6 +192,7 @@ TEST(decimal_digits)
         char digits[24];
         llmcbi_buf b;
         memset(&b, 0, sizeof b);
+        memset(digits, 'x', sizeof digits);
         CHECK_STR(llmcbi_decimal(digits, rows[i].v), rows[i].want);
         llmcbi_buf_print(&a, &b, "%d", rows[i].v);
         CHECK_STR(b.ptr, rows[i].want);
