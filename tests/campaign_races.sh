@@ -58,6 +58,20 @@ cat >$dir/supp <<'END'
    fun:world_init
 }
 {
+   # over a mutex of a stage before it
+   stage_init makes a mutex
+   drd:MutexErr
+   fun:pthread_mutex_init@*
+   fun:stage_init
+}
+{
+   # over the condition of its gate
+   stage_init makes a condition
+   drd:CondErr
+   fun:pthread_cond_init@*
+   fun:stage_init
+}
+{
    # the same mutex, which DRD goes on to take for that condition
    world_close destroys it
    drd:MutexErr
