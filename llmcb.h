@@ -3165,7 +3165,8 @@ static bool llmcbi_visit(llmcb_loop *loop)
     return turning;
 }
 
-/* The host's functions are user code too. */
+/* The host's functions are user code too, but what they begin is found by
+ * whoever calls them: llmcbi_leave would call them again. */
 static void llmcbi_host_watch(llmcb_loop *loop, int fd, int events)
 {
     bool turning = llmcbi_visit(loop);
@@ -7524,7 +7525,7 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
                                      const char **p, const char *end,
                                      llmcbi_found *out)
 {
-    for (out->n = 0;;) {
+    for (;;) {
         int type;
         if (h->state == LLMCBI_H1_AT_END) return LLMCBI_H1_END;
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
@@ -11950,28 +11951,23 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     } /* then tokens may pass the log by */
     direct = llmcbi_run_direct(&p->run);
     do {
-        const char *s = piece->ptr, *end;
-        size_t left = piece->len;
+        const char *s = piece->ptr, *end = s + piece->len;
         llmcbi_raw raw;
-        if (left < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
+        if (piece->len < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
             memcmp(s + n_own, like + n_own, head - n_own) != 0)
             break;
-        end = s + left;
-        left -= head;
         raw.ptr = s + head;
         s = llmcbi_json_plain(raw.ptr, end);
-        if ((size_t)(end - s) < mid) break;
-        raw.plain = *s == '"';
+        raw.plain = s < end && *s == '"';
         if (!raw.plain) {
             llmcbi_json j;
             j.p = raw.ptr;
             j.end = end;
             if (!llmcbi_json_string(&j)) break;
             s = j.p - 1;
-            if ((size_t)(end - s) < mid) break;
         }
         raw.len = (size_t)(s - raw.ptr);
-        if (memcmp(s, like + head, mid) != 0) break;
+        if ((size_t)(end - s) < mid || memcmp(s, like + head, mid) != 0) break;
         s += mid;
         if (tail) {
             s = llmcbi_json_plain(s, end);
@@ -11981,9 +11977,8 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
             s += tail;
         }
         if ((size_t)(s - piece->ptr) - 2 > most) break;
-        piece->ptr = s;
-        piece->len = (size_t)(end - s);
-        llmcbi_prompt_text(p, &raw, left, &direct);
+        *piece = llmcbi_slice(s, (size_t)(end - s));
+        llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
         any = true;
         if (!piece->len) {
             if (piece + 1 == stop) break;

@@ -70,7 +70,7 @@ bugprone-implicit-widening-of-multiplication-result	months + 3 * month	month is 
 bugprone-implicit-widening-of-multiplication-result	return days * 86400 + v[2] * 3600	of two digits each
 readability-non-const-parameter	llmcbi_transfer_connected(	libcurl gives the type
 bugprone-inc-dec-in-conditions	if (++h->framing > LLMCBI_H1_FREE_FRAMING &&	what stands before && comes first
-alpha.core.PointerSub	if ((size_t)(end - s) < mid)	s is at the closing quote
+alpha.core.PointerSub	if ((size_t)(end - s) < mid ||	s is at the closing quote
 alpha.core.PointerSub	raw.len = (size_t)(s - raw.ptr);	s is at the closing quote
 ctuuninitvar	const char *p = j->p, *end = j->end;	all that call it have set these two
 ctunullpointer	if (m->failed) return;	without a maker there is no record to fill, which is asked before

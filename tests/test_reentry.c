@@ -182,6 +182,17 @@ typedef struct stage {
     char text[64], text_other[64];
 } stage;
 
+/* With r, which does that at each event. */
+static void begin_with(stage *st, rec *r,
+                       int (*act)(rec *r, const llmcb_event *ev))
+{
+    memset(st, 0, sizeof *st);
+    begin(&st->s);
+    r->act = act;
+    r->user = st;
+    scene_add(&st->s, r);
+}
+
 static void free_asks(llmcb_transport *tr)
 {
     /* the spy is within the scene, which is the first of the stage */
@@ -220,11 +231,7 @@ TEST(loop_stands_still_inside_a_handler_that_is_called_between_turns)
     stage st;
     rec *r = rec_new("I", INLINE);
 
-    memset(&st, 0, sizeof st);
-    begin(&st.s);
-    r->act = act_ask;
-    r->user = &st;
-    scene_add(&st.s, r);
+    begin_with(&st, r, act_ask);
     scene_open(&st.s);
     st.op = call(&st.s);
     say(st.s.spy.fed, "a|b" DONE);
@@ -387,13 +394,9 @@ static int act_say_more(rec *r, const llmcb_event *ev)
  * begun. */
 static void open_to_say_more(stage *st, rec *r, rec *slow, bool held)
 {
-    memset(st, 0, sizeof *st);
-    begin(&st->s);
+    begin_with(st, r, act_say_more);
     if (held) st->s.cd.limits.window_events = 4;
-    r->act = act_say_more;
-    r->user = st;
     slow->ms = 1;
-    scene_add(&st->s, r);
     scene_add(&st->s, slow);
     scene_open(&st->s);
     st->op = call(&st->s);
@@ -447,11 +450,7 @@ TEST(handler_that_feeds_its_call_to_the_end_sees_the_end)
         stage st;
         rec *r = rec_new("I", INLINE);
 
-        memset(&st, 0, sizeof st);
-        begin(&st.s);
-        r->act = act_say_on;
-        r->user = &st;
-        scene_add(&st.s, r);
+        begin_with(&st, r, act_say_on);
         scene_open(&st.s);
         if (recorded) {
             llmcb_chat_free(st.s.chat);
