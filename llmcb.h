@@ -992,7 +992,7 @@ typedef enum llmcb_ending {
  * exchange sees one, once; what you do later, such as with llmcb_loop_post,
  * must not point into it. */
 struct llmcb_transport {
-    /* Bytes of llmcb_exchange_state, zeroed for each exchange. */
+    /* Bytes of llmcb_exchange_state, zeroed for each exchange. Constant. */
     size_t state_size;
     /* Begin. Later, never inside this call, call back in this order:
      * connected once, status and headers, data, end. Not LLMCB_OK: it could
@@ -1588,6 +1588,16 @@ LLMCB_API void llmcb_result_print(const llmcb_result *result, FILE *out);
 #else
 #define LLMCBI_QUICK 1
 #endif
+#endif
+
+/* Has memory come that will be read soon. A stream that is one of many has
+ * left the cache when its next token is there, and what that needs would come
+ * piece by piece, each found in the one before. (Not from a function: without
+ * an effect that the compiler knows, its call would be left out.) */
+#if LLMCBI_QUICK && defined(__GNUC__)
+#define LLMCBI_FETCH(ptr) __builtin_prefetch(ptr)
+#else
+#define LLMCBI_FETCH(ptr) ((void)(ptr))
 #endif
 
 /* Every system call goes through this name, so that a test can define it
@@ -3385,6 +3395,7 @@ static bool llmcbi_poller_wait(llmcb_loop *loop, int timeout)
             continue;
         }
         f->watch = (llmcbi_watch *)ev[i].data.ptr;
+        LLMCBI_FETCH(f->watch);
         f->events = 0;
         if (ev[i].events & (EPOLLIN | EPOLLERR | EPOLLHUP))
             f->events |= LLMCB_READ;
@@ -6772,6 +6783,7 @@ typedef struct llmcbi_sink {
      * so must what comes next if there are none. */
     void (*data)(void *owner, llmcb_str *pieces, size_t n);
     void (*end)(void *owner, llmcb_ending ending, const llmcb_error *error);
+    size_t hot; /* where the owner has what data needs, some 256 bytes */
 } llmcbi_sink;
 
 /* What came when the sink had no room. */
@@ -6785,11 +6797,11 @@ typedef struct llmcbi_held {
 struct llmcb_exchange {
     const llmcbi_sink *sink;
     void *owner;
-    bool ended;  /* by the transport */
-    bool paused; /* the transport waits for resume */
-    bool lost;   /* something that there was no memory to hold */
-    llmcb_transport *tr;
-    llmcbi_held *held; /* NULL: nothing */
+    bool ended;          /* by the transport */
+    bool paused;         /* the transport waits for resume */
+    bool lost;           /* something that there was no memory to hold */
+    llmcb_transport *tr; /* NULL: closed */
+    llmcbi_held *held;   /* NULL: nothing */
 };
 
 #define LLMCBI_EXCHANGE_HEAD LLMCBI_ALIGN(sizeof(llmcb_exchange))
@@ -6815,17 +6827,19 @@ LLMCBI_DEF llmcb_code llmcb_transport_init(llmcb_loop *loop,
     return LLMCB_OK;
 }
 
-static llmcb_exchange *llmcbi_exchange_new(llmcb_transport *tr,
-                                           const llmcbi_sink *sink, void *owner)
+/* An exchange is a part of its owner, who opens and closes it. */
+static size_t llmcbi_exchange_size(const llmcb_transport *tr)
 {
-    llmcb_exchange *x = (llmcb_exchange *)llmcbi_alloc(
-        &tr->loop->alloc, LLMCBI_EXCHANGE_HEAD + tr->state_size);
+    return LLMCBI_EXCHANGE_HEAD + tr->state_size;
+}
 
-    if (!x) return NULL;
+static void llmcbi_exchange_open(llmcb_exchange *x, llmcb_transport *tr,
+                                 const llmcbi_sink *sink, void *owner)
+{
+    memset(x, 0, llmcbi_exchange_size(tr));
     x->tr = tr;
     x->sink = sink;
     x->owner = owner;
-    return x;
 }
 
 /* How the side above lets go of an exchange. */
@@ -6849,19 +6863,16 @@ static void llmcbi_exchange_drop_held(llmcb_exchange *x)
 }
 
 /* Not inside a call of the transport's. */
-static void llmcbi_exchange_free(llmcb_exchange *x, llmcbi_parting how)
+static void llmcbi_exchange_close(llmcb_exchange *x, llmcbi_parting how)
 {
-    llmcb_transport *tr;
-    bool ended;
+    llmcb_transport *tr = x->tr;
+    bool ended = x->ended;
 
-    if (!x) return;
-    tr = x->tr;
-    ended = x->ended;
     x->ended = true; /* what it says from now on is not heard */
     if (!ended && how == LLMCBI_PART_RELEASE) tr->release(tr, x);
     if (!ended && how == LLMCBI_PART_CANCEL) tr->cancel(tr, x);
     llmcbi_exchange_drop_held(x);
-    llmcbi_free(&tr->loop->alloc, x, LLMCBI_EXCHANGE_HEAD + tr->state_size);
+    x->tr = NULL;
 }
 
 LLMCBI_DEF void llmcb_exchange_connected(llmcb_exchange *x)
@@ -6944,7 +6955,7 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
             llmcbi_buf_add(&x->tr->loop->alloc, &h->bytes, pieces[i].ptr,
                            pieces[i].len);
     }
-    llmcbi_exchange_behind(x, later);
+    if (later) llmcbi_exchange_behind(x, later);
     open = !x->paused;
     llmcbi_leave(x->tr->loop, turning); /* a host may say more in there */
     return open;
@@ -7530,11 +7541,11 @@ static llmcbi_h1_type llmcbi_h1_next(const llmcb_allocator *a, llmcbi_h1 *h,
         if (h->state == LLMCBI_H1_AT_END) return LLMCBI_H1_END;
         if (h->state == LLMCBI_H1_AT_ERROR) return LLMCBI_H1_ERROR;
         if (*p == end) return LLMCBI_H1_MORE;
-        h->begun = true;
 #if LLMCBI_QUICK
         out->n = llmcbi_h1_chunks(h, p, end, out->pieces);
         if (out->n) return LLMCBI_H1_DATA;
 #endif
+        h->begun = true;
         switch (h->state) {
         case LLMCBI_H1_AT_STATUS:
         case LLMCBI_H1_AT_HEADER:
@@ -7727,10 +7738,11 @@ struct llmcbi_conn {
     llmcb_loop *loop;
     llmcb_exchange *x;            /* NULL: lingering or idle */
     const llmcb_request *request; /* of x, until it is sent and answered */
+    const char *hot;              /* what x's owner will look at */
     size_t sent;                  /* of head and body together */
     llmcbi_buf head;              /* request head, until it is sent */
+    llmcbi_timer timer;           /* connect share, linger or idle */
     llmcbi_ready ready;
-    llmcbi_timer timer; /* connect share, linger or idle */
     llmcbi_h1 h1;
 
     llmcbi_sock *sock;
@@ -8232,6 +8244,14 @@ static void llmcbi_conn_read(llmcbi_conn *c)
             return;
         }
     }
+    if (c->x) { /* while the kernel copies */
+        LLMCBI_FETCH(&c->h1);
+        LLMCBI_FETCH(c->x);
+        LLMCBI_FETCH(c->hot);
+        LLMCBI_FETCH(c->hot + 64);
+        LLMCBI_FETCH(c->hot + 128);
+        LLMCBI_FETCH(c->hot + 192);
+    }
     n = LLMCBI_SYS(recv)(c->watch.fd, loop->scratch, LLMCBI_SCRATCH, 0);
     if (n > 0) {
         llmcbi_conn_received(c, (const char *)loop->scratch, (size_t)n);
@@ -8296,6 +8316,7 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
     c->sock = sock;
     c->watch.fd = -1;
     c->x = x;
+    c->hot = (const char *)x->owner + x->sink->hot;
     c->request = request;
     c->identity = request->identity;
     c->ready.fn = llmcbi_conn_begin;
@@ -9741,17 +9762,23 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
                          : ending == LLMCB_ORDERLY ? "keep"
                          : ending == LLMCB_CUT     ? "close"
                                                    : "rst");
-    llmcbi_exchange_free(t->inner, LLMCBI_PART_UNSTARTED);
-    t->inner = NULL;
+    llmcbi_exchange_close(t->inner, LLMCBI_PART_UNSTARTED);
     llmcb_exchange_end(t->outer, ending, e.code, e.sys_errno, e.message);
 }
+
+/* Behind a take is the exchange that it listens to. */
+#define LLMCBI_TAKE_HEAD LLMCBI_ALIGN(sizeof(llmcbi_take))
 
 static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
                                       const llmcb_request *request)
 {
-    static const llmcbi_sink sink = { llmcbi_take_connected, llmcbi_take_sent,
-                                      llmcbi_take_status,    llmcbi_take_header,
-                                      llmcbi_take_data,      llmcbi_take_end };
+    static const llmcbi_sink sink = { llmcbi_take_connected,
+                                      llmcbi_take_sent,
+                                      llmcbi_take_status,
+                                      llmcbi_take_header,
+                                      llmcbi_take_data,
+                                      llmcbi_take_end,
+                                      0 };
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
     llmcb_code code;
@@ -9759,13 +9786,13 @@ static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
     t->recorder = r;
     t->outer = x;
     t->last = tr->loop->now;
-    t->inner = llmcbi_exchange_new(r->inner, &sink, t);
-    if (!t->inner) return LLMCB_ENOMEM;
+    t->inner = (llmcb_exchange *)(void *)((char *)t + LLMCBI_TAKE_HEAD);
+    llmcbi_exchange_open(t->inner, r->inner, &sink, t);
     code = r->inner->start(r->inner, t->inner, request);
     if (code == LLMCB_OK)
         t->number = ++r->number;
     else
-        llmcbi_exchange_free(t->inner, LLMCBI_PART_UNSTARTED);
+        llmcbi_exchange_close(t->inner, LLMCBI_PART_UNSTARTED);
     return code;
 }
 
@@ -9774,7 +9801,7 @@ static void llmcbi_record_resume(llmcb_transport *tr, llmcb_exchange *x)
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
 
     (void)tr;
-    if (t->inner) llmcbi_exchange_resume(t->inner);
+    if (t->inner->tr) llmcbi_exchange_resume(t->inner);
 }
 
 static void llmcbi_record_part(llmcb_exchange *x, llmcbi_parting how)
@@ -9783,8 +9810,7 @@ static void llmcbi_record_part(llmcb_exchange *x, llmcbi_parting how)
 
     /* what was left unread: the answer was complete, or nobody knows */
     if (!t->ended) llmcbi_take_close(t, "close");
-    llmcbi_exchange_free(t->inner, how);
-    t->inner = NULL;
+    if (t->inner->tr) llmcbi_exchange_close(t->inner, how);
 }
 
 static void llmcbi_record_release(llmcb_transport *tr, llmcb_exchange *x)
@@ -9809,7 +9835,7 @@ static void llmcbi_record_free(llmcb_transport *tr)
 LLMCBI_DEF llmcb_transport *
 llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
 {
-    static const llmcb_transport base = { sizeof(llmcbi_take),
+    static const llmcb_transport base = { 0,
                                           llmcbi_record_start,
                                           llmcbi_record_resume,
                                           llmcbi_record_release,
@@ -9826,6 +9852,7 @@ llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path)
                                         sizeof *r + strlen(path) + 1);
     if (!r) return llmcbi_no_transport(loop);
     r->base = base;
+    r->base.state_size = LLMCBI_TAKE_HEAD + llmcbi_exchange_size(inner);
     r->inner = inner;
     r->path = strcpy((char *)(r + 1), path);
     llmcb_transport_init(loop, &r->base);
@@ -11947,7 +11974,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     llmcb_str *piece = *pieces;
     bool direct, any = false;
 
-    while (llmcbi_run_serve_inline(&p->run)) {
+    while (p->run.slowest < p->run.head && llmcbi_run_serve_inline(&p->run)) {
     } /* then tokens may pass the log by */
     direct = llmcbi_run_direct(&p->run);
     do {
@@ -12427,6 +12454,9 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
     const llmcb_limits *limits = &p->chat->d.limits;
     const llmcb_str *stop = piece + n;
 
+    LLMCBI_FETCH(p->run.cursors);
+    LLMCBI_FETCH(p->own);
+    LLMCBI_FETCH(p->answer.choices);
     if (!n && !p->outcome && !p->over) llmcbi_prompt_pause(p);
     for (; piece < stop; piece->len = 0, piece++) {
         if (p->outcome || p->over) continue; /* nobody listens any more */
@@ -12504,10 +12534,14 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
 }
 
 /* What listens to the exchanges of all prompts. */
-static const llmcbi_sink llmcbi_prompt_sink = {
-    llmcbi_prompt_connected, llmcbi_prompt_sent, llmcbi_prompt_status,
-    llmcbi_prompt_header,    llmcbi_prompt_data, llmcbi_prompt_end
-};
+static const llmcbi_sink llmcbi_prompt_sink = { llmcbi_prompt_connected,
+                                                llmcbi_prompt_sent,
+                                                llmcbi_prompt_status,
+                                                llmcbi_prompt_header,
+                                                llmcbi_prompt_data,
+                                                llmcbi_prompt_end,
+                                                offsetof(llmcbi_prompt,
+                                                         run.lockstep) };
 
 /* -- attempts */
 
@@ -12515,19 +12549,21 @@ static void llmcbi_prompt_let_go(llmcbi_prompt *p)
 {
     bool read_out = p->orderly || p->sentinel;
 
-    if (!p->x) return;
-    llmcbi_exchange_free(p->x,
-                         read_out ? LLMCBI_PART_RELEASE : LLMCBI_PART_CANCEL);
-    p->x = NULL;
+    if (!p->x || !p->x->tr) return;
+    llmcbi_exchange_close(p->x,
+                          read_out ? LLMCBI_PART_RELEASE : LLMCBI_PART_CANCEL);
     llmcbi_sse_free(llmcbi_prompt_alloc(p), &p->sse);
     llmcbi_buf_free(llmcbi_prompt_alloc(p), &p->body);
     llmcbi_prompt_unlearn(p);
     p->over = false;
 }
 
-/* The transport of a chat that names none: one for all chats of a loop. */
-static llmcb_transport *llmcbi_default_transport(llmcb_loop *loop)
+/* One that a chat does not name is the same for all chats of a loop. */
+static llmcb_transport *llmcbi_chat_transport(const llmcb_chat *chat)
 {
+    llmcb_loop *loop = chat->loop;
+
+    if (chat->d.transport) return chat->d.transport;
     if (!loop->default_transport)
         loop->default_transport = llmcb_curl_transport(loop);
     if (!loop->default_transport)
@@ -12538,8 +12574,7 @@ static llmcb_transport *llmcbi_default_transport(llmcb_loop *loop)
 static void llmcbi_prompt_launch(llmcbi_prompt *p)
 {
     llmcb_chat *chat = p->chat;
-    llmcb_loop *loop = p->run.loop;
-    llmcb_transport *tr = chat->d.transport;
+    llmcb_transport *tr = llmcbi_chat_transport(chat);
     llmcb_code code;
 
     p->attempt++;
@@ -12550,17 +12585,11 @@ static void llmcbi_prompt_launch(llmcbi_prompt *p)
     p->body_kind = LLMCBI_BODY_UNKNOWN;
     llmcbi_prompt_set_id(p, llmcbi_slice("", 0));
     p->sse.limit = chat->d.limits.event;
-    if (!tr) tr = llmcbi_default_transport(loop);
-    p->x = tr ? llmcbi_exchange_new(tr, &llmcbi_prompt_sink, p) : NULL;
-    if (!p->x) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return;
-    }
+    llmcbi_exchange_open(p->x, tr, &llmcbi_prompt_sink, p);
     llmcbi_prompt_set_phase(p, LLMCBI_PHASE_CONNECT, chat->d.connect_ms);
     code = tr->start(tr, p->x, &p->asked->request);
     if (code == LLMCB_OK) return;
-    llmcbi_exchange_free(p->x, LLMCBI_PART_UNSTARTED);
-    p->x = NULL;
+    llmcbi_exchange_close(p->x, LLMCBI_PART_UNSTARTED);
     llmcbi_prompt_fail(p, code, NULL);
 }
 
@@ -13071,7 +13100,7 @@ typedef struct llmcbi_plan {
     const llmcb_config *config;
     llmcbi_setup setup;
     llmcbi_buf params; /* the request but for its messages */
-    size_t batch;
+    size_t batch, exchange_size;
     bool stream; /* the requests ask for one */
 } llmcbi_plan;
 
@@ -13185,7 +13214,9 @@ static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
     code = llmcbi_run_init(loop, &p->run, &c->arena, setup->handlers,
                            setup->n_handlers, &c->op);
     if (code != LLMCB_OK) return code;
-    if (!llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
+    p->x = (llmcb_exchange *)llmcbi_arena_get(&loop->alloc, &c->arena,
+                                              plan->exchange_size);
+    if (!p->x || !llmcbi_timer_init(loop, &p->timer, llmcbi_prompt_timer))
         return LLMCB_ENOMEM;
     llmcbi_run_name(&p->run, &c->arena, plan->config, setup, "ChatOpenAI");
     if (!llmcbi_prompt_ask(p, prompt, plan)) return LLMCB_ENOMEM;
@@ -13228,18 +13259,19 @@ static llmcb_code llmcbi_call_check(const llmcb_chat *chat,
 }
 
 /* One block for what a call of n prompts takes anyway. */
-static void llmcbi_call_room(llmcbi_call *c, size_t n,
-                             const llmcb_config *config)
+static void llmcbi_call_room(llmcbi_call *c, const llmcbi_plan *plan)
 {
+    const llmcb_config *config = plan->config;
     const llmcb_chat_desc *d = &c->chat->d;
     size_t handlers = config->n_callbacks + config->n_local_callbacks +
                       d->n_callbacks + c->op.loop->n_hooks;
 
-    llmcbi_arena_room(&c->op.loop->alloc, &c->arena,
-                      n * (sizeof *c->prompts +
-                           LLMCBI_ALIGN(handlers * sizeof(llmcbi_cursor))) +
-                          16 + LLMCBI_ALIGN(handlers * sizeof(void *)) +
-                          (c->pull ? LLMCBI_ALIGN(sizeof(llmcbi_reader)) : 0));
+    llmcbi_arena_room(
+        &c->op.loop->alloc, &c->arena,
+        plan->batch * (sizeof *c->prompts + LLMCBI_ALIGN(plan->exchange_size) +
+                       LLMCBI_ALIGN(handlers * sizeof(llmcbi_cursor))) +
+            16 + LLMCBI_ALIGN(handlers * sizeof(void *)) +
+            (c->pull ? LLMCBI_ALIGN(sizeof(llmcbi_reader)) : 0));
 }
 
 /* The runs of a call, ready to begin. */
@@ -13249,12 +13281,16 @@ LLMCBI_APART static llmcb_code llmcbi_call_build(llmcbi_call *c,
 {
     const llmcb_allocator *a = &c->op.loop->alloc;
     const llmcb_config *config = plan->config;
+    llmcb_transport *tr;
     size_t i, n = plan->batch;
 
     if (n > UINT32_MAX / 8 / sizeof *c->prompts) return LLMCB_ENOMEM;
     c->max_open =
         config->max_concurrency ? config->max_concurrency : (uint32_t)n;
-    llmcbi_call_room(c, n, config);
+    tr = llmcbi_chat_transport(c->chat);
+    if (!tr) return LLMCB_ENOMEM;
+    plan->exchange_size = llmcbi_exchange_size(tr);
+    llmcbi_call_room(c, plan);
     c->prompts = /* before labels can have used up the room */
         (llmcbi_prompt *)llmcbi_arena_get(a, &c->arena, n * sizeof *c->prompts);
     llmcbi_setup_make(c->op.loop, &c->arena, &plan->setup, config,
