@@ -2230,6 +2230,7 @@ static char *llmcbi_put_utf8(char *out, uint32_t cp)
 /* U+FFFD for what can no longer be completed. */
 static char *llmcbi_carry_flush(char *out, llmcbi_carry *c)
 {
+    if (!c->n && !c->high) return out;
     if (c->n) out = llmcbi_put_replacement(out);
     if (c->high) out = llmcbi_put_replacement(out);
     memset(c, 0, sizeof *c);
@@ -2376,9 +2377,21 @@ static inline const char *llmcbi_json_plain(const char *p, const char *end)
     return p;
 }
 
-/* The letters behind a backslash, and what they stand for. */
-static const char llmcbi_json_letters[] = "\"\\/bfnrt";
-static const char llmcbi_json_meant[] = "\"\\/\b\f\n\r\t";
+/* What a letter behind a backslash stands for; 0: nothing. */
+static char llmcbi_json_meaning(char letter)
+{
+    switch (letter) {
+    case '"':
+    case '\\':
+    case '/': return letter;
+    case 'b': return '\b';
+    case 'f': return '\f';
+    case 'n': return '\n';
+    case 'r': return '\r';
+    case 't': return '\t';
+    default: return 0;
+    }
+}
 
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
@@ -2394,17 +2407,22 @@ static bool llmcbi_json_string(llmcbi_json *j)
         c = (unsigned char)*p++;
         if (c == '"') break;
         if (c < 0x20) return false;
-        if (c >= 0x80) j->high = true;
+        if (c >= 0x80) {
+            j->high = true;
+            while (p < end && (unsigned char)*p >= 0x80)
+                p++;
+            continue;
+        }
         if (c != '\\') continue;
         j->escaped = true;
         if (p == end) return false;
-        c = (unsigned char)*p++;
-        if (c == 'u') {
+        if (*p == 'u') {
             int i;
-            if (end - p < 4) return false;
-            for (i = 0; i < 4; i++)
-                if (llmcbi_hex(*p++) > 15) return false;
-        } else if (!memchr(llmcbi_json_letters, c, 8)) {
+            if (end - p < 5) return false;
+            for (i = 1; i < 5; i++)
+                if (llmcbi_hex(p[i]) > 15) return false;
+            p += 5;
+        } else if (!llmcbi_json_meaning(*p++)) {
             return false;
         }
     }
@@ -2620,6 +2638,31 @@ static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
            (llmcbi_json_is_one(s, type) && llmcbi_utf8_valid(s.ptr, s.len));
 }
 
+#if LLMCBI_QUICK
+/* Decodes whole characters up to one that may have to be carried, and moves *s
+ * there. Returns the end of what it wrote. */
+static char *llmcbi_json_easy(char *out, const char **s, const char *end)
+{
+    const char *p = *s;
+
+    while (p < end) {
+        size_t n;
+        if (*p == '\\') {
+            if (p[1] == 'u') break;
+            *out++ = llmcbi_json_meaning(p[1]);
+            p += 2;
+            continue;
+        }
+        n = (unsigned char)*p < 0x80 ? 1 : llmcbi_utf8_at(p, (size_t)(end - p));
+        if (!n) break;
+        while (n--)
+            *out++ = *p++;
+    }
+    *s = p;
+    return out;
+}
+#endif
+
 /* Decodes the inside of a JSON string to UTF-8. Writes at most
  * 3 * len + 6 bytes and returns how many. What is incomplete at the end
  * stays in the carry. */
@@ -2630,21 +2673,25 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
     char *o = out;
 
     while (s < end) {
-        unsigned char b = (unsigned char)*s++;
+        unsigned char b;
         uint32_t cp;
+#if LLMCBI_QUICK
+        if (!c->n && !c->high) {
+            o = llmcbi_json_easy(o, &s, end);
+            if (s == end) break;
+        }
+#endif
+        b = (unsigned char)*s++;
         if (b != '\\') {
             if (c->high) o = llmcbi_carry_flush(o, c);
             o = llmcbi_put_byte(o, c, b);
             continue;
         }
-        b = (unsigned char)*s++;
-        if (b == 'u') {
-            cp = llmcbi_hex4(s);
-            s += 4;
+        if (*s == 'u') {
+            cp = llmcbi_hex4(s + 1);
+            s += 5;
         } else {
-            const char *letter =
-                (const char *)memchr(llmcbi_json_letters, b, 8);
-            cp = (unsigned char)llmcbi_json_meant[letter - llmcbi_json_letters];
+            cp = (unsigned char)llmcbi_json_meaning(*s++);
         }
         if (c->high && cp >= 0xDC00 && cp < 0xE000) {
             cp = 0x10000 + ((uint32_t)(c->high - 0xD800) << 10) + (cp - 0xDC00);
@@ -2757,16 +2804,17 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
         char esc[] = "\\u0000";
-        const char *meant;
+        static const char meant[] = "\"\\\b\f\n\r\t";
+        const char *at;
         size_t n = 6;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
         llmcbi_buf_add(a, b, s + plain, i - plain);
         plain = i + 1;
-        meant = (const char *)memchr(llmcbi_json_meant, c, 8);
+        at = (const char *)memchr(meant, c, 7);
         esc[4] = hex[c >> 4];
         esc[5] = hex[c & 15];
-        if (meant) {
-            esc[1] = llmcbi_json_letters[meant - llmcbi_json_meant];
+        if (at) {
+            esc[1] = "\"\\bfnrt"[at - meant];
             n = 2;
         }
         llmcbi_buf_add(a, b, esc, n);
