@@ -10903,13 +10903,15 @@ static int64_t llmcbi_limiter_take(llmcb_limiter *l)
 
 /* -- chats */
 
-/* An event that brings nothing but text, without that: `head` bytes up to it,
- * `mid` bytes up to the end or to the padding, and what is behind the padding.
- * They stand behind this. The streams of a chat share it, but for a beginning
- * of their own, since each has its id. */
+/* An event that brings nothing but one string, without that: `head` bytes up to
+ * it, `mid` bytes up to the end or to the padding, and what is behind the
+ * padding. They stand behind this. The streams of a chat share it, but for a
+ * beginning of their own, since each has its id. */
 typedef struct llmcbi_pattern {
     size_t refs; /* the chat's, each prompt's */
     size_t len, head, mid;
+    size_t member; /* of the choice: the string, or tool calls that it is in */
+    size_t before, behind; /* bytes of the member around the string */
 } llmcbi_pattern;
 
 /* A stream has some: its first event looks different, as does one with
@@ -12006,11 +12008,26 @@ static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
     }
 }
 
+/* The same of a choice that brings something else, in a string that differs. */
+static void llmcbi_prompt_member(llmcbi_prompt *p, const llmcbi_raw *string)
+{
+    const llmcbi_pattern *q = p->pattern;
+    llmcbi_wire_choice w;
+    llmcbi_raw *member = (llmcbi_raw *)(void *)((char *)&w + q->member);
+
+    memset(&w, 0, sizeof w);
+    member->ptr = string->ptr - q->before;
+    member->len = q->before + string->len + q->behind;
+    member->plain = string->plain;
+    llmcbi_prompt_choice(p, &w, NULL);
+}
+
 /* Most events of a stream differ from the one before in nothing but their
- * text, and in padding that OpenAI adds. If all around is equal, byte for
- * byte, and these are JSON strings, then the whole event has been read
- * before. Takes as many such events as there are and as have room, from
- * *pieces on, which goes with them; false: none. */
+ * text, their reasoning or the arguments of a tool call, and in padding that
+ * OpenAI adds. If all around is equal, byte for byte, and these are JSON
+ * strings, then the whole event has been read before. Takes as many such events
+ * as there are and as have room, from *pieces on, which goes with them; false:
+ * none. */
 static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
                                      const llmcb_str *stop)
 {
@@ -12020,11 +12037,12 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     size_t tail = len - head - mid, most = p->chat->d.limits.event;
     uint64_t until = llmcbi_run_until(&p->run);
     llmcb_str *piece = *pieces;
+    bool text = q->member == offsetof(llmcbi_wire_choice, text);
     bool direct, any = false;
 
     while (p->run.slowest < p->run.head && llmcbi_run_serve_inline(&p->run)) {
     } /* then tokens may pass the log by */
-    direct = llmcbi_run_direct(&p->run);
+    direct = text && llmcbi_run_direct(&p->run);
     do {
         const char *s = piece->ptr, *end = s + piece->len;
         llmcbi_raw raw;
@@ -12053,7 +12071,10 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
         }
         if ((size_t)(s - piece->ptr) - 2 > most) break;
         *piece = llmcbi_slice(s, (size_t)(end - s));
-        llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
+        if (text)
+            llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
+        else
+            llmcbi_prompt_member(p, &raw);
         any = true;
         if (!piece->len) {
             if (piece + 1 == stop) break;
@@ -12069,15 +12090,15 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
 
 /* Where the padding of an event begins: a member that nobody reads, of random
  * length and always the last. NULL: it has none. */
-static const char *llmcbi_prompt_padding(llmcb_str data, const char *text_end)
+static const char *llmcbi_prompt_padding(llmcb_str data, const char *from)
 {
     static const char key[] = "\"obfuscation\":\"";
     const char *s = data.ptr + data.len - 2;
 
-    if (s <= text_end || memcmp(s, "\"}", 2) != 0) return NULL;
-    while (s > text_end && s[-1] != '"')
+    if (s <= from || memcmp(s, "\"}", 2) != 0) return NULL;
+    while (s > from && s[-1] != '"')
         s--;
-    return (size_t)(s - text_end) >= sizeof key &&
+    return (size_t)(s - from) >= sizeof key &&
                    memcmp(s - (sizeof key - 1), key, sizeof key - 1) == 0
                ? s
                : NULL;
@@ -12095,12 +12116,13 @@ static void llmcbi_prompt_unlearn(llmcbi_prompt *p)
     p->alike = false;
 }
 
-/* An event cut as a pattern is: what is before its text, behind "data: ", what
- * follows up to the padding, and what is behind that or, without it, at the
- * end of any event. */
+/* An event cut as a pattern is: what is before its string, behind "data: ",
+ * what follows up to the padding, and what is behind that or, without it, at
+ * the end of any event. */
 typedef struct llmcbi_shape {
     llmcb_str head, mid, tail;
     bool padded;
+    size_t member, before, behind;
 } llmcbi_shape;
 
 static llmcbi_pattern *llmcbi_pattern_new(const llmcb_allocator *a,
@@ -12117,6 +12139,9 @@ static llmcbi_pattern *llmcbi_pattern_new(const llmcb_allocator *a,
     q->len = len;
     q->head = 6 + s->head.len;
     q->mid = s->mid.len + (s->padded ? 0 : s->tail.len);
+    q->member = s->member;
+    q->before = s->before;
+    q->behind = s->behind;
     memcpy(at, "data: ", 6);
     memcpy(at + 6, s->head.ptr, s->head.len);
     memcpy(at + q->head, s->mid.ptr, s->mid.len);
@@ -12124,12 +12149,13 @@ static llmcbi_pattern *llmcbi_pattern_new(const llmcb_allocator *a,
     return q;
 }
 
-/* Whether q differs from it at most before the text. */
+/* Whether q differs from it at most before the string. */
 static bool llmcbi_pattern_fits(const llmcbi_pattern *q, const llmcbi_shape *s)
 {
     const char *behind = (const char *)(q + 1) + 6 + s->head.len;
 
-    return q->head == 6 + s->head.len &&
+    return q->head == 6 + s->head.len && q->member == s->member &&
+           q->before == s->before && q->behind == s->behind &&
            q->len == q->head + s->mid.len + s->tail.len &&
            memcmp(behind, s->mid.ptr, s->mid.len) == 0; /* tails by length */
 }
@@ -12164,29 +12190,57 @@ static bool llmcbi_prompt_adopt(llmcbi_prompt *p, llmcbi_pattern *q, size_t n)
     return p->own || !n;
 }
 
-/* Remembers an event that brought nothing but text. That there may be no
+/* The one string that a choice brings, and where; false: it is not one. */
+static bool llmcbi_shape_string(llmcbi_shape *s, const llmcbi_wire_choice *c,
+                                llmcbi_raw *string)
+{
+    const llmcbi_raw *member = &c->text;
+
+    if (c->tool_calls.len && !c->text.len && !c->reasoning.len) {
+        llmcbi_tool_piece piece;
+        llmcbi_json j;
+        llmcbi_json_init(&j, c->tool_calls.ptr, c->tool_calls.len);
+        llmcbi_json_next(&j);
+        if (!llmcbi_wire_next_tool(&j, &piece) || piece.arguments.object)
+            return false;
+        member = &c->tool_calls;
+        *string = piece.arguments;
+    } else if (c->tool_calls.len || (c->reasoning.len && c->text.len)) {
+        return false;
+    } else {
+        if (c->reasoning.len) member = &c->reasoning;
+        *string = *member;
+    }
+    if (!string->ptr) return false;
+    s->member = (size_t)((const char *)member - (const char *)c);
+    s->before = (size_t)(string->ptr - member->ptr);
+    s->behind = member->len - s->before - string->len;
+    return true;
+}
+
+/* Remembers an event that brought nothing but one string. That there may be no
  * memory for it does no harm: it only saves time. */
 static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
                                 const llmcbi_wire_event *ev)
 {
     const llmcbi_wire_choice *c = &ev->choice;
-    const char *end = data.ptr + data.len, *text_end, *padding, *head;
+    const char *end = data.ptr + data.len, *behind, *padding, *head;
     llmcbi_pattern *q = p->pattern;
     llmcbi_shape s;
+    llmcbi_raw string;
     size_t n;
 
     if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
-        !c->text.ptr || c->refusal.len || c->reasoning.len ||
-        c->finish_reason.len || c->tool_calls.len || c->function_call.len ||
+        c->refusal.len || c->finish_reason.len || c->function_call.len ||
         c->logprobs.len || data.len > 1024 || p->sse.skip_lf ||
-        memchr(data.ptr, '\n', data.len))
+        memchr(data.ptr, '\n', data.len) ||
+        !llmcbi_shape_string(&s, c, &string))
         return;
-    text_end = c->text.ptr + c->text.len;
-    padding = llmcbi_prompt_padding(data, text_end);
+    behind = string.ptr + string.len;
+    padding = llmcbi_prompt_padding(data, behind);
     s.padded = padding != NULL;
-    s.head = llmcbi_slice(data.ptr, (size_t)(c->text.ptr - data.ptr));
-    s.mid =
-        llmcbi_slice(text_end, (size_t)((padding ? padding : end) - text_end));
+    s.head = llmcbi_slice(data.ptr, (size_t)(string.ptr - data.ptr));
+    s.mid = llmcbi_slice(behind, (size_t)((padding ? padding : end) - behind));
     s.tail = llmcb_text(padding ? "\"}\n\n" : "\n\n");
     if (!q || !llmcbi_pattern_fits(q, &s)) q = llmcbi_chat_pattern(p->chat, &s);
     if (!q) return;

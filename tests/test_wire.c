@@ -305,8 +305,16 @@ TEST(text_comes_from_wherever_servers_put_it)
     ROWS(rows);
 }
 
-/* Events that differ in their text alone are read in a shorter way: these
- * look like it. */
+#define THINK(text) DELTA("'content':null,'reasoning':'" text "'")
+#define CALL(text)                                                        \
+    DELTA("'tool_calls':[{'index':0,'id':'c','type':'function','function'" \
+          ":{'name':'f','arguments':'" text "'}}]")
+#define ARGS(index, text)                                 \
+    DELTA("'tool_calls':[{'index':" index ",'function':{" \
+          "'arguments':'" text "'}}]")
+
+/* Events that differ in one string alone are read in a shorter way: these look
+ * like it. */
 TEST(an_event_like_the_one_before_is_read_no_differently)
 {
     static const row rows[] = {
@@ -340,6 +348,66 @@ TEST(an_event_like_the_one_before_is_read_no_differently)
           "{'x':'data','choices':[{'index':0,'delta':{'content':'b'}}],"
           "'y':'w'}\n",
           "OK ab" },
+        /* reasoning */
+        { THINK("a") THINK("b") THINK("") THINK("\\n") TEXT("c") THINK("d")
+              THINK("e") TEXT("f"),
+          "OK cf reasoning=ab\nde" },
+        { DELTA("'content':'','reasoning':'a'")
+              DELTA("'content':'','reasoning':'b'")
+                  DELTA("'content':'c','reasoning':''")
+                      DELTA("'content':'','reasoning':'d'"),
+          "OK c reasoning=abd" },
+        { DELTA("'content':'a','reasoning':'x'")
+              DELTA("'content':'b','reasoning':'x'")
+                  DELTA("'content':'b','reasoning':'y'"),
+          "OK abb reasoning=xxy" },
+        { THINK("a") DELTA("'content':null,'reasoning':'b','refusal':'x'")
+              THINK("c") THINK("d"),
+          "OK refusal=x reasoning=abcd" },
+        { THINK("a") THINK("b','reasoning':'c") THINK("d"),
+          "OK reasoning=acd" },
+        /* of one length, with blanks, and so of one look but for its own */
+        { DELTA("'reasoning':'a'") DELTA("'reasoning':'b'")
+              DELTA("  'content':'c'") DELTA("  'content':'d'"),
+          "OK cd reasoning=ab" },
+        { THINK("\\ud83d") THINK("\\ude00") THINK("\\u00e9"),
+          "OK reasoning=\xF0\x9F\x98\x80\xC3\xA9" },
+        { THINK("\xE4") THINK("\xBD") THINK("\xA0"),
+          "OK reasoning=\xE4\xBD\xA0" },
+        { THINK("a") THINK("b\\x"), "EJSON reasoning=a" },
+        /* the arguments of a tool call */
+        { CALL("") ARGS("0", "{") ARGS("0", "\\'a\\':") ARGS("0", "1")
+              ARGS("0", "}"),
+          "OK {c f {'a':1} valid}" },
+        { CALL("{") ARGS("0", "}") ARGS("1", "[") ARGS("1", "]")
+              ARGS("0", " ") TEXT("a") ARGS("0", " "),
+          "OK a {c f {}   valid} {  [] bad}" },
+        { CALL("{") ARGS("0", "\\'\\ud83d") ARGS("0", "\\ude00\\'")
+              ARGS("0", ":1}"),
+          "OK {c f {'\xF0\x9F\x98\x80':1} valid}" },
+        { CALL("{") ARGS("0", "") ARGS("0", "}','x':'y") ARGS("0", " "),
+          "OK {c f {}  valid}" },
+        { CALL("{") ARGS("0", "") ARGS("0", "}'}},{'index':1,'function':{"
+              "'name':'g','arguments':'{}") ARGS("0", " "),
+          "OK {c f {}  valid} { g {} valid}" },
+        { CALL("{") ARGS("0", "") DELTA("'content':'t','tool_calls':[{'index':"
+              "0,'function':{'arguments':'}'}}]") ARGS("0", " ") ARGS("0", " "),
+          "OK t {c f {}   valid}" },
+        { CALL("{") DELTA("'tool_calls':[{'index':0,'function':{'arguments':"
+              "{}}}]") DELTA("'tool_calls':[{'index':0,'function':{"
+              "'arguments':null}}]") DELTA("'tool_calls':[{'index':0}]")
+              ARGS("0", "}") ARGS("0", " "),
+          "OK {c f {}  valid}" },
+        { CALL("") ARGS("0", "1") ARGS("0", "2")
+              DELTA("'tool_calls':[ {'index':0,'function':{'arguments':'3'}}]")
+                  DELTA("'tool_calls':[ {'index':0,'function':{'arguments':"
+                        "'4'}}]")
+                      DELTA(" 'tool_calls':[{'index':0,'function':{'arguments':"
+                            "'5'}}]")
+                          DELTA(" 'tool_calls':[{'index':0,'function':{"
+                                "'arguments':'6'}}]"),
+          "OK {c f 123456 bad}" },
+        { CALL("") ARGS("0", "a") ARGS("0", "b\\"), "EJSON {c f a bad}" },
     };
 
     ROWS(rows);

@@ -37,11 +37,15 @@ per() {
 count() {
     $dir/server -g 4000 >$dir/callgrind.http
     $dir/server -g 4000 -o >$dir/callgrind-uneven.http
+    $dir/server -g 4000 -m 1 >$dir/callgrind-reasoning.http
+    $dir/server -g 4000 -m 2 >$dir/callgrind-tool.http
     per token_none 4000 $dir/callgrind.http 1 6 -H none
     per token_inline 4000 $dir/callgrind.http 1 6 -H inline
     per token_async 4000 $dir/callgrind.http 1 6 -H async
     per token_inline_10 4000 $dir/callgrind.http 1 6 -H inline -k 10
     per token_uneven_inline 4000 $dir/callgrind-uneven.http 1 6 -H inline
+    per token_reasoning_inline 4000 $dir/callgrind-reasoning.http 1 6 -H inline
+    per token_tool_inline 4000 $dir/callgrind-tool.http 1 6 -H inline
     per run_joke_inline 1 tests/fixtures/joke.http 10 60 -H inline
 }
 

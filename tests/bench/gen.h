@@ -82,10 +82,19 @@ static inline size_t gen_chunk(char *out, size_t size, const char *choices,
                             (unsigned)len, GEN_BEFORE, choices, behind);
 }
 
+/* What a token comes as. */
+enum { GEN_CONTENT, GEN_REASONING, GEN_TOOL };
+
 /* obfuscation: a member of random length in each event, as OpenAI's own
  * servers add it, so that no two events have the same length. */
-static inline void gen_init(gen *g, int obfuscation)
+static inline void gen_init(gen *g, int obfuscation, unsigned member)
 {
+    static const char *const members[][2] = {
+        { "\"content\":\"", "\"" },
+        { "\"content\":null,\"reasoning_content\":\"", "\"" },
+        { "\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"",
+          "\"}}]" },
+    };
     static const char noise[] = "aB3dE5gH7jK9mN1pQ";
     size_t cap = (GEN_RING + GEN_MAX_WRITE) * 420u, used = 0;
     char choices[256], behind[64] = "";
@@ -102,8 +111,9 @@ static inline void gen_init(gen *g, int obfuscation)
         char text[64];
         gen_text(text, sizeof text, k);
         snprintf(choices, sizeof choices,
-                 "[{\"index\":0,\"delta\":{\"content\":\"%s\"},"
-                 "\"logprobs\":null,\"finish_reason\":null}]", text);
+                 "[{\"index\":0,\"delta\":{%s%s%s},"
+                 "\"logprobs\":null,\"finish_reason\":null}]",
+                 members[member][0], text, members[member][1]);
         if (obfuscation)
             snprintf(behind, sizeof behind, ",\"obfuscation\":\"%.*s\"",
                      (int)(gen_next(&x) % 16), noise);

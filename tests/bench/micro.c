@@ -46,7 +46,7 @@ static llmcb_transport *tape(llmcb_loop *loop, unsigned tokens)
     char *bytes;
     size_t i;
 
-    if (!g.bytes) gen_init(&g, 0);
+    if (!g.bytes) gen_init(&g, 0, GEN_CONTENT);
     if (tokens > GEN_RING) fail("too many tokens");
     bytes = (char *)malloc(g.head_len + g.at[tokens] + 2048);
     if (!bytes) fail("no memory");

@@ -33,7 +33,7 @@ int main(int argc, char **argv)
 {
     gen g;
 
-    gen_init(&g, 0);
+    gen_init(&g, 0, GEN_CONTENT);
     bytes_a_token = g.at[GEN_RING] / GEN_RING;
     free(g.bytes);
     free(g.at);

@@ -27,9 +27,30 @@ function m(c, who, metric) {
     return median(c SUBSEP who SUBSEP metric)
 }
 
+# Of two clients' figures of the same rounds, the median of their ratios or of
+# their differences: the machine's speed changes from minute to minute, hardly
+# within a round.
+function paired(a, b, differ,    i) {
+    count["pair"] = 0
+    for (i = 1; i <= count[a] && i <= count[b]; i++)
+        if (differ) add("pair", list[a, i] - list[b, i])
+        else if (list[b, i] > 0) add("pair", list[a, i] / list[b, i])
+    return median("pair")
+}
+
 function ratio(c, who, other, metric) {
-    if (m(c, who, metric) == "" || m(c, other, metric) + 0 == 0) return ""
-    return m(c, who, metric) / m(c, other, metric)
+    return paired(c SUBSEP who SUBSEP metric, c SUBSEP other SUBSEP metric, 0)
+}
+
+# What a client takes more than another.
+function more(c, who, other, metric) {
+    return paired(c SUBSEP who SUBSEP metric, c SUBSEP other SUBSEP metric, 1)
+}
+
+# What 10,000 streams cost more than 100 of the same rate.
+function rates(who) {
+    return paired("rate-10000" SUBSEP who SUBSEP "steady",
+        "rate-100" SUBSEP who SUBSEP "steady", 0)
 }
 
 function line(what, figure, unit, limit, limit_text) {
@@ -45,11 +66,15 @@ function difference(a, b) {
     return a == "" || b == "" ? "" : a - b
 }
 
+function scaled(a, by) {
+    return a == "" ? "" : a / by
+}
+
 $1 == "SHAPE" {
     name = $2
     sub(/^SHAPE [^ ]* /, "")
+    if (!(name in shape)) cases[++n_cases] = name
     shape[name] = $0
-    cases[++n_cases] = name
 }
 
 $1 == "CASE" {
@@ -92,7 +117,13 @@ $1 == "CASE" {
     add(c SUBSEP who SUBSEP "part_ms", f["part_wall_s"] * 1e3)
 }
 
-$1 == "MICRO" { micro[$2] = $3; unit[$2] = $4; order[++n_micro] = $2 }
+$1 == "MICRO" {
+    if (!($2 in micro)) order[++n_micro] = $2
+    if (!($2 in micro) ||
+        ($4 ~ /^GB/ ? $3 + 0 > micro[$2] : $3 + 0 < micro[$2]))
+        micro[$2] = $3 + 0
+    unit[$2] = $4
+}
 $1 == "SIZE" {
     size[$2] = $3 / 1024
     read_only[$2] = $4 / 1024
@@ -145,28 +176,21 @@ function budgets(    a, b) {
     line("  the same, events of uneven length, inline, x recv",
         ratio("uneven-100", "inline", "recv", "cpu"), "x", "", "")
     line("one stream, 64 a write, sync more than inline",
-        difference(m("burst-1", "sync", "cpu"), m("burst-1", "inline", "cpu")),
-        "ns", 100, "100 ns")
+        more("burst-1", "sync", "inline", "cpu"), "ns", 100, "100 ns")
     line("one async handler that does not await, over inline",
-        difference(m("recorded", "async", "cpu"),
-            m("recorded", "inline", "cpu")), "ns", 30, "30 ns")
+        more("recorded", "async", "inline", "cpu"), "ns", 30, "30 ns")
     line("lock step on the pool, a token, wall",
-        difference(m("lock-step", "lock", "wall"),
-            m("lock-step", "sync", "wall")) / 1000, "us", "", "about 30 us")
+        scaled(more("lock-step", "lock", "sync", "wall"), 1000), "us", "",
+        "about 30 us")
     line("start and end barriers with a sync handler, wall",
         micro["barriers_sync_wall"], "us", "", "about 60 us")
     line("paced, 1,000 streams of 20 a second, inline, x recv",
         ratio("paced-1000", "inline", "recv", "steady"), "x", 1.1, "1.10 x")
     line("  the same, sync handler on the pool, x recv",
         ratio("paced-1000", "sync", "recv", "steady"), "x", 1.4, "1.4 x")
-    a = m("rate-100", "inline", "steady")
     line("the same token rate over 10,000 streams against 100",
-        a > 0 && m("rate-10000", "inline", "steady") != "" ? \
-            m("rate-10000", "inline", "steady") / a : "", "x", 1.2, "1.2 x")
-    line("  for comparison, recv alone",
-        m("rate-100", "recv", "steady") > 0 ? \
-            m("rate-10000", "recv", "steady") / \
-            m("rate-100", "recv", "steady") : "", "x", "", "")
+        rates("inline"), "x", 1.2, "1.2 x")
+    line("  for comparison, recv alone", rates("recv"), "x", "", "")
     line("parsing alone, inline handler", m("recorded", "inline", "cpu"),
         "ns", 40, "40 ns")
     line("  instructions a token", instr["token_inline"], "", 700, "700")
@@ -183,12 +207,11 @@ function budgets(    a, b) {
         line("allocations a token, " names[i],
             a == "" || b == "" ? "" : a - b / 10000, "", 0.01, "0.01")
     }
-    a = m("rate-10000", "inline", "bytes")
     line("memory of a waiting stream, plain sockets",
-        a == "" ? "" : a / 10000 / 1024, "KiB", 2, "2 KiB")
-    a = m("rate-10000", "inline", "rss")
-    line("peak with 10,000 paced streams", a == "" ? "" : a / 1024, "MiB", 24,
-        "24 MiB")
+        scaled(m("rate-10000", "inline", "bytes"), 10000 * 1024), "KiB", 2,
+        "2 KiB")
+    line("peak with 10,000 paced streams",
+        scaled(m("rate-10000", "inline", "rss"), 1024), "MiB", 24, "24 MiB")
     line("a stream's set-up and end, inline",
         m("setup", "inline", "stream_cpu"), "us", 60, "60 us")
     line("  the same, sync handler", m("setup", "sync", "stream_cpu"), "us",
@@ -207,9 +230,8 @@ function budgets(    a, b) {
     line("  all, with constants and unwind tables", read_only["all"], "KiB",
         "", "")
     line("static memory", sized ? static_bytes : "", "B", 0, "0")
-    a = m("idle-1", "inline", "bytes")
     line("a loop with one open stream, read buffer included",
-        a == "" ? "" : a / 1024, "KiB", 80, "80 KiB")
+        scaled(m("idle-1", "inline", "bytes"), 1024), "KiB", 80, "80 KiB")
     line("including the declarations, over stdio.h",
         difference(median("include" SUBSEP "llmcb"),
             median("include" SUBSEP "stdio")), "ms", 15, "15 ms")

@@ -1,12 +1,13 @@
 /* The load server: answers POST /v1/chat/completions on the loopback with a
  * stream of max_tokens events, as fast as the socket takes them or at a pace.
  *
- *     server [-e EVENTS] [-r RATE] [-o] [-l SECONDS]   prints "port N"
- *     server -g TOKENS [-o]                            prints one response
+ *     server [-e EVENTS] [-r RATE] [-o] [-m N] [-l SECONDS]   prints "port N"
+ *     server -g TOKENS [-o] [-m N]                            prints a response
  *
  * -e  events a write (1)
  * -r  tokens a second of each stream (0: as fast as it goes)
  * -o  events of random length (see gen.h)
+ * -m  tokens are 0 text, 1 reasoning, 2 the arguments of a tool call
  * -l  ends after so many seconds (600), or when its standard input closes
  *
  * All is rendered before the first request: serving a stream is sending
@@ -348,20 +349,22 @@ int main(int argc, char **argv)
 {
     unsigned print = 0, life = 600, rate = 0;
     int opt, obfuscation = 0;
+    unsigned member = GEN_CONTENT;
     struct rlimit r;
 
-    while ((opt = getopt(argc, argv, "e:r:l:g:o")) != -1) {
+    while ((opt = getopt(argc, argv, "e:r:l:g:om:")) != -1) {
         unsigned v = optarg ? (unsigned)strtoul(optarg, NULL, 10) : 0;
         if (opt == 'e') events = v;
         else if (opt == 'r') rate = v;
         else if (opt == 'l') life = v;
         else if (opt == 'g') print = v;
         else if (opt == 'o') obfuscation = 1;
+        else if (opt == 'm') member = v;
         else return 2;
     }
-    if (!events || events > GEN_MAX_WRITE) return 2;
+    if (!events || events > GEN_MAX_WRITE || member > GEN_TOOL) return 2;
     if (rate) period_us = 1000000ull * events / rate;
-    gen_init(&g, obfuscation);
+    gen_init(&g, obfuscation, member);
     if (print) {
         print_response(print);
         return 0;
