@@ -2799,12 +2799,12 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
                                const char *s, size_t len)
 {
     static const char hex[] = "0123456789abcdef";
+    static const char meant[] = "\"\\\b\f\n\r\t", letters[] = "\"\\bfnrt";
     size_t i, plain = 0;
 
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
         char esc[] = "\\u0000";
-        static const char meant[] = "\"\\\b\f\n\r\t";
         const char *at;
         size_t n = 6;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
@@ -2814,7 +2814,7 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
         esc[4] = hex[c >> 4];
         esc[5] = hex[c & 15];
         if (at) {
-            esc[1] = "\"\\bfnrt"[at - meant];
+            esc[1] = letters[at - meant];
             n = 2;
         }
         llmcbi_buf_add(a, b, esc, n);
@@ -10903,6 +10903,13 @@ static int64_t llmcbi_limiter_take(llmcb_limiter *l)
 
 /* -- chats */
 
+/* What of a choice a string is, or is in. */
+typedef enum llmcbi_like {
+    LLMCBI_LIKE_TEXT,
+    LLMCBI_LIKE_REASONING,
+    LLMCBI_LIKE_TOOLS
+} llmcbi_like;
+
 /* An event that brings nothing but one string, without that: `head` bytes up to
  * it, `mid` bytes up to the end or to the padding, and what is behind the
  * padding. They stand behind this. The streams of a chat share it, but for a
@@ -10910,7 +10917,7 @@ static int64_t llmcbi_limiter_take(llmcb_limiter *l)
 typedef struct llmcbi_pattern {
     size_t refs; /* the chat's, each prompt's */
     size_t len, head, mid;
-    size_t member; /* of the choice: the string, or tool calls that it is in */
+    llmcbi_like kind;
     size_t before, behind; /* bytes of the member around the string */
 } llmcbi_pattern;
 
@@ -12013,12 +12020,14 @@ static void llmcbi_prompt_member(llmcbi_prompt *p, const llmcbi_raw *string)
 {
     const llmcbi_pattern *q = p->pattern;
     llmcbi_wire_choice w;
-    llmcbi_raw *member = (llmcbi_raw *)(void *)((char *)&w + q->member);
 
     memset(&w, 0, sizeof w);
-    member->ptr = string->ptr - q->before;
-    member->len = q->before + string->len + q->behind;
-    member->plain = string->plain;
+    if (q->kind == LLMCBI_LIKE_REASONING) {
+        w.reasoning = *string;
+    } else {
+        w.tool_calls.ptr = string->ptr - q->before;
+        w.tool_calls.len = q->before + string->len + q->behind;
+    }
     llmcbi_prompt_choice(p, &w, NULL);
 }
 
@@ -12037,7 +12046,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     size_t tail = len - head - mid, most = p->chat->d.limits.event;
     uint64_t until = llmcbi_run_until(&p->run);
     llmcb_str *piece = *pieces;
-    bool text = q->member == offsetof(llmcbi_wire_choice, text);
+    bool text = q->kind == LLMCBI_LIKE_TEXT;
     bool direct, any = false;
 
     while (p->run.slowest < p->run.head && llmcbi_run_serve_inline(&p->run)) {
@@ -12050,6 +12059,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
             memcmp(s + n_own, like + n_own, head - n_own) != 0)
             break;
         raw.ptr = s + head;
+        raw.object = false;
         s = llmcbi_json_plain(raw.ptr, end);
         raw.plain = s < end && *s == '"';
         if (!raw.plain) {
@@ -12122,7 +12132,8 @@ static void llmcbi_prompt_unlearn(llmcbi_prompt *p)
 typedef struct llmcbi_shape {
     llmcb_str head, mid, tail;
     bool padded;
-    size_t member, before, behind;
+    llmcbi_like kind;
+    size_t before, behind;
 } llmcbi_shape;
 
 static llmcbi_pattern *llmcbi_pattern_new(const llmcb_allocator *a,
@@ -12139,7 +12150,7 @@ static llmcbi_pattern *llmcbi_pattern_new(const llmcb_allocator *a,
     q->len = len;
     q->head = 6 + s->head.len;
     q->mid = s->mid.len + (s->padded ? 0 : s->tail.len);
-    q->member = s->member;
+    q->kind = s->kind;
     q->before = s->before;
     q->behind = s->behind;
     memcpy(at, "data: ", 6);
@@ -12154,7 +12165,7 @@ static bool llmcbi_pattern_fits(const llmcbi_pattern *q, const llmcbi_shape *s)
 {
     const char *behind = (const char *)(q + 1) + 6 + s->head.len;
 
-    return q->head == 6 + s->head.len && q->member == s->member &&
+    return q->head == 6 + s->head.len && q->kind == s->kind &&
            q->before == s->before && q->behind == s->behind &&
            q->len == q->head + s->mid.len + s->tail.len &&
            memcmp(behind, s->mid.ptr, s->mid.len) == 0; /* tails by length */
@@ -12194,28 +12205,32 @@ static bool llmcbi_prompt_adopt(llmcbi_prompt *p, llmcbi_pattern *q, size_t n)
 static bool llmcbi_shape_string(llmcbi_shape *s, const llmcbi_wire_choice *c,
                                 llmcbi_raw *string)
 {
-    const llmcbi_raw *member = &c->text;
+    llmcbi_tool_piece piece;
+    llmcbi_json j;
 
-    if (c->tool_calls.len && !c->text.len && !c->reasoning.len) {
-        llmcbi_tool_piece piece;
-        llmcbi_json j;
+    if ((c->text.len != 0) + (c->reasoning.len != 0) +
+            (c->tool_calls.len != 0) >
+        1)
+        return false;
+    s->before = s->behind = 0;
+    if (c->tool_calls.len) {
         llmcbi_json_init(&j, c->tool_calls.ptr, c->tool_calls.len);
         llmcbi_json_next(&j);
-        if (!llmcbi_wire_next_tool(&j, &piece) || piece.arguments.object)
+        if (!llmcbi_wire_next_tool(&j, &piece) || piece.arguments.object ||
+            !piece.arguments.ptr)
             return false;
-        member = &c->tool_calls;
         *string = piece.arguments;
-    } else if (c->tool_calls.len || (c->reasoning.len && c->text.len)) {
-        return false;
+        s->kind = LLMCBI_LIKE_TOOLS;
+        s->before = (size_t)(string->ptr - c->tool_calls.ptr);
+        s->behind = c->tool_calls.len - s->before - string->len;
+    } else if (c->reasoning.len) {
+        *string = c->reasoning;
+        s->kind = LLMCBI_LIKE_REASONING;
     } else {
-        if (c->reasoning.len) member = &c->reasoning;
-        *string = *member;
+        *string = c->text;
+        s->kind = LLMCBI_LIKE_TEXT;
     }
-    if (!string->ptr) return false;
-    s->member = (size_t)((const char *)member - (const char *)c);
-    s->before = (size_t)(string->ptr - member->ptr);
-    s->behind = member->len - s->before - string->len;
-    return true;
+    return string->ptr != NULL;
 }
 
 /* Remembers an event that brought nothing but one string. That there may be no
