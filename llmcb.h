@@ -482,8 +482,8 @@ LLMCB_API llmcb_code llmcb_loop_timer_event(llmcb_loop *loop);
  * blocking function on the pool. The functions below serve them all. */
 
 /* Runs the loop until op is done and returns its code, or LLMCB_EBUSY after
- * llmcb_loop_stop. NULL: LLMCB_ENOMEM. Inside a callback: LLMCB_ESTATE;
- * coroutines use llmcb_await. */
+ * llmcb_loop_stop. NULL: LLMCB_ENOMEM. Inside a callback, of what is not done:
+ * LLMCB_ESTATE; coroutines use llmcb_await. */
 LLMCB_API llmcb_code llmcb_op_wait(llmcb_op *op);
 
 /* Whether op is done. NULL is done. */

@@ -827,6 +827,39 @@ TEST(watch_function_frees_another_op_while_one_is_cancelled)
     close(fds[1]);
 }
 
+static llmcb_step breaks(llmcb_task *t)
+{
+    (void)t;
+    return LLMCB_EIO;
+}
+
+static llmcb_step asks_for_its_code(llmcb_task *t)
+{
+    llmcb_op *op = (llmcb_op *)t->self;
+
+    return llmcb_op_wait(op) == LLMCB_EIO &&
+                   llmcb_loop_run_until(llmcb_task_loop(t), op) == LLMCB_EIO
+               ? LLMCB_DONE
+               : LLMCB_ESTATE;
+}
+
+/* What is done is not waited for. */
+TEST(code_of_what_is_done_is_had_inside_a_callback)
+{
+    llmcb_op *op, *asks;
+    scene s;
+
+    begin(&s);
+    scene_open(&s);
+    op = llmcb_task_start(s.loop, breaks, 0, NULL);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_EIO);
+    asks = llmcb_task_start(s.loop, asks_for_its_code, 0, op);
+    CHECK_INT(llmcb_op_wait(asks), LLMCB_OK);
+    llmcb_op_free(asks);
+    llmcb_op_free(op);
+    scene_close(&s);
+}
+
 int main(int argc, char **argv)
 {
     return scene_main(argc, argv);

@@ -621,6 +621,45 @@ TEST(await_fd_times_out_on_the_loops_clock)
     close(fds[1]);
 }
 
+typedef struct hasty {
+    int fd, steps;
+} hasty;
+
+static llmcb_step arms_and_ends(llmcb_task *t)
+{
+    hasty *h = (hasty *)t->self;
+
+    h->steps++;
+    llmcb_await_fd(t, h->fd, LLMCB_READ, LLMCB_FOREVER);
+    return LLMCB_DONE;
+}
+
+/* A coroutine that ends all the same has not left its descriptor behind. */
+TEST(await_fd_that_is_not_waited_for)
+{
+    llmcb_loop *loop = virtual_loop();
+    int fds[2];
+    fd_row r = { -1, LLMCB_READ, LLMCB_FOREVER };
+    hasty h = { -1, 0 };
+    once o;
+    llmcb_op *op, *next;
+
+    REQUIRE(pipe(fds) == 0);
+    r.fd = h.fd = fds[0];
+    op = llmcb_task_start(loop, arms_and_ends, 0, &h);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    next = once_start(loop, &o, arm_fd, &r);
+    CHECK(write(fds[1], "x", 1) == 1);
+    CHECK_INT(llmcb_op_wait(next), LLMCB_OK);
+    CHECK_INT(o.result, LLMCB_OK);
+    CHECK_INT(h.steps, 1);
+    llmcb_op_free(next);
+    llmcb_op_free(op);
+    llmcb_loop_free(loop);
+    close(fds[0]);
+    close(fds[1]);
+}
+
 TEST(await_fd_one_at_a_time)
 {
     llmcb_loop *loop = virtual_loop();
