@@ -1,10 +1,13 @@
 /* [JSON]: strings decoded. One byte or escape from all that may have come
- * before is any string: a whole one is that, again and again. */
+ * before is any string: a whole one is that, again and again. Bytes above 0x7F
+ * may be taken at once. */
 /* reached: 90 */
 /* eva: -eva-slevel-function decode:2000 */
 /* eva: -inline-calls llmcbi_put_byte,llmcbi_carry_flush */
 /* eva: -inline-calls llmcbi_put_replacement,llmcbi_put_utf8 */
-/* eva: -inline-calls llmcbi_json_decode */
+/* eva: -inline-calls llmcbi_json_decode,llmcbi_json_easy */
+/* eva: -inline-calls llmcbi_utf8_at,llmcbi_json_meaning */
+/* eva: -eva-slevel-function at_once:2000 */
 #include "proof.h"
 
 static void decode(void)
@@ -42,8 +45,26 @@ static void decode(void)
     /*@ assert high: c.high == 0 || 0xD800 <= c.high <= 0xDBFF; */
 }
 
+static void at_once(void)
+{
+    int len = Frama_C_interval(1, 4), i;
+    const char *from;
+    char *in, *out, *to;
+
+    /*@ split len; */
+    in = any_bytes((size_t)len);
+    out = (char *)malloc((size_t)len);
+    for (i = 0; i < len; i++)
+        in[i] = Frama_C_char_interval(-128, -1);
+    from = in;
+    to = llmcbi_json_easy(out, &from, in + len);
+    /*@ assert read: in <= from <= in + len; */
+    /*@ assert written: to - out == from - in; */
+}
+
 int main(void)
 {
     decode();
+    at_once();
     return 0;
 }
