@@ -2411,7 +2411,6 @@ static bool llmcbi_json_string(llmcbi_json *j)
             j->high = true;
             while (p < end && (unsigned char)*p >= 0x80)
                 p++;
-            continue;
         }
         if (c != '\\') continue;
         j->escaped = true;
@@ -9637,7 +9636,7 @@ typedef struct llmcbi_take {
     llmcbi_buf http, borders;
     size_t number;
     int64_t last;
-    bool in_body, ended;
+    bool in_body;
 } llmcbi_take;
 
 static void llmcbi_take_border(llmcbi_take *t)
@@ -9792,7 +9791,6 @@ static void llmcbi_take_close(llmcbi_take *t, const char *end)
     llmcbi_take_save(t, end);
     llmcbi_buf_free(a, &t->http);
     llmcbi_buf_free(a, &t->borders);
-    t->ended = true;
 }
 
 static void llmcbi_take_end(void *owner, llmcb_ending ending,
@@ -9849,7 +9847,7 @@ static void llmcbi_record_resume(llmcb_transport *tr, llmcb_exchange *x)
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
 
     (void)tr;
-    if (t->inner->tr) llmcbi_exchange_resume(t->inner);
+    llmcbi_exchange_resume(t->inner);
 }
 
 static void llmcbi_record_part(llmcb_exchange *x, llmcbi_parting how)
@@ -9857,8 +9855,8 @@ static void llmcbi_record_part(llmcb_exchange *x, llmcbi_parting how)
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
 
     /* what was left unread: the answer was complete, or nobody knows */
-    if (!t->ended) llmcbi_take_close(t, "close");
-    if (t->inner->tr) llmcbi_exchange_close(t->inner, how);
+    llmcbi_take_close(t, "close");
+    llmcbi_exchange_close(t->inner, how);
 }
 
 static void llmcbi_record_release(llmcb_transport *tr, llmcb_exchange *x)
