@@ -6883,6 +6883,7 @@ static size_t llmcbi_exchange_size(const llmcb_transport *tr)
 static void llmcbi_exchange_open(llmcb_exchange *x, llmcb_transport *tr,
                                  const llmcbi_sink *sink, void *owner)
 {
+    LLMCB_ASSERT(!x->tr);
     memset(x, 0, llmcbi_exchange_size(tr));
     x->tr = tr;
     x->sink = sink;
@@ -11343,8 +11344,9 @@ struct llmcbi_prompt {
     llmcbi_pattern *pattern; /* of the last event that was text alone */
     char *own;               /* the beginning of its own */
     uint16_t n_own;
-    bool alike;  /* that was the last event; the input stands behind it */
-    bool stream; /* tokens are told */
+    uint8_t vain; /* events remembered, and none like them came */
+    bool alike;   /* that was the last event; the input stands behind it */
+    bool stream;  /* tokens are told */
     uint8_t phase, body_kind;
     int8_t should_retry; /* -1, 0, 1 */
     bool html, encoded;  /* what the head says of the body */
@@ -12047,7 +12049,8 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     bool text = q->kind == LLMCBI_LIKE_TEXT;
     bool direct, any = false;
 
-    while (p->run.slowest < p->run.head && llmcbi_run_serve_inline(&p->run)) {
+    while (text && p->run.slowest < p->run.head &&
+           llmcbi_run_serve_inline(&p->run)) {
     } /* then tokens may pass the log by */
     direct = text && llmcbi_run_direct(&p->run);
     do {
@@ -12068,6 +12071,8 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
             s = j.p - 1;
         }
         raw.len = (size_t)(s - raw.ptr);
+        if (!raw.len && q->kind == LLMCBI_LIKE_REASONING)
+            break; /* then another member may have brought it */
         if ((size_t)(end - s) < mid || memcmp(s, like + head, mid) != 0) break;
         s += mid;
         if (tail) {
@@ -12092,7 +12097,10 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
              (direct || (p->run.head < until &&
                          p->run.held <= p->run.rules->window_bytes)));
     *pieces = piece;
-    if (any) p->last_data = p->run.loop->now;
+    if (any) {
+        p->last_data = p->run.loop->now;
+        p->vain = 0;
+    }
     return any;
 }
 
@@ -12164,7 +12172,7 @@ static bool llmcbi_pattern_fits(const llmcbi_pattern *q, const llmcbi_shape *s)
     const char *behind = (const char *)(q + 1) + 6 + s->head.len;
 
     return q->head == 6 + s->head.len && q->kind == s->kind &&
-           q->before == s->before && q->behind == s->behind &&
+           q->before == s->before &&
            q->len == q->head + s->mid.len + s->tail.len &&
            memcmp(behind, s->mid.ptr, s->mid.len) == 0; /* tails by length */
 }
@@ -12243,6 +12251,8 @@ static void llmcbi_prompt_learn(llmcbi_prompt *p, llmcb_str data,
     llmcbi_raw string;
     size_t n;
 
+    /* where each event looks different, only now and then */
+    if (++p->vain > 16 && p->vain % 16) return;
     if (!ev->has_choice || ev->more || ev->usage.known || c->index != 0 ||
         c->refusal.len || c->finish_reason.len || c->function_call.len ||
         c->logprobs.len || data.len > 1024 || p->sse.skip_lf ||

@@ -487,6 +487,71 @@ TEST(streams_that_look_alike)
     talk_end(&t);
 }
 
+static size_t resized;
+
+static void *count_resize(void *user, void *ptr, size_t old, size_t size)
+{
+    (void)user;
+    (void)old;
+    resized++;
+    if (size) return realloc(ptr, size);
+    free(ptr);
+    return NULL;
+}
+
+/* What the second stream of a chat allocates, whose n events are by turns of
+ * two looks: each is remembered in vain. */
+static size_t stream_by_turns(size_t n)
+{
+    static char bytes[2][64 * 1024];
+    llmcb_recording rec[2];
+    llmcb_loop_desc ld;
+    llmcb_replay_desc rd;
+    llmcb_chat *chat;
+    llmcb_loop *loop;
+    llmcb_op *op;
+    size_t i, k, before = 0;
+    talk t;
+
+    for (k = 0; k < 2; k++) {
+        char *at = bytes[k] + sprintf(bytes[k], "%s\r\n", SSE);
+        for (i = 0; i < n; i++)
+            at += sprintf(at, "data: {\"id\":\"%d\",\"choices\":[{\"index\":0,"
+                          "\"delta\":{\"%s\":\"a\"}}]}\n\n", (int)k,
+                          i % 2 ? "content" : "reasoning");
+        strcpy(at, DONE);
+        rec[k] = recording(bytes[k], LLMCB_REPLAY_CLOSE);
+    }
+    talk_init(&t, true);
+    memset(&ld, 0, sizeof ld);
+    ld.allocator.resize = count_resize;
+    loop = llmcb_loop_new(&ld);
+    memset(&rd, 0, sizeof rd);
+    rd.recordings = rec;
+    rd.n_recordings = 2;
+    t.d.transport = llmcb_replay_new(loop, &rd);
+    chat = llmcb_chat_new(loop, &t.d);
+    for (k = 0; k < 2; k++) {
+        before = resized;
+        op = llmcb_chat_generate(chat, &question, 1, NULL);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+        CHECK_INT(t.s.n_tokens, (k + 1) * n);
+        llmcb_op_free(op);
+    }
+    before = resized - before;
+    llmcb_chat_free(chat);
+    llmcb_loop_free(loop);
+    talk_end(&t);
+    return before;
+}
+
+TEST(streams_that_never_look_alike_allocate_no_more)
+{
+    size_t some = stream_by_turns(200);
+
+    CHECK(stream_by_turns(600) - some < 400); /* one for each */
+}
+
 /* Events with data count, comments and empty events do not. */
 TEST(time_idle)
 {

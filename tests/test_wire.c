@@ -366,6 +366,11 @@ TEST(an_event_like_the_one_before_is_read_no_differently)
           "OK refusal=x reasoning=abcd" },
         { THINK("a") THINK("b','reasoning':'c") THINK("d"),
           "OK reasoning=acd" },
+        /* an empty one changes nothing */
+        { DELTA("'reasoning_content':'x','reasoning':'a'")
+              DELTA("'reasoning_content':'x','reasoning':''")
+                  DELTA("'reasoning_content':'x','reasoning':'b'"),
+          "OK reasoning=axb" },
         /* of one length, with blanks, and so of one look but for its own */
         { DELTA("'reasoning':'a'") DELTA("'reasoning':'b'")
               DELTA("  'content':'c'") DELTA("  'content':'d'"),
