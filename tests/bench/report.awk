@@ -197,7 +197,7 @@ function budgets(    a, b) {
     line("curl transport against libcurl + cJSON, burst",
         ratio("burst-100", "curl", "curl_cjson", "cpu"), "x", 0.9999, "< 1 x")
     line("  the same, paced",
-        ratio("paced-1000", "curl", "curl_cjson", "steady"), "x", 0.9999,
+        ratio("paced-curl", "curl", "curl_cjson", "steady"), "x", 0.9999,
         "< 1 x")
     split("inline async sync", names, " ")
     for (i = 1; i <= 3; i++) {
