@@ -12579,6 +12579,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
     const llmcb_limits *limits = &p->chat->d.limits;
     const llmcb_str *stop = piece + n;
 
+    /* what is found from here */
     LLMCBI_FETCH(p->run.cursors);
     LLMCBI_FETCH(p->own);
     LLMCBI_FETCH(p->answer.choices);
