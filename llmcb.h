@@ -2230,7 +2230,6 @@ static char *llmcbi_put_utf8(char *out, uint32_t cp)
 /* U+FFFD for what can no longer be completed. */
 static char *llmcbi_carry_flush(char *out, llmcbi_carry *c)
 {
-    if (!c->n && !c->high) return out;
     if (c->n) out = llmcbi_put_replacement(out);
     if (c->high) out = llmcbi_put_replacement(out);
     memset(c, 0, sizeof *c);
@@ -2377,21 +2376,9 @@ static inline const char *llmcbi_json_plain(const char *p, const char *end)
     return p;
 }
 
-/* What a letter behind a backslash stands for; 0: nothing. */
-static char llmcbi_json_meaning(char letter)
-{
-    switch (letter) {
-    case '"':
-    case '\\':
-    case '/': return letter;
-    case 'b': return '\b';
-    case 'f': return '\f';
-    case 'n': return '\n';
-    case 'r': return '\r';
-    case 't': return '\t';
-    default: return 0;
-    }
-}
+/* The letters behind a backslash, and what they stand for. */
+static const char llmcbi_json_letters[] = "\"\\/bfnrt";
+static const char llmcbi_json_meant[] = "\"\\/\b\f\n\r\t";
 
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
@@ -2415,13 +2402,13 @@ static bool llmcbi_json_string(llmcbi_json *j)
         if (c != '\\') continue;
         j->escaped = true;
         if (p == end) return false;
-        if (*p == 'u') {
+        c = (unsigned char)*p++;
+        if (c == 'u') {
             int i;
-            if (end - p < 5) return false;
-            for (i = 1; i < 5; i++)
-                if (llmcbi_hex(p[i]) > 15) return false;
-            p += 5;
-        } else if (!llmcbi_json_meaning(*p++)) {
+            if (end - p < 4) return false;
+            for (i = 0; i < 4; i++)
+                if (llmcbi_hex(*p++) > 15) return false;
+        } else if (!memchr(llmcbi_json_letters, c, 8)) {
             return false;
         }
     }
@@ -2638,20 +2625,14 @@ static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
 }
 
 #if LLMCBI_QUICK
-/* Decodes whole characters up to one that may have to be carried, and moves *s
- * there. Returns the end of what it wrote. */
-static char *llmcbi_json_easy(char *out, const char **s, const char *end)
+/* Copies whole characters that stand for themselves and moves *s behind them.
+ * Returns the end of the copy. */
+static char *llmcbi_json_copy(char *out, const char **s, const char *end)
 {
     const char *p = *s;
+    size_t n;
 
-    while (p < end) {
-        size_t n;
-        if (*p == '\\') {
-            if (p[1] == 'u') break;
-            *out++ = llmcbi_json_meaning(p[1]);
-            p += 2;
-            continue;
-        }
+    while (p < end && *p != '\\') {
         n = (unsigned char)*p < 0x80 ? 1 : llmcbi_utf8_at(p, (size_t)(end - p));
         if (!n) break;
         while (n--)
@@ -2676,7 +2657,7 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
         uint32_t cp;
 #if LLMCBI_QUICK
         if (!c->n && !c->high) {
-            o = llmcbi_json_easy(o, &s, end);
+            o = llmcbi_json_copy(o, &s, end);
             if (s == end) break;
         }
 #endif
@@ -2686,11 +2667,14 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
             o = llmcbi_put_byte(o, c, b);
             continue;
         }
-        if (*s == 'u') {
-            cp = llmcbi_hex4(s + 1);
-            s += 5;
+        b = (unsigned char)*s++;
+        if (b == 'u') {
+            cp = llmcbi_hex4(s);
+            s += 4;
         } else {
-            cp = (unsigned char)llmcbi_json_meaning(*s++);
+            const char *letter =
+                (const char *)memchr(llmcbi_json_letters, b, 8);
+            cp = (unsigned char)llmcbi_json_meant[letter - llmcbi_json_letters];
         }
         if (c->high && cp >= 0xDC00 && cp < 0xE000) {
             cp = 0x10000 + ((uint32_t)(c->high - 0xD800) << 10) + (cp - 0xDC00);
@@ -2798,22 +2782,21 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
                                const char *s, size_t len)
 {
     static const char hex[] = "0123456789abcdef";
-    static const char meant[] = "\"\\\b\f\n\r\t", letters[] = "\"\\bfnrt";
     size_t i, plain = 0;
 
     for (i = 0; i < len; i++) {
         unsigned char c = (unsigned char)s[i];
         char esc[] = "\\u0000";
-        const char *at;
+        const char *meant;
         size_t n = 6;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
         llmcbi_buf_add(a, b, s + plain, i - plain);
         plain = i + 1;
-        at = (const char *)memchr(meant, c, 7);
+        meant = (const char *)memchr(llmcbi_json_meant, c, 8);
         esc[4] = hex[c >> 4];
         esc[5] = hex[c & 15];
-        if (at) {
-            esc[1] = letters[at - meant];
+        if (meant) {
+            esc[1] = llmcbi_json_letters[meant - llmcbi_json_meant];
             n = 2;
         }
         llmcbi_buf_add(a, b, esc, n);
@@ -7003,7 +6986,7 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
             llmcbi_buf_add(&x->tr->loop->alloc, &h->bytes, pieces[i].ptr,
                            pieces[i].len);
     }
-    if (later) llmcbi_exchange_behind(x, later);
+    llmcbi_exchange_behind(x, later);
     open = !x->paused;
     llmcbi_leave(x->tr->loop, turning); /* a host may say more in there */
     return open;

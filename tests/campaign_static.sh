@@ -59,7 +59,7 @@ result() { # name, file with findings
 cat >$dir/known <<'END'
 bugprone-not-null-terminated-result	memcpy(out, "\xEF\xBF\xBD", 3);	bytes with a length
 bugprone-not-null-terminated-result	memcpy(at, "data: ", 6);	bytes with a length
-bugprone-not-null-terminated-result	memchr(meant, c, 7)	bytes with a length
+bugprone-not-null-terminated-result	memchr(llmcbi_json_	bytes with a length
 clang-analyzer-security.insecureAPI.strcpy	strcpy(chat->url + len + sizeof path - 1, query);	room for it was asked for
 clang-analyzer-security.insecureAPI.strcpy	r->path = strcpy((char *)(r + 1), path);	room for it was asked for
 clang-analyzer-security.insecureAPI.strcpy	chat->key = strcpy(auth + before, d->api_key);	room for it was asked for

@@ -507,9 +507,6 @@ static size_t stream_by_turns(size_t n)
     llmcb_recording rec[2];
     llmcb_loop_desc ld;
     llmcb_replay_desc rd;
-    llmcb_chat *chat;
-    llmcb_loop *loop;
-    llmcb_op *op;
     size_t i, k, before = 0;
     talk t;
 
@@ -523,24 +520,20 @@ static size_t stream_by_turns(size_t n)
         rec[k] = recording(bytes[k], LLMCB_REPLAY_CLOSE);
     }
     talk_init(&t, true);
+    llmcb_loop_free(t.loop);
     memset(&ld, 0, sizeof ld);
     ld.allocator.resize = count_resize;
-    loop = llmcb_loop_new(&ld);
+    t.loop = llmcb_loop_new(&ld);
     memset(&rd, 0, sizeof rd);
     rd.recordings = rec;
     rd.n_recordings = 2;
-    t.d.transport = llmcb_replay_new(loop, &rd);
-    chat = llmcb_chat_new(loop, &t.d);
+    t.d.transport = llmcb_replay_new(t.loop, &rd);
     for (k = 0; k < 2; k++) {
         before = resized;
-        op = llmcb_chat_generate(chat, &question, 1, NULL);
-        CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
-        CHECK_INT(t.s.n_tokens, (k + 1) * n);
-        llmcb_op_free(op);
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_INT(t.s.n_tokens, n);
     }
     before = resized - before;
-    llmcb_chat_free(chat);
-    llmcb_loop_free(loop);
     talk_end(&t);
     return before;
 }

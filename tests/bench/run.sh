@@ -139,9 +139,9 @@ run_cases() {
     run_case one-100 "-e 1" 100 2000 "$(q 2 5)" recv scan inline async sync \
         curl curl_cjson
     # shellcheck disable=SC2046
-    run_case paced-1000 "-e 1 -r 20" 1000 "$(q 30 200)" "$(q 5 5)" recv \
+    run_case paced-1000 "-e 1 -r 20" 1000 "$(q 30 200)" "$(q 4 3)" recv \
         inline sync $(q '' scan)
-    run_case paced-curl "-e 1 -r 20" 1000 "$(q 30 200)" "$(q 3 3)" curl \
+    run_case paced-curl "-e 1 -r 20" 1000 "$(q 30 200)" "$(q 2 3)" curl \
         curl_cjson
     # in turn, since each is compared with the other
     turns=$(q 2 3)

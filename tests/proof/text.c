@@ -5,8 +5,7 @@
 /* eva: -eva-slevel-function decode:2000 */
 /* eva: -inline-calls llmcbi_put_byte,llmcbi_carry_flush */
 /* eva: -inline-calls llmcbi_put_replacement,llmcbi_put_utf8 */
-/* eva: -inline-calls llmcbi_json_decode,llmcbi_json_easy */
-/* eva: -inline-calls llmcbi_utf8_at,llmcbi_json_meaning */
+/* eva: -inline-calls llmcbi_json_decode,llmcbi_json_copy,llmcbi_utf8_at */
 /* eva: -eva-slevel-function at_once:2000 */
 #include "proof.h"
 
@@ -34,7 +33,7 @@ static void decode(void)
         in[0] = any_but('\\', part);
     } else {
         in[0] = '\\';
-        in[1] = unit == 1 ? "\"\\/bfnrt"[letter] : 'u';
+        in[1] = unit == 1 ? llmcbi_json_letters[letter] : 'u';
     }
     room = 3 * len + (kind ? 3 : 0) + (high ? 3 : 0);
     out = (char *)malloc(room);
@@ -57,7 +56,7 @@ static void at_once(void)
     for (i = 0; i < len; i++)
         in[i] = Frama_C_char_interval(-128, -1);
     from = in;
-    to = llmcbi_json_easy(out, &from, in + len);
+    to = llmcbi_json_copy(out, &from, in + len);
     /*@ assert read: in <= from <= in + len; */
     /*@ assert written: to - out == from - in; */
 }
