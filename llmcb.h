@@ -163,16 +163,18 @@
  *
  *   A token costs one copy and one call a handler, and nothing is allocated.
  *   Tokens that come one by one cost what the system takes for reading each
- *   from a socket. An inline handler is the cheapest: where all of a run's
- *   are, a token is shown in the answer's own memory while it is read. An
- *   async one that does not await costs a copy more, a sync one the
- *   hand-over of what came in one turn: that wakes a worker, or one that has
- *   just had work finds it within a millisecond. LLMCB_AWAIT_EACH costs a
- *   wake-up both ways for each token, which never waits for that. An open
- *   stream on plain sockets takes 2 KiB and its text, with libcurl several
- *   times that; what was asked is given back when the answer begins. Use
- *   plain sockets for http:// and unix: addresses, libcurl for TLS. Figures,
- *   and how they were taken: tests/bench/README.md.
+ *   from a socket; a loop that watches 256 descriptors or more, of which
+ *   several come at once, looks every millisecond, so that a wake-up serves
+ *   many. An inline handler is the cheapest: where all of a run's are, a token
+ *   is shown in the answer's own memory while it is read. An async one that
+ *   does not await costs a copy more, a sync one the hand-over of what came in
+ *   one turn: that wakes a worker, or one that has just had work finds it
+ *   within two milliseconds. LLMCB_AWAIT_EACH costs a wake-up both ways for
+ *   each token, which never waits for that. An open stream on plain sockets
+ *   takes 2 KiB and its text, with libcurl several times that; what was asked
+ *   is given back when the answer begins. Use plain sockets for http:// and
+ *   unix: addresses, libcurl for TLS. Figures, and how they were taken:
+ *   tests/bench/README.md.
  *
  * DIFFERENCES FROM LANGCHAIN, each on purpose
  *
@@ -3046,6 +3048,7 @@ typedef struct llmcbi_fired {
 
 #define LLMCBI_SCRATCH ((size_t)64 * 1024) /* of one read */
 #define LLMCBI_MAX_FIRED 128               /* descriptors served in one turn */
+#define LLMCBI_MANY 256                    /* descriptors, for a rest */
 #define LLMCBI_ROUNDS 8                    /* of the ready list in one turn */
 
 /* What later sections keep in the loop.
@@ -3072,6 +3075,7 @@ struct llmcb_loop {
     bool joined;  /* no worker is left */
     bool telling; /* handlers are called, or a task that is one begins */
     bool thread_known;
+    bool ticking;       /* several of many descriptors fire, but not all */
     bool sleeping;      /* under the mutex: it waits, or its host does */
     bool closed;        /* under the mutex: no more posts */
     bool progress_due;  /* under the mutex: some of it has reached its mark */
@@ -3748,13 +3752,31 @@ static void llmcbi_process(llmcb_loop *loop, bool woken)
     loop->turning = false;
 }
 
+/* Where hundreds of streams tick, a wake-up for every token or two costs more
+ * than reading them. So a loop that has just found several waits a millisecond
+ * for more, or until a thread wakes it. Returns how long it may wait then. */
+static int llmcbi_rest(llmcb_loop *loop, int ms)
+{
+    struct pollfd wake = { 0, POLLIN, 0 };
+
+    if (!LLMCBI_QUICK || !ms || !loop->ticking) return ms;
+    wake.fd = loop->wake_fd[0];
+    (void)LLMCBI_SYS(poll)(&wake, 1, 1);
+    return ms < 0 ? ms : ms - 1;
+}
+
 static void llmcbi_turn(llmcb_loop *loop, int64_t max_ms)
 {
     int64_t ms = llmcbi_prepare(loop);
+    bool woken;
 
     if (max_ms >= 0 && (ms < 0 || ms > max_ms))
         ms = max_ms < INT_MAX ? max_ms : INT_MAX;
-    llmcbi_process(loop, llmcbi_poller_wait(loop, (int)ms));
+    woken = llmcbi_poller_wait(loop, llmcbi_rest(loop, (int)ms));
+    if (LLMCBI_QUICK)
+        loop->ticking = loop->n_watches >= LLMCBI_MANY && loop->n_fired >= 4 &&
+                        loop->n_fired < LLMCBI_MAX_FIRED;
+    llmcbi_process(loop, woken);
     llmcbi_host_update(loop);
 }
 
@@ -4662,13 +4684,13 @@ static void llmcbi_pool_job(llmcb_loop *loop, llmcbi_pool *p)
     llmcbi_wake_sleeper(loop);
 }
 
-/* A thread that has just had work sleeps a millisecond before it waits to be
- * woken: where tokens come all the time, a wake-up for each turn of the loop
- * costs more than all the rest. What the loop itself waits for does not wait
- * for that, another thread is woken. */
+/* A thread that has just had work sleeps two milliseconds, longer than the loop
+ * rests, before it waits to be woken: where tokens come all the time, a wake-up
+ * for each turn of the loop costs more than all the rest. What the loop itself
+ * waits for does not wait for that, another thread is woken. */
 static bool llmcbi_worker_nap(llmcb_loop *loop, llmcbi_pool *p)
 {
-    struct timespec nap = { 0, 1000000 };
+    struct timespec nap = { 0, 2000000 };
 
     if (p->napping || p->n_threads < 2 || loop->virtual_clock) return false;
     p->napping = true;
@@ -12937,7 +12959,7 @@ static void llmcbi_prompt_told(llmcbi_run *run)
     llmcbi_prompt *p = llmcbi_prompt_of(run);
     llmcbi_call *c = p->call;
 
-    if (c->op.reader && llmcbi_call_chunk_ready(c))
+    if (run->reader && c->op.reader && llmcbi_call_chunk_ready(c))
         llmcbi_task_wake(c->op.reader, LLMCB_OK);
     llmcbi_prompt_handler_trouble(p);
     if (run->starved && !p->over) {
@@ -12948,7 +12970,7 @@ static void llmcbi_prompt_told(llmcbi_run *run)
             llmcbi_exchange_resume(p->x);
         }
     }
-    if (run->state != LLMCBI_RUN_OPEN || p->over || c->orphaned)
+    if (run->state != LLMCBI_RUN_OPEN || p->over)
         llmcbi_make_ready(c->op.loop, &c->ready);
 }
 

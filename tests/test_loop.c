@@ -1144,6 +1144,81 @@ TEST(one_wait_an_event)
     close(fds[1]);
 }
 
+/* Hundreds of descriptors of which several come at once: the next turn waits
+ * a millisecond for more, which one wait then brings. */
+TEST(a_loop_of_many_that_tick_rests)
+{
+    enum { N = 256, ALONE = 4, FULL = 128 }; /* of one turn: all it serves */
+    static const struct {
+        int write; /* bytes, for as many descriptors */
+        bool wake;
+        int64_t max_ms;
+        int waits, ms; /* that the turn takes */
+    } rows[] = {
+        { 4, false, LLMCB_FOREVER, 1, 0 }, /* none has come before */
+        { 4, false, LLMCB_FOREVER, 2, 1 },
+        { 4, false, 1, 2, 1 },
+        { 4, true, LLMCB_FOREVER, 2, 0 }, /* a thread ends the rest */
+        { 4, false, 0, 1, 0 },            /* nor may this wait */
+        { 3, false, LLMCB_FOREVER, 2, 1 },
+        { FULL, false, LLMCB_FOREVER, 1, 0 }, /* three were too few */
+        { 4, false, LLMCB_FOREVER, 1, 0 },    /* more may have come than that */
+        { 0, false, 10, 2, 10 },              /* no longer than it may */
+        { 0, false, 10, 1, 10 }
+    };
+    static int fds[N];
+    llmcb_op *ops[N];
+    llmcb_loop *loop;
+    int i, pipes[ALONE + 2][2]; /* one each, one for all, and a quiet one */
+    size_t row;
+
+    fake_begin(0, 0);
+    loop = llmcb_loop_new(NULL);
+    for (i = 0; i < ALONE + 2; i++) REQUIRE(pipe(pipes[i]) == 0);
+    for (i = 0; i < N; i++) {
+        fds[i] = dup(pipes[i < ALONE ? i : i < FULL ? ALONE : ALONE + 1][0]);
+        REQUIRE(fds[i] >= 0);
+        ops[i] = llmcb_task_start(loop, bytes_step, sizeof(int), &fds[i]);
+    }
+    llmcb_loop_run_once(loop, 0);
+    for (row = 0; row < sizeof rows / sizeof *rows; row++) {
+        int64_t before = fake_ns;
+        for (i = 0; i < rows[row].write; i++)
+            CHECK(write(pipes[i < ALONE ? i : ALONE][1], "x", 1) == 1);
+        if (rows[row].wake) llmcb_loop_wakeup(loop);
+        waits_reset();
+        llmcb_loop_run_once(loop, rows[row].max_ms);
+        CHECK_INT(waits, LLMCBI_QUICK ? rows[row].waits : 1);
+        if (LLMCBI_QUICK)
+            CHECK_INT((fake_ns - before) / 1000000, rows[row].ms);
+        /* all of it is read, in this turn */
+        for (i = 0; i <= ALONE; i++) {
+            struct pollfd left = { 0, POLLIN, 0 };
+            left.fd = pipes[i][0];
+            CHECK_INT(poll(&left, 1, 0), 0);
+        }
+    }
+    /* one descriptor less, and it does not */
+    llmcb_op_cancel(ops[N - 1]);
+    llmcb_loop_run_once(loop, 0);
+    for (row = 0; row < 2; row++) {
+        for (i = 0; i < ALONE; i++) CHECK(write(pipes[i][1], "x", 1) == 1);
+        waits_reset();
+        llmcb_loop_run_once(loop, LLMCB_FOREVER);
+        CHECK_INT(waits, 1);
+    }
+    for (i = 0; i < N; i++) {
+        llmcb_op_free(ops[i]);
+        close(fds[i]);
+    }
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    for (i = 0; i < ALONE + 2; i++) {
+        close(pipes[i][0]);
+        close(pipes[i][1]);
+    }
+    fake_end();
+}
+
 static void stop_post(void *arg)
 {
     llmcb_loop_stop((llmcb_loop *)arg);
