@@ -8022,11 +8022,23 @@ llmcbi_conn_connect(llmcbi_conn *c, const struct sockaddr *addr, socklen_t len)
     return llmcbi_errno_is_local(errno) ? LLMCB_ESYS : LLMCB_ECONNECT;
 }
 
+/* On the same machine a connection is there at once, though connect says that
+ * it is in progress. */
+static bool llmcbi_conn_is_there(const llmcbi_conn *c)
+{
+    struct sockaddr peer;
+    socklen_t len = sizeof peer;
+
+    return LLMCBI_SYS(getpeername)(c->watch.fd, &peer, &len) == 0;
+}
+
 /* What follows llmcbi_conn_connect. */
 static void llmcbi_conn_tried(llmcbi_conn *c, llmcb_code code,
                               const char *message)
 {
-    if (code == LLMCB_OK)
+    if (code == LLMCB_OK && LLMCBI_QUICK && llmcbi_conn_is_there(c))
+        llmcbi_conn_established(c);
+    else if (code == LLMCB_OK)
         llmcbi_conn_watch(c);
     else
         llmcbi_conn_fail(

@@ -53,6 +53,7 @@
     X(setsockopt)     \
     X(getsockopt)     \
     X(connect)        \
+    X(getpeername)    \
     X(send)           \
     X(recv)           \
     X(getaddrinfo)
@@ -355,6 +356,16 @@ static inline int sys_connect(int fd, const struct sockaddr *a, socklen_t len)
     if (!e || e == EINTR) result = connect(fd, a, len);
     if (!e) return result;
     errno = e;
+    return -1;
+}
+
+/* A plan about what a connection in progress asks has none that is there at
+ * once. */
+static inline int sys_getpeername(int fd, struct sockaddr *a, socklen_t *len)
+{
+    if (sys_fault(SYS_getpeername)) return -1;
+    if (!sys.at || sys.call != SYS_getsockopt) return getpeername(fd, a, len);
+    errno = ENOTCONN;
     return -1;
 }
 

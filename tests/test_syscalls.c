@@ -76,6 +76,8 @@ static const fault faults[] = {
     { SYS_connect, EADDRNOTAVAIL, 0, MAY(LLMCB_ECONNECT) },
     { SYS_connect, EACCES, 0, MAY(LLMCB_ECONNECT) },
     { SYS_connect, EINTR, 0, 0 },
+    { SYS_getpeername, ENOTCONN, 0, 0 },
+    { SYS_getpeername, ENOBUFS, 0, 0 },
     { SYS_send, EINTR, ONCE, 0 },
     { SYS_send, EAGAIN, ONCE, 0 },
     { SYS_send, SYS_SHORT, 0, 0 },
@@ -418,6 +420,8 @@ static bool play(int scenario, const blow *b)
     struck = sys_struck() > 0 || (b->alloc && t.heap.calls >= b->alloc) ||
              (b->curl_alloc && curl_calls >= b->curl_alloc);
     memcpy(calls_made, sys.calls, sizeof calls_made);
+    /* asked where a connection is not there at once */
+    calls_made[SYS_getsockopt] = sys.calls[SYS_getpeername];
     allocs_made = t.heap.calls;
     curl_made = curl_calls;
     sys_calm();
