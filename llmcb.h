@@ -1175,10 +1175,10 @@ typedef struct llmcb_chat_desc {
     size_t n_headers;
     llmcb_transport *transport; /* default: libcurl, or sockets without it */
     const char *ca_file;        /* PEM; default: the system's */
-    bool http2;
-    bool allow_cleartext_key; /* send the key over http:// to other hosts
+    bool http2;                 /* with libcurl: offered where there is TLS */
+    bool allow_cleartext_key;   /* send the key over http:// to other hosts
                                    than this machine */
-    bool insecure_tls;        /* needs LLMCB_ALLOW_INSECURE_TLS */
+    bool insecure_tls;          /* needs LLMCB_ALLOW_INSECURE_TLS */
     /* Serve this chat's own runs, behind those of a call. */
     llmcb_handler *const *callbacks;
     size_t n_callbacks;

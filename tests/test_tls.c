@@ -3,6 +3,9 @@
 #include "impl.h"
 #include "server.h"
 #include "test.h"
+#ifndef LLMCB_NO_CURL
+#include <curl/curl.h>
+#endif
 #include <signal.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -15,12 +18,12 @@
     "Why don't scientists trust atoms? \n\nBecause they make up everything."
 
 /* One port of nginx each. */
-enum { GOOD, SELF_SIGNED, WRONG_NAME, EXPIRED, PLAIN, N_PORTS };
+enum { GOOD, SELF_SIGNED, WRONG_NAME, EXPIRED, PLAIN, HTTP2, N_PORTS };
 
 static char dir[512], ca[600];
 static int ports[N_PORTS];
 static pid_t nginx = -1;
-static server *behind;
+static server *behind, *stalling; /* the second, below /stall, never ends */
 
 /* argv ends with NULL. */
 static pid_t spawn(const char *const *argv, const char *log)
@@ -121,7 +124,7 @@ static const char certificates[] =
 static int write_conf(int with_all)
 {
     static const char *const cert[N_PORTS] = { "good", "self", "wrong",
-                                               "expired", NULL };
+                                               "expired", NULL, "good" };
     char path[600];
     FILE *f;
 
@@ -136,16 +139,18 @@ static int write_conf(int with_all)
     if (with_all) /* of modules that some builds lack */
         fprintf(f, "  fastcgi_temp_path %s/f;\n  uwsgi_temp_path %s/u;\n"
                    "  scgi_temp_path %s/s;\n", dir, dir, dir);
-    fprintf(f, "  proxy_http_version 1.1;\n  proxy_buffering off;\n");
+    fprintf(f, "  proxy_http_version 1.1;\n  proxy_buffering off;\n"
+               "  proxy_set_header X-Client \"$server_protocol $connection\";\n");
     for (int i = 0; i < N_PORTS; i++) {
-        fprintf(f, "  server {\n    listen 127.0.0.1:%d%s;\n", ports[i],
-                cert[i] ? " ssl" : "");
+        fprintf(f, "  server {\n    listen 127.0.0.1:%d%s%s;\n", ports[i],
+                cert[i] ? " ssl" : "", i == HTTP2 ? " http2" : "");
         if (cert[i])
             fprintf(f, "    ssl_certificate %s/%s.pem;\n"
                        "    ssl_certificate_key %s/%s.key;\n",
                     dir, cert[i], dir, cert[i]);
         fprintf(f, "    location / { proxy_pass http://127.0.0.1:%d; }\n"
-                   "  }\n", server_port(behind));
+                   "    location /stall/ { proxy_pass http://127.0.0.1:%d; }\n"
+                   "  }\n", server_port(behind), server_port(stalling));
     }
     fprintf(f, "}\n");
     return fclose(f);
@@ -222,7 +227,9 @@ static void nginx_stop(void)
 static const char *set_up(void)
 {
     char cwd[400], conf[600], log[600], error[600];
+    server_script stall;
 
+    memset(&stall, 0, sizeof stall);
     if (shell("command -v nginx >/dev/null") != 0)
         return "nginx is not installed";
     if (shell("command -v openssl >/dev/null") != 0)
@@ -240,7 +247,12 @@ static const char *set_up(void)
     snprintf(error, sizeof error, "%s/error.log", dir);
     if (shell(certificates) != 0) return "openssl made no certificates";
     behind = server_start_fixture("tests/fixtures/joke.http");
-    if (!behind) return "no server";
+    stall.bytes = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+                  "data: {\"choices\":[{\"index\":0,\"delta\":"
+                  "{\"content\":\"Why\"}}]}\n\n";
+    stall.end = SERVER_STALL;
+    stalling = server_start(&stall, 1);
+    if (!behind || !stalling) return "no server";
     for (int i = 0; i < 8; i++) {
         /* -e is new, and without it a user may not write its first log:
          * a warning only. */
@@ -260,6 +272,7 @@ static void tear_down(void)
 {
     nginx_stop();
     server_stop(behind);
+    server_stop(stalling);
     if (*dir) shell("rm -rf \"$1\"");
 }
 
@@ -429,7 +442,7 @@ TEST(tls_good_certificate_by_name)
     check_good(&o);
 }
 
-TEST(tls_http2)
+TEST(tls_http2_is_not_offered)
 {
     llmcb_chat_desc desc;
     outcome o;
@@ -440,6 +453,92 @@ TEST(tls_http2)
     desc.http2 = true; /* nginx here offers 1.1 only: must still do */
     o = call_with(&desc, "127.0.0.1", ports[GOOD]);
     check_good(&o);
+}
+
+/* What nginx says of a request's client: protocol and connection. */
+static void client_of(server *s, size_t request, char *buf, size_t cap)
+{
+    const server_req *r = server_request(s, request);
+
+    buf[0] = '\0';
+    if (r) server_header(r, "X-Client", buf, cap);
+}
+
+static llmcb_chat *http2_chat(llmcb_loop *loop, const char *path)
+{
+    llmcb_chat_desc desc;
+    char base[80];
+
+    snprintf(base, sizeof base, "https://127.0.0.1:%d%s/v1", ports[HTTP2],
+             path);
+    memset(&desc, 0, sizeof desc);
+    desc.base_url = base;
+    desc.api_key = KEY;
+    desc.ca_file = ca;
+    desc.http2 = true;
+    desc.streaming = true;
+    desc.max_retries = -1;
+    desc.total_ms = 15000;
+    return llmcb_chat_new(loop, &desc);
+}
+
+static void check_joke(llmcb_op *op)
+{
+    const llmcb_result *r;
+
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    r = llmcb_op_result(op);
+    CHECK(r->sentinel);
+    REQUIRE(r->n_generations == 1);
+    CHECK_STR(r->generations[0].text.ptr, JOKE);
+    llmcb_op_free(op);
+}
+
+/* Three streams on one connection: one that stays open, one beside it, and
+ * one after the first was cancelled, which ends that stream and no other. */
+TEST(tls_http2)
+{
+    llmcb_message message;
+    llmcb_loop *loop;
+    llmcb_chat *chat, *stalled;
+    llmcb_op *open, *op;
+    const llmcb_chunk *chunk;
+    char first[64], other[64];
+    size_t before, stalls;
+
+    NEED();
+#ifndef LLMCB_NO_CURL
+    if (!(curl_version_info(CURLVERSION_NOW)->features & CURL_VERSION_HTTP2))
+        SKIP("libcurl was built without HTTP/2");
+#endif
+    memset(&message, 0, sizeof message);
+    message.role = LLMCB_USER;
+    message.content = "Tell me a joke";
+    before = server_requests(behind);
+    stalls = server_requests(stalling);
+    loop = llmcb_loop_new(NULL);
+    chat = http2_chat(loop, "");
+    stalled = http2_chat(loop, "/stall");
+    open = llmcb_chat_stream(stalled, &message, 1, NULL);
+    REQUIRE(llmcb_op_next(open, &chunk));
+    CHECK_STR(chunk->text.ptr, "Why");
+    check_joke(llmcb_chat_generate(chat, &message, 1, NULL));
+    CHECK(!llmcb_op_done(open));
+    llmcb_op_cancel(open);
+    CHECK_INT(llmcb_op_wait(open), LLMCB_ECANCELLED);
+    llmcb_op_free(open);
+    op = llmcb_chat_generate(chat, &message, 1, NULL);
+    check_joke(op);
+    CHECK_INT(server_requests(behind), before + 2);
+    client_of(stalling, stalls, first, sizeof first);
+    CHECK(strncmp(first, "HTTP/2.0 ", 9) == 0);
+    client_of(behind, before, other, sizeof other);
+    CHECK_STR(other, first);
+    client_of(behind, before + 1, other, sizeof other);
+    CHECK_STR(other, first);
+    llmcb_chat_free(chat);
+    llmcb_chat_free(stalled);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
 }
 
 TEST(tls_unknown_authority)
