@@ -9006,10 +9006,13 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
     LLMCBI_OPT(CURLOPT_HTTP_VERSION, (long)(q->http2 ? CURL_HTTP_VERSION_2TLS
                                                      : CURL_HTTP_VERSION_1_1));
     LLMCBI_OPT(CURLOPT_HTTP09_ALLOWED, 0L);
-    LLMCBI_OPT(CURLOPT_CONNECTTIMEOUT_MS,
-               (long)(q->connect_ms > 0 && q->connect_ms < LONG_MAX
-                          ? q->connect_ms
-                          : LONG_MAX / 4));
+    /* It is for dividing it among addresses, and libcurl keeps its timer when
+     * it is connected, to be sorted anew for each read. */
+    if (!llmcbi_url_is_local(&u))
+        LLMCBI_OPT(CURLOPT_CONNECTTIMEOUT_MS,
+                   (long)(q->connect_ms > 0 && q->connect_ms < LONG_MAX
+                              ? q->connect_ms
+                              : LONG_MAX / 4));
 #if LIBCURL_VERSION_NUM >= 0x074100
     LLMCBI_OPT(CURLOPT_MAXAGE_CONN, 30L);
 #endif
