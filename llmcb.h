@@ -1367,7 +1367,7 @@ typedef struct llmcb_tool {
     int64_t timeout_ms; /* after approval, if one is asked for; default none.
                            A blocking function goes on */
     bool handle_errors; /* tell the model what went wrong, and go on; else the
-                           agent fails with it */
+                           agent fails with it, and says which tool it was */
     void *user;
 } llmcb_tool;
 
@@ -14946,6 +14946,21 @@ static llmcb_step llmcbi_agent_fail(llmcbi_agent *g, const llmcb_error *e)
     return e->code;
 }
 
+/* The failure of a tool, with its name. */
+static llmcb_step llmcbi_agent_fail_by(llmcbi_agent *g, const llmcb_op *tool)
+{
+    const llmcbi_work *w = (const llmcbi_work *)(const void *)tool;
+    const char *name = w->run.pub.name, *words = tool->error->message;
+    llmcb_error e = *tool->error;
+
+    if (!name) return llmcbi_agent_fail(g, tool->error); /* no memory for it */
+    e.message[0] = '\0';
+    llmcbi_error_add(&e, name, strlen(name));
+    llmcbi_error_add(&e, ": ", 2);
+    llmcbi_error_add(&e, words, strlen(words));
+    return llmcbi_agent_fail(g, &e);
+}
+
 static void llmcbi_agent_drop_tools(llmcbi_agent *g)
 {
     const llmcb_allocator *a = llmcbi_agent_alloc(g);
@@ -15268,7 +15283,7 @@ static llmcb_step llmcbi_agent_body(llmcb_task *t)
                 break;
             }
             if (g->waiting[t->index]->error->code != LLMCB_OK)
-                return llmcbi_agent_fail(g, g->waiting[t->index]->error);
+                return llmcbi_agent_fail_by(g, g->waiting[t->index]);
             g->waiting[t->index] = g->waiting[--g->n_waiting];
         }
         if (g->n_waiting) break;

@@ -2105,8 +2105,8 @@ TEST(case_099_tools_that_fail)
                     if (!strstr(body(&st, 1), want))
                         TEST_FAIL("no %s in %s", want, body(&st, 1));
                 } else {
-                    CHECK_STR(llmcb_op_error(st.op)->message,
-                              cases[i].message);
+                    snprintf(want, sizeof want, "echo: %s", cases[i].message);
+                    CHECK_STR(llmcb_op_error(st.op)->message, want);
                     CHECK_INT(run_named(st.w, "echo", 0)->code,
                               cases[i].code);
                     CHECK_INT(run_named(st.w, "AgentExecutor", 0)->code,
@@ -2133,7 +2133,7 @@ TEST(a_failure_cancels_the_others)
               TC("1", "y", "echo", "{}") "|"
               TC("2", "z", "slow", "{\\\"ms\\\":900}") TCEND);
     CHECK_INT(perform(&st), LLMCB_ETOOL);
-    CHECK_STR(llmcb_op_error(st.op)->message, "no");
+    CHECK_STR(llmcb_op_error(st.op)->message, "echo: no");
     CHECK_INT(run_named(st.w, "slow", 0)->code, LLMCB_ECANCELLED);
     CHECK_INT(run_named(st.w, "slow", 1)->code, LLMCB_ECANCELLED);
     CHECK(llmcb_loop_now(st.s.loop) < 900);
