@@ -129,7 +129,7 @@ run_cases() {
     run_case burst-100 "-e 64" 100 10000 "$(q 3 7)" recv scan inline async \
         sync none curl curl_cjson
     run_case setup "-e 64" 2000 1 "$(q 3 7)" recv inline sync curl curl_cjson
-    run_case sleeper "-e 64" 100 2000 "$(q 2 5)" sync sleeper
+    run_case sleeper "-e 64" 100 1000 "$(q 5 9)" sync sleeper
     run_case idle-1 "-e 1 -r 50" 1 20 1 scan inline
     run_case lock-step "-e 64" 1 2000 "$(q 2 5)" sync lock
     run_case burst-1000 "-e 64" 1000 1000 "$(q 2 5)" recv scan inline sync
