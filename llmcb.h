@@ -2481,7 +2481,8 @@ static bool llmcbi_json_in_object(const llmcbi_json *j)
     return (j->is_object[d / 32] >> (d % 32) & 1) != 0;
 }
 
-static llmcbi_json_type llmcbi_json_close(llmcbi_json *j, bool object)
+LLMCBI_APART static llmcbi_json_type llmcbi_json_close(llmcbi_json *j,
+                                                       bool object)
 {
     j->depth--;
     j->expect = j->depth ? LLMCBI_EXPECT_NEXT : LLMCBI_EXPECT_END;
@@ -3133,12 +3134,12 @@ static void llmcbi_log(llmcb_loop *loop, const char *line)
     if (loop->log) loop->log(loop->log_user, line);
 }
 
-static void llmcbi_lock(llmcb_loop *loop)
+LLMCBI_APART static void llmcbi_lock(llmcb_loop *loop)
 {
     pthread_mutex_lock(&loop->mutex);
 }
 
-static void llmcbi_unlock(llmcb_loop *loop)
+LLMCBI_APART static void llmcbi_unlock(llmcb_loop *loop)
 {
     pthread_mutex_unlock(&loop->mutex);
 }
@@ -4341,7 +4342,7 @@ static void llmcbi_task_run(llmcbi_ready *r)
     t->finish(t, step > 0 ? LLMCB_ESTATE : llmcbi_code_of(step));
 }
 
-static bool llmcbi_task_init(llmcb_loop *loop, llmcbi_task *t)
+LLMCBI_APART static bool llmcbi_task_init(llmcb_loop *loop, llmcbi_task *t)
 {
     t->loop = loop;
     t->ready.fn = llmcbi_task_run;
