@@ -163,18 +163,17 @@
  *
  *   A token costs one copy and one call a handler, and nothing is allocated.
  *   Tokens that come one by one cost what the system takes for reading each
- *   from a socket; a loop that watches 256 descriptors or more, of which
- *   several come at once, looks every millisecond, so that a wake-up serves
- *   many. An inline handler is the cheapest: where all of a run's are, a token
- *   is shown in the answer's own memory while it is read. An async one that
- *   does not await costs a copy more, a sync one the hand-over of what came in
- *   one turn: that wakes a worker, or one that has just had work finds it
- *   within two milliseconds. LLMCB_AWAIT_EACH costs a wake-up both ways for
- *   each token, which never waits for that. An open stream on plain sockets
- *   takes 2 KiB and its text, with libcurl several times that; what was asked
- *   is given back when the answer begins. Use plain sockets for http:// and
- *   unix: addresses, libcurl for TLS. Figures, and how they were taken:
- *   tests/bench/README.md.
+ *   from a socket; a loop of 256 descriptors or more that waits by itself looks
+ *   only every millisecond while that finds more of them at once. An inline
+ *   handler is the cheapest: where all of a run's are, a token is shown in the
+ *   answer's own memory while it is read. An async one that does not await
+ *   costs a copy more, a sync one the hand-over of what came in one turn: that
+ *   wakes a worker, or one that has just had work finds it within two
+ *   milliseconds. LLMCB_AWAIT_EACH costs a wake-up both ways for each token,
+ *   which never waits for that. An open stream on plain sockets takes 2 KiB and
+ *   its text, with libcurl several times that; what was asked is given back
+ *   when the answer begins. Use plain sockets for http:// and unix: addresses,
+ *   libcurl for TLS. Figures, and how they were taken: tests/bench/README.md.
  *
  * DIFFERENCES FROM LANGCHAIN, each on purpose
  *
@@ -3050,7 +3049,10 @@ typedef struct llmcbi_fired {
 #define LLMCBI_SCRATCH ((size_t)64 * 1024) /* of one read */
 #define LLMCBI_MAX_FIRED 128               /* descriptors served in one turn */
 #define LLMCBI_MANY 256                    /* descriptors, for a rest */
-#define LLMCBI_ROUNDS 8                    /* of the ready list in one turn */
+#define LLMCBI_SEVERAL 4                   /* in a millisecond, likewise */
+#define LLMCBI_AWAKE_MS 100
+#define LLMCBI_REST_TRIAL_MS 10
+#define LLMCBI_ROUNDS 8 /* of the ready list in one turn */
 
 /* What later sections keep in the loop.
  * upward: llmcbi_pool */
@@ -3076,7 +3078,7 @@ struct llmcb_loop {
     bool joined;  /* no worker is left */
     bool telling; /* handlers are called, or a task that is one begins */
     bool thread_known;
-    bool ticking;       /* several of many descriptors fire, but not all */
+    bool resting;       /* before it looks what has come */
     bool sleeping;      /* under the mutex: it waits, or its host does */
     bool closed;        /* under the mutex: no more posts */
     bool progress_due;  /* under the mutex: some of it has reached its mark */
@@ -3125,6 +3127,10 @@ struct llmcb_loop {
     llmcb_event token; /* as inline handlers are shown one: all else is NULL */
     llmcb_chunk token_room;
     llmcbi_ready round; /* what of `ready` is run at the moment */
+    int64_t counted;    /* when counting began; for rests */
+    size_t came;        /* descriptors since then */
+    size_t usual;       /* in a millisecond without rests */
+    size_t found;       /* by the last wait, with the wake-up */
     size_t n_fired;
     llmcbi_fired fired[LLMCBI_MAX_FIRED];
 };
@@ -3753,31 +3759,54 @@ static void llmcbi_process(llmcb_loop *loop, bool woken)
     loop->turning = false;
 }
 
-/* Where hundreds of streams tick, a wake-up for every token or two costs more
- * than reading them. So a loop that has just found several waits a millisecond
- * for more, or until a thread wakes it. Returns how long it may wait then. */
-static int llmcbi_rest(llmcb_loop *loop, int ms)
+#if LLMCBI_QUICK
+/* Waits up to ms. Where hundreds of streams tick, a wake-up for every token or
+ * two costs more than reading them: there the loop rests for a millisecond, or
+ * until a thread wakes it, before it looks for all. Who waits for an answer
+ * before he asks again would come less often for that, so what comes is counted
+ * with and without, and a rest that costs half of it ends. */
+static bool llmcbi_wait(llmcb_loop *loop, int ms)
 {
     struct pollfd wake = { 0, POLLIN, 0 };
+    int64_t past;
+    bool woken;
 
-    if (!LLMCBI_QUICK || !ms || !loop->ticking) return ms;
     wake.fd = loop->wake_fd[0];
-    (void)LLMCBI_SYS(poll)(&wake, 1, 1);
-    return ms < 0 ? ms : ms - 1;
+    if (ms && loop->resting && loop->found < LLMCBI_MAX_FIRED) {
+        if (LLMCBI_SYS(poll)(&wake, 1, 1) < 0)
+            ms = 0; /* a signal ends any wait */
+        else if (ms > 0)
+            ms--;
+    }
+    woken = llmcbi_poller_wait(loop, ms);
+    loop->found = loop->n_fired + woken;
+    loop->came += loop->n_fired;
+    past = loop->now - loop->counted;
+    if (past >= (loop->resting ? LLMCBI_REST_TRIAL_MS : LLMCBI_AWAKE_MS)) {
+        size_t rate = loop->came / (size_t)past; /* in a millisecond */
+        bool pays = !loop->resting || 2 * rate >= loop->usual;
+        if (!loop->resting) loop->usual = rate;
+        loop->resting =
+            pays && loop->n_watches >= LLMCBI_MANY && rate >= LLMCBI_SEVERAL;
+        loop->came = 0;
+        loop->counted = loop->now;
+    }
+    return woken;
 }
+#else
+static bool llmcbi_wait(llmcb_loop *loop, int ms)
+{
+    return llmcbi_poller_wait(loop, ms);
+}
+#endif
 
 static void llmcbi_turn(llmcb_loop *loop, int64_t max_ms)
 {
     int64_t ms = llmcbi_prepare(loop);
-    bool woken;
 
     if (max_ms >= 0 && (ms < 0 || ms > max_ms))
         ms = max_ms < INT_MAX ? max_ms : INT_MAX;
-    woken = llmcbi_poller_wait(loop, llmcbi_rest(loop, (int)ms));
-    if (LLMCBI_QUICK)
-        loop->ticking = loop->n_watches >= LLMCBI_MANY && loop->n_fired >= 4 &&
-                        loop->n_fired < LLMCBI_MAX_FIRED;
-    llmcbi_process(loop, woken);
+    llmcbi_process(loop, llmcbi_wait(loop, (int)ms));
     llmcbi_host_update(loop);
 }
 
@@ -8023,8 +8052,8 @@ llmcbi_conn_connect(llmcbi_conn *c, const struct sockaddr *addr, socklen_t len)
     return llmcbi_errno_is_local(errno) ? LLMCB_ESYS : LLMCB_ECONNECT;
 }
 
-/* On the same machine a connection is there at once, though connect says that
- * it is in progress. */
+/* On the same machine a connection is mostly there at once, though connect says
+ * that it is in progress. Else it is waited for. */
 static bool llmcbi_conn_is_there(const llmcbi_conn *c)
 {
     struct sockaddr peer;
@@ -8037,13 +8066,13 @@ static bool llmcbi_conn_is_there(const llmcbi_conn *c)
 static void llmcbi_conn_tried(llmcbi_conn *c, llmcb_code code,
                               const char *message)
 {
-    if (code == LLMCB_OK && LLMCBI_QUICK && llmcbi_conn_is_there(c))
-        llmcbi_conn_established(c);
-    else if (code == LLMCB_OK)
-        llmcbi_conn_watch(c);
-    else
+    if (code != LLMCB_OK)
         llmcbi_conn_fail(
             c, code, code == LLMCB_ESYS ? "no socket could be made" : message);
+    else if (LLMCBI_QUICK && llmcbi_conn_is_there(c))
+        llmcbi_conn_established(c);
+    else
+        llmcbi_conn_watch(c);
 }
 
 /* Tries addresses from c->address on, until one is on its way. */
@@ -9007,9 +9036,10 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
     LLMCBI_OPT(CURLOPT_HTTP_VERSION, (long)(q->http2 ? CURL_HTTP_VERSION_2TLS
                                                      : CURL_HTTP_VERSION_1_1));
     LLMCBI_OPT(CURLOPT_HTTP09_ALLOWED, 0L);
-    /* It is for dividing it among addresses, and libcurl keeps its timer when
-     * it is connected, to be sorted anew for each read. */
-    if (!llmcbi_url_is_local(&u))
+    /* libcurl keeps this timer when it is connected, and sorts all that there
+     * are for each read. Without it connecting ends after 300 s and is not
+     * divided among addresses: on this machine the call's own limit will do. */
+    if (u.tls || !llmcbi_url_is_local(&u) || (uint64_t)q->connect_ms >= 300000)
         LLMCBI_OPT(CURLOPT_CONNECTTIMEOUT_MS,
                    (long)(q->connect_ms > 0 && q->connect_ms < LONG_MAX
                               ? q->connect_ms
@@ -14954,7 +14984,7 @@ static llmcb_step llmcbi_agent_fail_by(llmcbi_agent *g, const llmcb_op *tool)
     const char *name = w->run.pub.name, *words = tool->error->message;
     llmcb_error e = *tool->error;
 
-    if (!name) return llmcbi_agent_fail(g, tool->error); /* no memory for it */
+    if (!name) return llmcbi_agent_fail(g, tool->error); /* no memory */
     e.message[0] = '\0';
     llmcbi_error_add(&e, name, strlen(name));
     llmcbi_error_add(&e, ": ", 2);

@@ -70,8 +70,16 @@ static int wait_ends(int ms, int got)
     return got;
 }
 
+static bool interrupted; /* the next rest, by a signal */
+
 static int hook_poll(struct pollfd *fds, nfds_t n, int ms)
 {
+    if (n == 1 && ms == 1 && interrupted) {
+        interrupted = false;
+        waits++;
+        errno = EINTR;
+        return -1;
+    }
     return wait_ends(ms, poll(fds, n, wait_begins(ms)));
 }
 
@@ -1144,79 +1152,159 @@ TEST(one_wait_an_event)
     close(fds[1]);
 }
 
-/* Hundreds of descriptors of which several come at once: the next turn waits
- * a millisecond for more, which one wait then brings. */
-TEST(a_loop_of_many_that_tick_rests)
-{
-    enum { N = 256, ALONE = 4, FULL = 128 }; /* of one turn: all it serves */
-    static const struct {
-        int write; /* bytes, for as many descriptors */
-        bool wake;
-        int64_t max_ms;
-        int waits, ms; /* that the turn takes */
-    } rows[] = {
-        { 4, false, LLMCB_FOREVER, 1, 0 }, /* none has come before */
-        { 4, false, LLMCB_FOREVER, 2, 1 },
-        { 4, false, 1, 2, 1 },
-        { 4, true, LLMCB_FOREVER, 2, 0 }, /* a thread ends the rest */
-        { 4, false, 0, 1, 0 },            /* nor may this wait */
-        { 3, false, LLMCB_FOREVER, 2, 1 },
-        { FULL, false, LLMCB_FOREVER, 1, 0 }, /* three were too few */
-        { 4, false, LLMCB_FOREVER, 1, 0 },    /* more may have come than that */
-        { 0, false, 10, 2, 10 },              /* no longer than it may */
-        { 0, false, 10, 1, 10 }
-    };
-    static int fds[N];
-    llmcb_op *ops[N];
+/* Hundreds of descriptors, of which some tick. */
+enum { MANY = 256, ALONE = 40, FULL = 128 }; /* of one turn: all it serves */
+
+typedef struct ticking {
     llmcb_loop *loop;
-    int i, pipes[ALONE + 2][2]; /* one each, one for all, and a quiet one */
-    size_t row;
+    llmcb_op *ops[MANY];
+    int fds[MANY];
+    int pipes[ALONE + 2][2]; /* one each, one for several, and a quiet one */
+} ticking;
+
+static llmcb_step tick_step(llmcb_task *t)
+{
+    int *fd = (int *)t->self;
+    char byte;
+
+    LLMCB_BEGIN(t);
+    do {
+        LLMCB_AWAIT(t, llmcb_await_fd(t, *fd, LLMCB_READ, LLMCB_FOREVER));
+        if (t->result != LLMCB_OK) return t->result;
+    } while (read(*fd, &byte, 1) == 1 || errno == EAGAIN);
+    LLMCB_END(t);
+}
+
+static void ticking_begin(ticking *k)
+{
+    int i;
 
     fake_begin(0, 0);
-    loop = llmcb_loop_new(NULL);
-    for (i = 0; i < ALONE + 2; i++) REQUIRE(pipe(pipes[i]) == 0);
-    for (i = 0; i < N; i++) {
-        fds[i] = dup(pipes[i < ALONE ? i : i < FULL ? ALONE : ALONE + 1][0]);
-        REQUIRE(fds[i] >= 0);
-        ops[i] = llmcb_task_start(loop, bytes_step, sizeof(int), &fds[i]);
+    k->loop = llmcb_loop_new(NULL);
+    for (i = 0; i < ALONE + 2; i++) REQUIRE(pipe(k->pipes[i]) == 0);
+    /* a byte of several is there for all of them */
+    fcntl(k->pipes[ALONE][0], F_SETFL, O_NONBLOCK);
+    for (i = 0; i < MANY; i++) {
+        int from = i < ALONE ? i : i < FULL ? ALONE : ALONE + 1;
+        k->fds[i] = dup(k->pipes[from][0]);
+        REQUIRE(k->fds[i] >= 0);
+        k->ops[i] = llmcb_task_start(k->loop, tick_step, 0, &k->fds[i]);
     }
-    llmcb_loop_run_once(loop, 0);
-    for (row = 0; row < sizeof rows / sizeof *rows; row++) {
+    llmcb_loop_run_once(k->loop, 0);
+}
+
+/* n descriptors come, and a turn serves them. How often it waited, if it took
+ * as many ms; else -1. */
+static int tick(ticking *k, int n, int64_t max_ms, int ms)
+{
+    int64_t before = fake_ns;
+    int i;
+
+    for (i = 0; i < n; i++)
+        CHECK(write(k->pipes[i < ALONE ? i : ALONE][1], "x", 1) == 1);
+    waits_reset();
+    CHECK_INT(llmcb_loop_run_once(k->loop, max_ms), LLMCB_OK);
+    return fake_ns - before == ms * (int64_t)1000000 ? waits : -1;
+}
+
+/* So many come in each of so many milliseconds. */
+static void tick_on(ticking *k, int n, int turns)
+{
+    for (; turns > 0; turns--) {
         int64_t before = fake_ns;
-        for (i = 0; i < rows[row].write; i++)
-            CHECK(write(pipes[i < ALONE ? i : ALONE][1], "x", 1) == 1);
-        if (rows[row].wake) llmcb_loop_wakeup(loop);
-        waits_reset();
-        llmcb_loop_run_once(loop, rows[row].max_ms);
-        CHECK_INT(waits, LLMCBI_QUICK ? rows[row].waits : 1);
-        if (LLMCBI_QUICK)
-            CHECK_INT((fake_ns - before) / 1000000, rows[row].ms);
-        /* all of it is read, in this turn */
-        for (i = 0; i <= ALONE; i++) {
+        int i, first = tick(k, n, LLMCB_FOREVER, 0);
+        CHECK(first == 1 || first == -1);
+        if (fake_ns == before) fake_ns += 1000000;
+        for (i = 0; i <= ALONE; i++) { /* all of it is read */
             struct pollfd left = { 0, POLLIN, 0 };
-            left.fd = pipes[i][0];
+            left.fd = k->pipes[i][0];
             CHECK_INT(poll(&left, 1, 0), 0);
         }
     }
-    /* one descriptor less, and it does not */
-    llmcb_op_cancel(ops[N - 1]);
-    llmcb_loop_run_once(loop, 0);
-    for (row = 0; row < 2; row++) {
-        for (i = 0; i < ALONE; i++) CHECK(write(pipes[i][1], "x", 1) == 1);
-        waits_reset();
-        llmcb_loop_run_once(loop, LLMCB_FOREVER);
-        CHECK_INT(waits, 1);
+}
+
+static void ticking_end(ticking *k)
+{
+    int i;
+
+    for (i = 0; i < MANY; i++) {
+        llmcb_op_free(k->ops[i]);
+        close(k->fds[i]);
     }
-    for (i = 0; i < N; i++) {
-        llmcb_op_free(ops[i]);
-        close(fds[i]);
-    }
-    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    CHECK_INT(llmcb_loop_free(k->loop), LLMCB_OK);
     for (i = 0; i < ALONE + 2; i++) {
-        close(pipes[i][0]);
-        close(pipes[i][1]);
+        close(k->pipes[i][0]);
+        close(k->pipes[i][1]);
     }
     fake_end();
+}
+
+/* Where several come in a millisecond, the loop waits one for more before it
+ * looks. */
+TEST(a_loop_of_many_that_tick_rests)
+{
+    static ticking k;
+
+    ticking_begin(&k);
+    tick_on(&k, 4, 99);
+    CHECK_INT(tick(&k, 4, LLMCB_FOREVER, 0), 1); /* they are still counted */
+    fake_ns += 2000000;
+    tick(&k, 12, LLMCB_FOREVER, 0);
+    if (LLMCBI_QUICK) {
+        CHECK_INT(tick(&k, 4, LLMCB_FOREVER, 1), 2);
+        CHECK_INT(tick(&k, 4, 1, 1), 2);
+        CHECK_INT(tick(&k, 4, 0, 0), 1); /* it may not wait */
+        llmcb_loop_wakeup(k.loop);       /* a thread ends the rest */
+        CHECK_INT(tick(&k, 4, LLMCB_FOREVER, 0), 2);
+        interrupted = true; /* so does a signal, and the wait */
+        CHECK_INT(tick(&k, 0, 10, 0), 2);
+        CHECK(!interrupted);
+        /* as many as it serves, one of them the wake-up: there may be more */
+        llmcb_loop_wakeup(k.loop);
+        CHECK_INT(tick(&k, FULL, LLMCB_FOREVER, 0), 2);
+        CHECK_INT(tick(&k, 4, LLMCB_FOREVER, 0), 1);
+        tick_on(&k, 4, 200); /* it goes on so */
+        CHECK_INT(tick(&k, 4, LLMCB_FOREVER, 1), 2);
+        CHECK_INT(tick(&k, 0, 9, 9), 2); /* no longer than it may */
+        tick_on(&k, 3, 30);              /* until too few come */
+        CHECK_INT(tick(&k, 3, LLMCB_FOREVER, 0), 1);
+    }
+    ticking_end(&k);
+}
+
+/* How many of 40 turns rest in which n descriptors come, after 40 have come in
+ * each millisecond without a rest. */
+static int rests_at(int n)
+{
+    static ticking k;
+    int i, rests = 0;
+
+    ticking_begin(&k);
+    tick_on(&k, 40, 101);
+    for (i = 0; i < 40; i++) rests += tick(&k, n, LLMCB_FOREVER, 1) == 2;
+    ticking_end(&k);
+    return rests;
+}
+
+/* Not where less comes for it: those ask again when they are answered. */
+TEST(a_loop_of_many_that_wait_for_it_does_not_rest)
+{
+    if (!LLMCBI_QUICK) SKIP("the loop of a small build never rests");
+    CHECK_INT(rests_at(20), 40);
+    CHECK(rests_at(19) < 20);
+    CHECK(rests_at(4) < 11);
+}
+
+/* Nor where one descriptor less is watched. */
+TEST(a_loop_of_fewer_does_not_rest)
+{
+    static ticking k;
+
+    ticking_begin(&k);
+    llmcb_op_cancel(k.ops[MANY - 1]);
+    tick_on(&k, 40, 210);
+    CHECK_INT(tick(&k, 40, LLMCB_FOREVER, 0), 1);
+    ticking_end(&k);
 }
 
 static void stop_post(void *arg)
