@@ -163,17 +163,18 @@
  *
  *   A token costs one copy and one call a handler, and nothing is allocated.
  *   Tokens that come one by one cost what the system takes for reading each
- *   from a socket; a loop of 256 descriptors or more that waits by itself looks
- *   only every millisecond while that finds more of them at once. An inline
- *   handler is the cheapest: where all of a run's are, a token is shown in the
- *   answer's own memory while it is read. An async one that does not await
- *   costs a copy more, a sync one the hand-over of what came in one turn: that
- *   wakes a worker, or one that has just had work finds it within two
- *   milliseconds. LLMCB_AWAIT_EACH costs a wake-up both ways for each token,
- *   which never waits for that. An open stream on plain sockets takes 2 KiB and
- *   its text, with libcurl several times that; what was asked is given back
- *   when the answer begins. Use plain sockets for http:// and unix: addresses,
- *   libcurl for TLS. Figures, and how they were taken: tests/bench/README.md.
+ *   from a socket; a loop of 256 descriptors or more, of which four come in a
+ *   millisecond, looks only once in each, if it waits by itself and no less
+ *   comes for that. An inline handler is the cheapest: where all of a run's
+ *   are, a token is shown in the answer's own memory while it is read. An async
+ *   one that does not await costs a copy more, a sync one the hand-over of what
+ *   came in one turn: that wakes a worker, or one that has just had work finds
+ *   it within two milliseconds. LLMCB_AWAIT_EACH costs a wake-up both ways for
+ *   each token, which never waits for that. An open stream on plain sockets
+ *   takes 2 KiB and its text, with libcurl several times that; what was asked
+ *   is given back when the answer begins. Use plain sockets for http:// and
+ *   unix: addresses, libcurl for TLS. Figures, and how they were taken:
+ *   tests/bench/README.md.
  *
  * DIFFERENCES FROM LANGCHAIN, each on purpose
  *
