@@ -3129,8 +3129,8 @@ struct llmcb_loop {
     llmcb_chunk token_room;
     llmcbi_ready round; /* what of `ready` is run at the moment */
     int64_t counted;    /* when counting began; for rests */
-    size_t came;        /* descriptors since then */
-    size_t usual;       /* in a millisecond without rests */
+    int64_t came;       /* descriptors since then */
+    int64_t usual;      /* in a millisecond without rests */
     size_t found;       /* by the last wait, with the wake-up */
     size_t n_fired;
     llmcbi_fired fired[LLMCBI_MAX_FIRED];
@@ -3781,10 +3781,10 @@ static bool llmcbi_wait(llmcb_loop *loop, int ms)
     }
     woken = llmcbi_poller_wait(loop, ms);
     loop->found = loop->n_fired + woken;
-    loop->came += loop->n_fired;
+    loop->came += (int64_t)loop->n_fired;
     past = loop->now - loop->counted;
     if (past >= (loop->resting ? LLMCBI_REST_TRIAL_MS : LLMCBI_AWAKE_MS)) {
-        size_t rate = loop->came / (size_t)past; /* in a millisecond */
+        int64_t rate = loop->came / past; /* in a millisecond */
         bool pays = !loop->resting || 2 * rate >= loop->usual;
         if (!loop->resting) loop->usual = rate;
         loop->resting =

@@ -359,8 +359,8 @@ static inline int sys_connect(int fd, const struct sockaddr *a, socklen_t len)
     return -1;
 }
 
-/* A plan about what a connection in progress asks has none that is there at
- * once. */
+/* Where SO_ERROR is to fail no connection is there at once, or nobody would
+ * ask for it. */
 static inline int sys_getpeername(int fd, struct sockaddr *a, socklen_t *len)
 {
     if (sys_fault(SYS_getpeername)) return -1;

@@ -420,7 +420,7 @@ static bool play(int scenario, const blow *b)
     struck = sys_struck() > 0 || (b->alloc && t.heap.calls >= b->alloc) ||
              (b->curl_alloc && curl_calls >= b->curl_alloc);
     memcpy(calls_made, sys.calls, sizeof calls_made);
-    /* asked where a connection is not there at once */
+    /* SO_ERROR is asked for as often, if none is there at once */
     calls_made[SYS_getsockopt] = sys.calls[SYS_getpeername];
     allocs_made = t.heap.calls;
     curl_made = curl_calls;
