@@ -2323,15 +2323,19 @@ static llmcbi_json_type llmcbi_json_fail(llmcbi_json *j)
     return LLMCBI_JSON_ERROR;
 }
 
-/* What a hexadecimal digit is worth; 16: it is none. Unsigned and in this order
- * it compiles to no branch on letters, which come as they like. */
+/* What a hexadecimal digit is worth; 16: it is none. Letters come as they like
+ * in the sizes of chunks, so no branch asks for them. */
 static inline unsigned llmcbi_hex(char c)
 {
-    unsigned digit = (unsigned char)c - (unsigned)'0';
-    unsigned letter = ((unsigned char)c | 0x20u) - (unsigned)'a';
+    static const unsigned char worth[] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  16, 16, 16, 16,
+        16, 16, 16, 10, 11, 12, 13, 14, 15, 16, 16, 16, 16, 16,
+        16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16,
+        16, 16, 16, 16, 16, 16, 16, 10, 11, 12, 13, 14, 15
+    };
+    unsigned i = (unsigned char)c - (unsigned)'0';
 
-    letter = letter < 6 ? letter + 10 : 16;
-    return digit < 10 ? digit : letter;
+    return i < sizeof worth ? worth[i] : 16;
 }
 
 /* Four hexadecimal digits that have been checked. */
@@ -2341,7 +2345,7 @@ static uint32_t llmcbi_hex4(const char *s)
     int i;
 
     for (i = 0; i < 4; i++)
-        v = v << 4 | ((uint32_t)(s[i] & 15) + (s[i] > '9' ? 9 : 0));
+        v = v << 4 | llmcbi_hex(s[i]);
     return v;
 }
 
@@ -2378,9 +2382,16 @@ static inline const char *llmcbi_json_plain(const char *p, const char *end)
     return p;
 }
 
-/* The letters behind a backslash, and what they stand for. */
-static const char llmcbi_json_letters[] = "\"\\/bfnrt";
-static const char llmcbi_json_meant[] = "\"\\/\b\f\n\r\t";
+/* What the letters from 'b' to 't' stand for behind a backslash. */
+static const char llmcbi_json_meant[] =
+    "\b\0\0\0\f\0\0\0\0\0\0\0\n\0\0\0\r\0\t";
+
+/* What any stands for; 0: nothing. */
+static inline char llmcbi_json_unescape(char c)
+{
+    if (c >= 'b' && c <= 't') return llmcbi_json_meant[c - 'b'];
+    return c == '"' || c == '\\' || c == '/' ? c : '\0';
+}
 
 /* The rest of a string behind its opening quote. */
 static bool llmcbi_json_string(llmcbi_json *j)
@@ -2410,7 +2421,7 @@ static bool llmcbi_json_string(llmcbi_json *j)
             if (end - p < 4) return false;
             for (i = 0; i < 4; i++)
                 if (llmcbi_hex(*p++) > 15) return false;
-        } else if (!memchr(llmcbi_json_letters, c, 8)) {
+        } else if (!llmcbi_json_unescape((char)c)) {
             return false;
         }
     }
@@ -2670,15 +2681,13 @@ static size_t llmcbi_json_decode(char *out, const char *s, size_t len,
             o = llmcbi_put_byte(o, c, b);
             continue;
         }
-        b = (unsigned char)*s++;
-        if (b == 'u') {
-            cp = llmcbi_hex4(s);
-            s += 4;
-        } else {
-            const char *letter =
-                (const char *)memchr(llmcbi_json_letters, b, 8);
-            cp = (unsigned char)llmcbi_json_meant[letter - llmcbi_json_letters];
+        if (*s != 'u') {
+            o = llmcbi_carry_flush(o, c);
+            *o++ = llmcbi_json_unescape(*s++);
+            continue;
         }
+        cp = llmcbi_hex4(s + 1);
+        s += 5;
         if (c->high && cp >= 0xDC00 && cp < 0xE000) {
             cp = 0x10000 + ((uint32_t)(c->high - 0xD800) << 10) + (cp - 0xDC00);
             c->high = 0;
@@ -2791,18 +2800,16 @@ static void llmcbi_json_escape(const llmcb_allocator *a, llmcbi_buf *b,
         unsigned char c = (unsigned char)s[i];
         char esc[] = "\\u0000";
         const char *meant;
-        size_t n = 6;
         if (c >= 0x20 && c != '"' && c != '\\' && c != 0x7F) continue;
         llmcbi_buf_add(a, b, s + plain, i - plain);
         plain = i + 1;
-        meant = (const char *)memchr(llmcbi_json_meant, c, 8);
         esc[4] = hex[c >> 4];
         esc[5] = hex[c & 15];
-        if (meant) {
-            esc[1] = llmcbi_json_letters[meant - llmcbi_json_meant];
-            n = 2;
-        }
-        llmcbi_buf_add(a, b, esc, n);
+        meant = (const char *)memchr(llmcbi_json_meant, c,
+                                     sizeof llmcbi_json_meant);
+        if (c && meant) esc[1] = (char)('b' + (meant - llmcbi_json_meant));
+        if (c == '"' || c == '\\') esc[1] = (char)c;
+        llmcbi_buf_add(a, b, esc, esc[1] == 'u' ? 6 : 2);
     }
     if (len) llmcbi_buf_add(a, b, s + plain, len - plain);
 }
@@ -7031,8 +7038,9 @@ static bool llmcbi_exchange_pieces(llmcb_exchange *x, llmcb_str *pieces,
         later = x->held;
         x->held = NULL;
     }
-    for (i = 0; i < n; i++) {
-        if (!pieces[i].len) continue;
+    for (i = n; i && pieces[i - 1].len; i--) {
+    } /* what is before it was taken */
+    for (; i < n; i++) {
         x->paused = true;
         h = llmcbi_exchange_hold(x);
         if (h)
@@ -7563,6 +7571,11 @@ LLMCBI_APART static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
 }
 
 #if LLMCBI_QUICK
+/* How far behind a chunk memory is asked for while it is read, and how much: as
+ * much as a token's event has. */
+#define LLMCBI_H1_AHEAD 1024
+#define LLMCBI_H1_SIGHT 320
+
 /* The data of whole chunks in one go, each from its size to the line end
  * behind it, as far as all of it is there and nothing about it is unusual. */
 static size_t llmcbi_h1_chunks(llmcbi_h1 *h, const char **p, const char *end,
@@ -7570,7 +7583,7 @@ static size_t llmcbi_h1_chunks(llmcbi_h1 *h, const char **p, const char *end,
 {
     const char *from = *p;
     uint64_t body = h->body, framing = h->framing;
-    size_t n = 0;
+    size_t n = 0, i;
 
     if (h->state != LLMCBI_H1_AT_SIZE || h->digits) return 0;
     /* room for eight digits and two line ends */
@@ -7587,6 +7600,9 @@ static size_t llmcbi_h1_chunks(llmcbi_h1 *h, const char **p, const char *end,
              body < (framing + 12) / 3))
             break;
         data[n] = llmcbi_slice(q + 2, (size_t)size);
+        if (end - from >= LLMCBI_H1_AHEAD + LLMCBI_H1_SIGHT)
+            for (i = 0; i < LLMCBI_H1_SIGHT; i += 64)
+                LLMCBI_FETCH(from + LLMCBI_H1_AHEAD + i);
         framing += (uint64_t)(q + 4 - from);
         body += size;
         from = q + size + 4;
