@@ -2850,17 +2850,16 @@ static void llmcbi_buf_print(const llmcb_allocator *a, llmcbi_buf *b,
 
 /* HTML's event stream: LF, CR and CRLF end a line, a blank line ends an
  * event. An event of one data line that lies whole in the input is handed
- * out in place; else its bytes are gathered in the two buffers. */
+ * out in place; else its bytes are gathered. */
 typedef struct llmcbi_sse {
     size_t limit;
     uint8_t bom;     /* bytes of a byte order mark seen; 3: no longer */
     bool skip_lf;    /* the last line ended in CR */
-    bool in_data;    /* `data` holds the lines so far */
+    bool in_data;    /* `held` begins with data lines */
     bool is_error;   /* "event: error" */
     bool told;       /* an event was handed out; is_error was its */
-    llmcb_str here;  /* the only data line so far, in the present input */
-    llmcbi_buf line; /* a line that began in earlier input */
-    llmcbi_buf data; /* data lines so far, joined by LF */
+    size_t n_data;   /* bytes of those lines, joined by LF */
+    llmcbi_buf held; /* they, and a line that began in earlier input */
 } llmcbi_sse;
 
 typedef enum llmcbi_sse_status {
@@ -2872,49 +2871,58 @@ typedef enum llmcbi_sse_status {
 
 static void llmcbi_sse_free(const llmcb_allocator *a, llmcbi_sse *s)
 {
-    llmcbi_buf_free(a, &s->line);
-    llmcbi_buf_free(a, &s->data);
+    llmcbi_buf_free(a, &s->held);
 }
 
-/* Puts what would be lost with the input into the buffer. */
-static bool llmcbi_sse_gather(const llmcb_allocator *a, llmcbi_sse *s)
+/* Keeps a data line that would be lost with the input. */
+static bool llmcbi_sse_gather(const llmcb_allocator *a, llmcbi_sse *s,
+                              llmcb_str *here)
 {
-    if (s->here.ptr && !s->in_data) {
-        s->data.len = 0;
-        llmcbi_buf_add(a, &s->data, s->here.ptr, s->here.len);
+    if (here->ptr) {
+        llmcbi_buf_add(a, &s->held, here->ptr, here->len);
+        s->n_data = s->held.len;
         s->in_data = true;
+        here->ptr = NULL;
     }
-    s->here.ptr = NULL;
-    return !s->data.failed;
+    return !s->held.failed;
 }
 
 static llmcbi_sse_status llmcbi_sse_data(const llmcb_allocator *a,
-                                         llmcbi_sse *s, llmcb_str value)
+                                         llmcbi_sse *s, llmcb_str *here,
+                                         llmcb_str value)
 {
-    if (!s->here.ptr && !s->in_data) {
-        s->here = value;
+    bool split = s->held.len > s->n_data;
+    char *at;
+
+    if (!here->ptr && !s->in_data && !split) {
+        *here = value;
         return LLMCBI_SSE_MORE;
     }
-    if (!llmcbi_sse_gather(a, s)) return LLMCBI_SSE_NOMEM;
-    if (s->data.len + 1 + value.len > s->limit) return LLMCBI_SSE_LIMIT;
-    llmcbi_buf_add(a, &s->data, "\n", 1);
-    llmcbi_buf_add(a, &s->data, value.ptr, value.len);
-    return s->data.failed ? LLMCBI_SSE_NOMEM : LLMCBI_SSE_MORE;
+    if (!llmcbi_sse_gather(a, s, here)) return LLMCBI_SSE_NOMEM;
+    if (s->n_data + 1 + value.len > s->limit) return LLMCBI_SSE_LIMIT;
+    /* a line that is held has its value behind the place for it */
+    if (!split && !llmcbi_buf_reserve(a, &s->held, value.len + 1))
+        return LLMCBI_SSE_NOMEM;
+    at = s->held.ptr + s->n_data;
+    if (s->in_data) *at++ = '\n';
+    if (value.len) memmove(at, value.ptr, value.len);
+    s->held.len = s->n_data = (size_t)(at - s->held.ptr) + value.len;
+    s->in_data = true;
+    return LLMCBI_SSE_MORE;
 }
 
 /* One line without its end. LLMCBI_SSE_EVENT: *event is complete. */
-LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
-                                                      llmcbi_sse *s,
-                                                      llmcb_str line,
-                                                      llmcb_str *event)
+LLMCBI_APART static llmcbi_sse_status
+llmcbi_sse_line(const llmcb_allocator *a, llmcbi_sse *s, llmcb_str *here,
+                llmcb_str line, llmcb_str *event)
 {
     const char *colon;
     size_t name;
     llmcb_str value;
 
     if (line.len == 0) {
-        *event = s->in_data ? llmcbi_buf_str(&s->data) : s->here;
-        s->here.ptr = NULL;
+        *event = s->in_data ? llmcbi_slice(s->held.ptr, s->n_data) : *here;
+        here->ptr = NULL;
         s->in_data = false;
         s->told = event->ptr && event->len;
         if (s->told) return LLMCBI_SSE_EVENT;
@@ -2930,7 +2938,7 @@ LLMCBI_APART static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
         value.len -= skip;
     }
     line.len = name;
-    if (llmcbi_str_is(line, "data")) return llmcbi_sse_data(a, s, value);
+    if (llmcbi_str_is(line, "data")) return llmcbi_sse_data(a, s, here, value);
     if (llmcbi_str_is(line, "event"))
         s->is_error = llmcbi_str_is(value, "error");
     return LLMCBI_SSE_MORE;
@@ -2959,14 +2967,14 @@ static bool llmcbi_sse_bom(const llmcb_allocator *a, llmcbi_sse *s,
 
     while (s->bom < 3 && *p < end) {
         if (**p != bom[s->bom]) {
-            if (s->bom) llmcbi_buf_add(a, &s->line, bom, s->bom);
+            if (s->bom) llmcbi_buf_add(a, &s->held, bom, s->bom);
             s->bom = 3;
             break;
         }
         (*p)++;
         s->bom++;
     }
-    return !s->line.failed;
+    return !s->held.failed;
 }
 
 /* Takes input from *p on. An event is valid until the next call, and as
@@ -2975,13 +2983,18 @@ LLMCBI_APART static llmcbi_sse_status
 llmcbi_sse_next(const llmcb_allocator *a, llmcbi_sse *s, const char **p,
                 const char *end, llmcb_str *event)
 {
-    if (s->told) s->told = s->is_error = false;
+    llmcb_str here = { NULL, 0 }; /* the only data line so far, in the input */
+
+    if (s->told) {
+        s->told = s->is_error = false;
+        s->held.len = s->n_data = 0;
+    }
     if (s->bom < 3 && !llmcbi_sse_bom(a, s, p, end)) return LLMCBI_SSE_NOMEM;
     while (*p < end) {
         const char *eol;
         llmcb_str line;
         llmcbi_sse_status status;
-        bool split = s->line.len > 0;
+        size_t n = s->held.len - s->n_data; /* of the line */
 
         if (s->skip_lf) {
             s->skip_lf = false;
@@ -2992,22 +3005,21 @@ llmcbi_sse_next(const llmcb_allocator *a, llmcbi_sse *s, const char **p,
         }
         eol = llmcbi_sse_eol(*p, end);
         line = llmcbi_slice(*p, (size_t)((eol ? eol : end) - *p));
-        if (s->line.len + line.len > s->limit) return LLMCBI_SSE_LIMIT;
-        if (split || !eol) {
-            llmcbi_buf_add(a, &s->line, line.ptr, line.len);
-            if (s->line.failed) return LLMCBI_SSE_NOMEM;
-            line = llmcbi_buf_str(&s->line);
+        if (n + line.len > s->limit) return LLMCBI_SSE_LIMIT;
+        if (n || !eol) {
+            llmcbi_sse_gather(a, s, &here);
+            llmcbi_buf_add(a, &s->held, line.ptr, line.len);
+            if (s->held.failed) return LLMCBI_SSE_NOMEM;
+            line = llmcbi_slice(s->held.ptr + s->n_data, n + line.len);
         }
         *p = eol ? eol + 1 : end;
         if (!eol) break;
         s->skip_lf = *eol == '\r';
-        status = llmcbi_sse_line(a, s, line, event);
-        /* a data line in `line` does not stay there */
-        if (split && !llmcbi_sse_gather(a, s)) return LLMCBI_SSE_NOMEM;
-        s->line.len = 0;
+        status = llmcbi_sse_line(a, s, &here, line, event);
+        s->held.len = s->n_data;
         if (status != LLMCBI_SSE_MORE) return status;
     }
-    return llmcbi_sse_gather(a, s) ? LLMCBI_SSE_MORE : LLMCBI_SSE_NOMEM;
+    return llmcbi_sse_gather(a, s, &here) ? LLMCBI_SSE_MORE : LLMCBI_SSE_NOMEM;
 }
 
 /* ==== [LOOP] poll set, timers, wake-up, posts, embedding =============== */

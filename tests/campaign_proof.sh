@@ -137,7 +137,7 @@ mutant() { # name, sed script, driver, part
     fi
 }
 in_function() { # name, command
-    printf '%s\n' "/^[A-Z_ ]*static .*$1(.*[^;]\$/,/^}/{$2}"
+    printf '%s\n' "/^\\([A-Z_ ]*static .*\\)\\{0,1\\}$1(.*[^;]\$/,/^}/{$2}"
 }
 
 if [ "$mode" ]; then

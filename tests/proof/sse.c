@@ -3,8 +3,8 @@
 /* reached: 90 */
 /* eva: -eva-widening-delay 60 */
 /* eva: -eva-slevel-function llmcbi_buf_add:20,llmcbi_buf_reserve:20 */
-/* eva: -eva-slevel-function llmcbi_sse_line:200,next:50 */
-/* eva: -eva-slevel-function llmcbi_sse_next:3000 */
+/* eva: -eva-slevel-function llmcbi_sse_line:200,llmcbi_sse_data:100,next:200 */
+/* eva: -eva-slevel-function llmcbi_sse_next:6000 */
 /* eva: -inline-calls llmcbi_sse_bom,llmcbi_sse_eol,proof_memchr */
 #include "proof.h"
 #define N 3
@@ -24,8 +24,8 @@ static llmcbi_sse any_sse(int bom, bool in_data)
     return s;
 }
 
-/* A call with n bytes. The buffers hold so many and have room for all: that
- * they grow is shown in base.c and below. */
+/* A call with n bytes. So many of data and of a line are held, and there is
+ * room for all: that buffers grow is shown in base.c and below. */
 static void next(int n, int lines, int data, bool in_data, int bom)
 {
     llmcbi_sse s = any_sse(bom, in_data);
@@ -33,14 +33,15 @@ static void next(int n, int lines, int data, bool in_data, int bom)
     llmcb_str event;
     const char *p, *end;
 
-    s.line = any_buf(CAP, lines);
-    s.data = any_buf(CAP, data);
+    s.held = any_buf(CAP, data + lines);
+    s.n_data = data;
+    if (lines) s.told = false;
     p = any_bytes(n);
     end = p + n;
     status = llmcbi_sse_next(&proof_alloc, &s, &p, end, &event);
     /*@ assert place: p <= end; */
-    /*@ assert line: s.line.len < s.line.cap; */
-    /*@ assert data: s.data.len < s.data.cap; */
+    /*@ assert data: s.n_data <= s.held.len; */
+    /*@ assert held: s.held.len < s.held.cap; */
     if (status == LLMCBI_SSE_EVENT) llmcbi_str_is(event, "[DONE]");
     llmcbi_sse_free(&proof_alloc, &s);
 }
@@ -62,7 +63,7 @@ static void in_line(void)
     /*@ split n; */
     /*@ split lines; */
     /*@ split in_data; */
-    next(n, lines, 1, in_data, 3);
+    next(n, lines, in_data, in_data, 3);
 }
 
 static void in_event(void)
@@ -81,22 +82,23 @@ static void line(void)
     int in_data = Frama_C_interval(0, 1), fail = Frama_C_interval(0, 1);
     int here = Frama_C_interval(-1, 0);
     llmcbi_sse s;
-    llmcb_str event;
+    llmcb_str event, line = { NULL, 0 };
 
     /*@ split n; */
     /*@ split data; */
     /*@ split in_data; */
     /*@ split fail; */
     /*@ split here; */
-    if (in_data && (data < 0 || here >= 0)) return;
+    if (in_data ? data < 0 || here >= 0 : data > 0) return;
     s = any_sse(3, in_data);
-    if (data >= 0) s.data = any_buf(3, data);
-    if (here >= 0) s.here = llmcbi_slice(any_bytes(here), here);
+    if (data >= 0) s.held = any_buf(3, data);
+    s.n_data = s.held.len;
+    if (here >= 0) line = llmcbi_slice(any_bytes(here), here);
     proof_fail_at = fail;
     if (n == 8)
-        llmcbi_sse_gather(&proof_alloc, &s);
+        llmcbi_sse_gather(&proof_alloc, &s, &line);
     else
-        llmcbi_sse_line(&proof_alloc, &s, llmcbi_slice(any_bytes(n), n),
+        llmcbi_sse_line(&proof_alloc, &s, &line, llmcbi_slice(any_bytes(n), n),
                         &event);
     llmcbi_sse_free(&proof_alloc, &s);
 }

@@ -33,7 +33,7 @@ static void decode(void)
         in[0] = any_but('\\', part);
     } else {
         in[0] = '\\';
-        in[1] = unit == 1 ? llmcbi_json_letters[letter] : 'u';
+        in[1] = unit == 1 ? "\"\\/bfnrt"[letter] : 'u';
     }
     room = 3 * len + (kind ? 3 : 0) + (high ? 3 : 0);
     out = (char *)malloc(room);
