@@ -1895,7 +1895,7 @@ static bool llmcbi_buf_reserve(const llmcb_allocator *a, llmcbi_buf *b,
     }
     if (!b->cap && more >= cap) cap = more + 1; /* perhaps that is all */
     while (cap - b->len <= more)
-        cap *= 2;
+        cap += cap / 2;
     p = (char *)llmcbi_resize(a, b->ptr, b->cap, cap);
     if (!p) {
         b->failed = true;
@@ -7356,13 +7356,12 @@ typedef struct llmcbi_h1 {
     bool close; /* the connection cannot be used again */
     bool close_said;
     uint8_t digits, interims;
+    uint8_t fault; /* what llmcbi_h1_why tells */
     uint16_t extension;
     int status;
     uint64_t left, body, framing, max_body;
-    llmcb_code code;
     uint32_t block, fields;
     uint32_t max_line, max_block, max_fields;
-    const char *message;
     llmcbi_buf line; /* a line that began in earlier input */
 } llmcbi_h1;
 
@@ -7628,17 +7627,25 @@ static size_t llmcbi_h1_chunks(llmcbi_h1 *h, const char **p, const char *end,
 
 static int llmcbi_h1_fail(llmcbi_h1 *h, int fault)
 {
+    h->state = LLMCBI_H1_AT_ERROR;
+    h->fault = (uint8_t)(fault - LLMCBI_H1_FAULT);
+    return LLMCBI_H1_ERROR;
+}
+
+typedef struct llmcbi_h1_reason {
+    llmcb_code code;
+    const char *message;
+} llmcbi_h1_reason;
+
+/* Why it failed, or LLMCB_OK. */
+static const llmcbi_h1_reason *llmcbi_h1_why(const llmcbi_h1 *h)
+{
 #define LLMCBI_ENTRY(name, code, text) { code, text },
-    static const struct {
-        llmcb_code code;
-        const char *message;
-    } table[] = { { LLMCB_OK, NULL }, LLMCBI_H1_FAULTS(LLMCBI_ENTRY) };
+    static const llmcbi_h1_reason table[] = { { LLMCB_OK, NULL },
+                                              LLMCBI_H1_FAULTS(LLMCBI_ENTRY) };
 #undef LLMCBI_ENTRY
 
-    h->state = LLMCBI_H1_AT_ERROR;
-    h->code = table[fault - LLMCBI_H1_FAULT].code;
-    h->message = table[fault - LLMCBI_H1_FAULT].message;
-    return LLMCBI_H1_ERROR;
+    return &table[h->fault];
 }
 
 /* The next thing in the input; a header or data into *out. After
@@ -8329,6 +8336,14 @@ static void llmcbi_conn_timer(llmcbi_timer *t)
         llmcbi_conn_free(c); /* lingered or idled long enough */
 }
 
+/* The answer is over; the parser knows why. */
+static void llmcbi_conn_answered(llmcbi_conn *c, llmcb_ending ending)
+{
+    const llmcbi_h1_reason *why = llmcbi_h1_why(&c->h1);
+
+    llmcbi_conn_end(c, why->code, why->message, ending);
+}
+
 static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
 {
     const char *end = p + n;
@@ -8341,7 +8356,7 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
     type = llmcbi_h1_drive(c->loop, &c->h1, c->x, &p, end);
     if (type == LLMCBI_H1_ERROR) {
         c->sys_errno = 0;
-        llmcbi_conn_fail(c, c->h1.code, c->h1.message);
+        llmcbi_conn_answered(c, LLMCB_BROKEN);
     } else if (type == LLMCBI_H1_END) {
         llmcb_exchange *x = c->x;
         /* bytes behind a response belong to nobody */
@@ -8358,7 +8373,6 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
 static void llmcbi_conn_read(llmcbi_conn *c)
 {
     llmcb_loop *loop = c->loop;
-    llmcb_ending ending;
     ssize_t n;
 
     if (!loop->scratch) {
@@ -8389,8 +8403,7 @@ static void llmcbi_conn_read(llmcbi_conn *c)
         llmcbi_conn_fail(c, LLMCB_EIO, NULL);
         return;
     }
-    ending = llmcbi_h1_eof(&c->h1);
-    llmcbi_conn_end(c, c->h1.code, c->h1.message, ending);
+    llmcbi_conn_answered(c, llmcbi_h1_eof(&c->h1));
 }
 
 static void llmcbi_conn_connecting(llmcbi_conn *c)
@@ -9335,6 +9348,13 @@ static void llmcbi_player_end(llmcbi_player *p, llmcb_ending ending,
     llmcb_exchange_end(p->x, ending, code, sys_errno, message);
 }
 
+static void llmcbi_player_answered(llmcbi_player *p, llmcb_ending ending)
+{
+    const llmcbi_h1_reason *why = llmcbi_h1_why(&p->h1);
+
+    llmcbi_player_end(p, ending, why->code, 0, why->message);
+}
+
 static llmcb_segment *llmcbi_tape_segments(const llmcbi_tape *t, size_t *n)
 {
     *n = t->borders.len / sizeof(llmcb_segment);
@@ -9357,15 +9377,12 @@ LLMCBI_APART static const char *llmcbi_tape_at(const llmcbi_tape *t,
 /* What follows the last byte. */
 static void llmcbi_player_over(llmcbi_player *p)
 {
-    llmcb_ending ending;
-
     switch (p->tape->end) {
     case LLMCB_REPLAY_RESET:
         llmcbi_player_end(p, LLMCB_BROKEN, LLMCB_EIO, ECONNRESET, NULL);
         return;
     case LLMCB_REPLAY_CLOSE:
-        ending = llmcbi_h1_eof(&p->h1);
-        llmcbi_player_end(p, ending, p->h1.code, 0, p->h1.message);
+        llmcbi_player_answered(p, llmcbi_h1_eof(&p->h1));
         return;
     case LLMCB_REPLAY_REFUSE:
     case LLMCB_REPLAY_KEEP:
@@ -9423,7 +9440,7 @@ static void llmcbi_player_play(llmcbi_ready *r)
     if (type == LLMCBI_H1_END)
         llmcbi_player_end(p, LLMCB_ORDERLY, LLMCB_OK, 0, NULL);
     else if (type == LLMCBI_H1_ERROR)
-        llmcbi_player_end(p, LLMCB_BROKEN, p->h1.code, 0, p->h1.message);
+        llmcbi_player_answered(p, LLMCB_BROKEN);
     else
         llmcbi_player_next(p);
 }
@@ -11434,12 +11451,13 @@ struct llmcbi_prompt {
     bool got_body;       /* some byte of a success has come: no retry */
     bool got_chunk;
     bool sentinel;
-    bool launched;   /* its first request has been made */
-    bool over;       /* the exchange is to be let go of */
-    bool orderly;    /* and its response was complete */
-    bool limited;    /* it waits for the limiter */
-    bool cached;     /* the answer comes from the cache */
-    bool usage_told; /* with choices_told */
+    bool launched;         /* its first request has been made */
+    bool over;             /* the exchange is to be let go of */
+    bool orderly;          /* and its response was complete */
+    bool limited;          /* it waits for the limiter */
+    bool cached;           /* the answer comes from the cache */
+    bool usage_told;       /* of the event that is kept in body */
+    uint32_t choices_told; /* likewise */
     /* A body that is no stream, a redirect's target, or an event of which
      * some choices must wait. */
     llmcbi_buf body;
@@ -11447,7 +11465,6 @@ struct llmcbi_prompt {
 
     llmcbi_call *call;
     llmcb_exchange *x;
-    size_t choices_told; /* of the event that is kept in body */
     llmcbi_sse sse;
     llmcbi_asked *asked; /* NULL: it is not needed any more */
     llmcbi_timer timer;
@@ -11967,7 +11984,7 @@ static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
     for (; any; i++) {
         if (i >= skip && (w->has_delta || w->finish_reason.len)) {
             if (i > skip && !llmcbi_run_has_room(&p->run)) {
-                p->choices_told = i;
+                p->choices_told = (uint32_t)i;
                 p->usage_told = !usage;
                 return false;
             }

@@ -131,6 +131,7 @@ static char *read_all(const llmcb_limits *limits, const char *s, size_t n,
     static const char *const endings[] = { "ORDERLY", "CUT", "BROKEN" };
     reading r;
     size_t at = 0;
+    llmcb_code code;
 
     memset(&r, 0, sizeof r);
     llmcbi_h1_init(&r.h, limits);
@@ -141,7 +142,8 @@ static char *read_all(const llmcb_limits *limits, const char *s, size_t n,
         at += feed(&r, s + at, to - at);
     }
     if (r.last == LLMCBI_H1_ERROR) {
-        note_text(&r, llmcb_code_name(r.h.code) + 6);
+        code = llmcbi_h1_why(&r.h)->code;
+        note_text(&r, llmcb_code_name(code) + 6);
         CHECK_INT(feed(&r, "x", 1), 0); /* it lasts */
         CHECK_INT(r.last, LLMCBI_H1_ERROR);
     } else {
@@ -153,8 +155,9 @@ static char *read_all(const llmcb_limits *limits, const char *s, size_t n,
             note_text(&r, " ");
         }
         note_text(&r, endings[llmcbi_h1_eof(&r.h)]);
-        if (r.h.code) note_text(&r, " ");
-        if (r.h.code) note_text(&r, llmcb_code_name(r.h.code) + 6);
+        code = llmcbi_h1_why(&r.h)->code;
+        if (code) note_text(&r, " ");
+        if (code) note_text(&r, llmcb_code_name(code) + 6);
         note_text(&r, r.h.close ? " close" : "");
     }
     llmcbi_h1_free(&allocator, &r.h);

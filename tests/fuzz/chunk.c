@@ -101,7 +101,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         llmcbi_h1_init(&h[i], &limits);
         type[i] = read_chunks(&out[i], &taken[i], s, &h[i],
                            i < 2 ? (uint32_t)i : 2 + cuts * 2654435761u);
-        code[i] = h[i].code;
+        code[i] = llmcbi_h1_why(&h[i])->code;
         FUZZ_CHECK(type[i] == type[0] && code[i] == code[0]);
         FUZZ_CHECK(fuzz_same(&out[i], &out[0]));
         FUZZ_CHECK(out[i].len <= limits.body);

@@ -72,10 +72,10 @@ static void read_all(reading *r, llmcb_str s, const llmcb_limits *limits,
         free(piece);
     } while (r->taken < s.len && r->type == LLMCBI_H1_MORE);
     r->status = h.status;
-    r->code = h.code;
+    r->code = llmcbi_h1_why(&h)->code;
     if (r->type != LLMCBI_H1_ERROR) {
         r->ending = llmcbi_h1_eof(&h);
-        r->code = h.code;
+        r->code = llmcbi_h1_why(&h)->code;
     }
     FUZZ_CHECK(r->body.len <= limits->body);
     FUZZ_CHECK(h.fields <= limits->header_fields || r->code == LLMCB_ELIMIT);

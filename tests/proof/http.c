@@ -55,6 +55,7 @@ static void step(int n, int state, int kept)
     /*@ assert line: h.line.cap == 0 || h.line.len < h.line.cap; */
     /*@ assert digits: 0 <= h.digits <= 17; */
     llmcbi_h1_eof(&h);
+    llmcbi_h1_why(&h);
     llmcbi_h1_free(&proof_alloc, &h);
 }
 
