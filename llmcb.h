@@ -7854,7 +7854,7 @@ struct llmcbi_conn {
     bool reused;   /* its descriptor has served another exchange */
     bool replayed; /* a reused one has failed already */
     int sys_errno; /* why the last address failed */
-    llmcb_loop *loop;
+    llmcbi_sock *sock;
     llmcb_exchange *x;            /* NULL: lingering or idle */
     const llmcb_request *request; /* of x, until it is sent and answered */
     const char *hot;              /* what x's owner will look at */
@@ -7864,7 +7864,6 @@ struct llmcbi_conn {
     llmcbi_ready ready;
     llmcbi_h1 h1;
 
-    llmcbi_sock *sock;
     llmcbi_link link; /* of the transport's, in use or idle */
     llmcbi_job *dns;
     struct addrinfo *addresses, *address; /* all, and the one tried */
@@ -7880,10 +7879,15 @@ struct llmcbi_sock {
     size_t n_idle;
 };
 
+static llmcb_loop *llmcbi_conn_loop(const llmcbi_conn *c)
+{
+    return c->sock->base.loop;
+}
+
 static void llmcbi_conn_disconnect(llmcbi_conn *c)
 {
     if (c->watch.fd < 0) return;
-    llmcbi_watch_set(c->loop, &c->watch, 0);
+    llmcbi_watch_set(llmcbi_conn_loop(c), &c->watch, 0);
     LLMCBI_SYS(close)(c->watch.fd);
     c->watch.fd = -1;
 }
@@ -7891,19 +7895,19 @@ static void llmcbi_conn_disconnect(llmcbi_conn *c)
 static void llmcbi_conn_wipe_head(llmcbi_conn *c)
 {
     llmcbi_wipe(c->head.ptr, c->head.cap);
-    llmcbi_buf_free(&c->loop->alloc, &c->head);
+    llmcbi_buf_free(&llmcbi_conn_loop(c)->alloc, &c->head);
 }
 
 static void llmcbi_conn_free(llmcbi_conn *c)
 {
-    const llmcb_allocator *a = &c->loop->alloc;
+    const llmcb_allocator *a = &llmcbi_conn_loop(c)->alloc;
 
     if (c->state == LLMCBI_CONN_IDLE) c->sock->n_idle--;
     llmcbi_conn_disconnect(c);
     if (c->dns) c->dns->owner = NULL;
     if (c->addresses) freeaddrinfo(c->addresses);
     llmcbi_unready(&c->ready);
-    llmcbi_timer_free(c->loop, &c->timer);
+    llmcbi_timer_free(llmcbi_conn_loop(c), &c->timer);
     llmcbi_conn_wipe_head(c);
     llmcbi_h1_free(a, &c->h1);
     llmcbi_link_out(&c->link);
@@ -7941,9 +7945,9 @@ static void llmcbi_conn_fail(llmcbi_conn *c, llmcb_code code,
 }
 
 /* When it can be sent, since many may be connecting. */
-static void llmcbi_conn_write_head(llmcbi_conn *c)
+LLMCBI_APART static void llmcbi_conn_write_head(llmcbi_conn *c)
 {
-    const llmcb_allocator *a = &c->loop->alloc;
+    const llmcb_allocator *a = &llmcbi_conn_loop(c)->alloc;
     llmcbi_buf *b = &c->head;
     const llmcb_request *q = c->request;
     const llmcb_pair *h = q->headers, *last = h + q->n_headers;
@@ -7980,7 +7984,7 @@ static void llmcbi_conn_watch(llmcbi_conn *c)
     else if (c->state != LLMCBI_CONN_IDLE)
         events = (c->x && c->x->paused ? 0 : LLMCB_READ) |
                  (llmcbi_conn_unsent(c) ? LLMCB_WRITE : 0);
-    code = llmcbi_watch_set(c->loop, &c->watch, events);
+    code = llmcbi_watch_set(llmcbi_conn_loop(c), &c->watch, events);
     if (code == LLMCB_OK) return;
     if (code == LLMCB_ESYS) c->sys_errno = errno;
     llmcbi_conn_fail(c, code,
@@ -8031,7 +8035,7 @@ static bool llmcbi_conn_send(llmcbi_conn *c)
 
 static void llmcbi_conn_established(llmcbi_conn *c)
 {
-    llmcbi_timer_stop(c->loop, &c->timer);
+    llmcbi_timer_stop(llmcbi_conn_loop(c), &c->timer);
     if (c->addresses) freeaddrinfo(c->addresses);
     c->addresses = c->address = NULL;
     c->state = LLMCBI_CONN_ACTIVE;
@@ -8099,8 +8103,8 @@ static bool llmcbi_conn_is_there(const llmcbi_conn *c)
 }
 
 /* What follows llmcbi_conn_connect. */
-static void llmcbi_conn_tried(llmcbi_conn *c, llmcb_code code,
-                              const char *message)
+LLMCBI_APART static void llmcbi_conn_tried(llmcbi_conn *c, llmcb_code code,
+                                           const char *message)
 {
     if (code != LLMCB_OK)
         llmcbi_conn_fail(
@@ -8126,7 +8130,8 @@ static void llmcbi_conn_try(llmcbi_conn *c)
     for (; ai; ai = ai->ai_next)
         left++;
     if (left > 1 && c->request->connect_ms > 0)
-        llmcbi_timer_start(c->loop, &c->timer, c->request->connect_ms / left);
+        llmcbi_timer_start(llmcbi_conn_loop(c), &c->timer,
+                           c->request->connect_ms / left);
     llmcbi_conn_tried(c, code, NULL);
 }
 
@@ -8147,7 +8152,8 @@ static void llmcbi_conn_connect_unix(llmcbi_conn *c, llmcb_str path)
     /* Linux: the listener's queue is full; no poll tells when it is not, so
      * ask again */
     if (code == LLMCB_ECONNECT && c->sys_errno == EAGAIN)
-        llmcbi_timer_start(c->loop, &c->timer, LLMCBI_CONNECT_AGAIN_MS);
+        llmcbi_timer_start(llmcbi_conn_loop(c), &c->timer,
+                           LLMCBI_CONNECT_AGAIN_MS);
     else
         llmcbi_conn_tried(c, code, "could not connect to the socket");
 }
@@ -8190,7 +8196,7 @@ static void llmcbi_dns_done(llmcbi_job *job)
 
 static void llmcbi_conn_resolve(llmcbi_conn *c, const llmcbi_url *u)
 {
-    llmcb_loop *loop = c->loop;
+    llmcb_loop *loop = llmcbi_conn_loop(c);
     size_t size = sizeof(llmcbi_dns) + u->host.len;
     llmcbi_dns *d = (llmcbi_dns *)llmcbi_alloc(&loop->alloc, size);
     llmcb_code code;
@@ -8237,7 +8243,7 @@ static llmcbi_conn *llmcbi_conn_find_idle(llmcbi_conn *c)
         if (i->identity != c->identity || strcmp(i->key, c->key) != 0) continue;
         if (LLMCBI_SYS(recv)(i->watch.fd, &byte, 1, MSG_PEEK) < 0 &&
             (errno == EAGAIN || errno == EWOULDBLOCK) &&
-            c->loop->now - i->born < LLMCBI_LIFE_MS)
+            llmcbi_conn_loop(c)->now - i->born < LLMCBI_LIFE_MS)
             return i;
         llmcbi_conn_free(i);
     }
@@ -8270,11 +8276,11 @@ static void llmcbi_conn_begin(llmcbi_ready *r)
                          "libcurl, built without LLMCB_NO_CURL");
         return;
     }
-    llmcbi_h1_free(&c->loop->alloc, &c->h1);
+    llmcbi_h1_free(&llmcbi_conn_loop(c)->alloc, &c->h1);
     llmcbi_h1_init(&c->h1, c->request->limits);
     llmcbi_conn_wipe_head(c);
     c->sent = 0;
-    c->born = c->loop->now;
+    c->born = llmcbi_conn_loop(c)->now;
     idle = c->replayed ? NULL : llmcbi_conn_find_idle(c);
     if (idle)
         llmcbi_conn_adopt(c, idle);
@@ -8293,7 +8299,7 @@ static bool llmcbi_conn_replay(llmcbi_conn *c)
     c->reused = false;
     c->replayed = true;
     c->sys_errno = 0;
-    llmcbi_make_ready(c->loop, &c->ready);
+    llmcbi_make_ready(llmcbi_conn_loop(c), &c->ready);
     return true;
 }
 
@@ -8305,19 +8311,19 @@ static void llmcbi_conn_keep(llmcbi_conn *c)
         llmcbi_conn_free(c);
         return;
     }
-    llmcbi_h1_free(&c->loop->alloc, &c->h1);
+    llmcbi_h1_free(&llmcbi_conn_loop(c)->alloc, &c->h1);
     c->state = LLMCBI_CONN_IDLE;
     c->sock->n_idle++;
     llmcbi_link_out(&c->link);
     llmcbi_link_in(&c->sock->idle, &c->link);
     llmcbi_conn_watch(c);
-    llmcbi_timer_start(c->loop, &c->timer, LLMCBI_IDLE_MS);
+    llmcbi_timer_start(llmcbi_conn_loop(c), &c->timer, LLMCBI_IDLE_MS);
 }
 
 /* An address has failed, or it does not answer. */
 static void llmcbi_conn_try_next(llmcbi_conn *c, int failed)
 {
-    llmcbi_timer_stop(c->loop, &c->timer);
+    llmcbi_timer_stop(llmcbi_conn_loop(c), &c->timer);
     llmcbi_conn_disconnect(c);
     c->sys_errno = failed;
     if (c->address) c->address = c->address->ai_next;
@@ -8329,7 +8335,7 @@ static void llmcbi_conn_timer(llmcbi_timer *t)
     llmcbi_conn *c = LLMCBI_OWNER(llmcbi_conn, timer, t);
 
     if (c->state == LLMCBI_CONN_NEW)
-        llmcbi_make_ready(c->loop, &c->ready);
+        llmcbi_make_ready(llmcbi_conn_loop(c), &c->ready);
     else if (c->state == LLMCBI_CONN_CONNECTING)
         llmcbi_conn_try_next(c, ETIMEDOUT);
     else
@@ -8353,7 +8359,7 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
         c->request = NULL;
         llmcb_exchange_sent(c->x);
     }
-    type = llmcbi_h1_drive(c->loop, &c->h1, c->x, &p, end);
+    type = llmcbi_h1_drive(llmcbi_conn_loop(c), &c->h1, c->x, &p, end);
     if (type == LLMCBI_H1_ERROR) {
         c->sys_errno = 0;
         llmcbi_conn_answered(c, LLMCB_BROKEN);
@@ -8372,7 +8378,7 @@ static void llmcbi_conn_received(llmcbi_conn *c, const char *p, size_t n)
 
 static void llmcbi_conn_read(llmcbi_conn *c)
 {
-    llmcb_loop *loop = c->loop;
+    llmcb_loop *loop = llmcbi_conn_loop(c);
     ssize_t n;
 
     if (!loop->scratch) {
@@ -8449,7 +8455,6 @@ static llmcb_code llmcbi_sock_start(llmcb_transport *tr, llmcb_exchange *x,
     c = (llmcbi_conn *)llmcbi_alloc(&loop->alloc, sizeof *c + n);
     if (!c) return LLMCB_ENOMEM;
     memcpy(c->key, request->url, n); /* it is freed by its length */
-    c->loop = loop;
     c->sock = sock;
     c->watch.fd = -1;
     c->x = x;
