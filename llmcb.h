@@ -4384,10 +4384,12 @@ static void llmcbi_task_run(llmcbi_ready *r)
 
     t->armed = false;
     step = t->step(t);
-    if (step == LLMCB_WAIT && t->armed) return;
-    /* it says that it waits, but for nothing; or it ends while it waits */
-    llmcbi_unready(&t->ready);
-    llmcbi_task_disarm(t);
+    if (t->armed) {
+        if (step == LLMCB_WAIT) return;
+        llmcbi_unready(&t->ready); /* it ends while it waits */
+        llmcbi_task_disarm(t);
+    }
+    /* more than 0: it says that it waits, but for nothing */
     t->finish(t, step > 0 ? LLMCB_ESTATE : llmcbi_code_of(step));
 }
 
