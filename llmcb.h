@@ -1895,7 +1895,7 @@ static bool llmcbi_buf_reserve(const llmcb_allocator *a, llmcbi_buf *b,
     }
     if (!b->cap && more >= cap) cap = more + 1; /* perhaps that is all */
     while (cap - b->len <= more)
-        cap += cap / 2;
+        cap += cap / 2 + 1;
     p = (char *)llmcbi_resize(a, b->ptr, b->cap, cap);
     if (!p) {
         b->failed = true;
@@ -7584,8 +7584,8 @@ LLMCBI_APART static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
 }
 
 #if LLMCBI_QUICK
-/* How far behind a chunk memory is asked for while it is read, and how much: as
- * much as a token's event has. */
+/* While a chunk is read, memory so far behind it is asked for, so much of it as
+ * a token's event has. */
 #define LLMCBI_H1_AHEAD 1024
 #define LLMCBI_H1_SIGHT 320
 
