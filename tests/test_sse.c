@@ -456,6 +456,28 @@ TEST(a_line_or_event_of_the_limit_passes_and_one_more_byte_does_not)
 
 /* ---- memory --------------------------------------------------------------*/
 
+/* The allocator fails at each call, once or from then on. */
+static void fail_each(const log *want, const char *s, size_t n, size_t step)
+{
+    for (int for_ever = 0; for_ever < 2; for_ever++)
+        for (size_t i = 1;; i++) {
+            log got = { NULL, 0, 0, 0 };
+            llmcbi_sse_status status;
+            heap.calls = 0;
+            heap.fail_at = i;
+            heap.for_ever = for_ever;
+            status = run(&got, s, n, 0, 0, step, 1000);
+            CHECK(got.len <= want->len &&
+                  (!got.len || !memcmp(got.ptr, want->ptr, got.len)));
+            if (heap.calls < i) CHECK(log_equal(&got, want));
+            CHECK_INT(status, heap.calls < i ? LLMCBI_SSE_MORE
+                                             : LLMCBI_SSE_NOMEM);
+            CHECK_INT(heap.live, 0);
+            log_free(&got);
+            if (heap.calls < i) break;
+        }
+}
+
 TEST(a_failing_allocator_is_told_and_loses_no_earlier_event)
 {
     static const char s[] = "\xEF\xBB\xBF: c\ndata: one\n\n"
@@ -467,25 +489,15 @@ TEST(a_failing_allocator_is_told_and_loses_no_earlier_event)
 
     reference(&want, s, n);
     for (size_t step = 1; step <= n; step += step < 4 ? 1 : 17)
-        for (int for_ever = 0; for_ever < 2; for_ever++)
-            for (size_t i = 1;; i++) {
-                log got = { NULL, 0, 0, 0 };
-                llmcbi_sse_status status;
-                heap.calls = 0;
-                heap.fail_at = i;
-                heap.for_ever = for_ever;
-                status = run(&got, s, n, 0, 0, step, 1000);
-                CHECK(got.len <= want.len &&
-                      (!got.len || !memcmp(got.ptr, want.ptr, got.len)));
-                if (heap.calls < i) CHECK(log_equal(&got, &want));
-                CHECK_INT(status, heap.calls < i ? LLMCBI_SSE_MORE
-                                                 : LLMCBI_SSE_NOMEM);
-                CHECK_INT(heap.live, 0);
-                log_free(&got);
-                if (heap.calls < i) break;
-            }
-    heap.fail_at = 0;
+        fail_each(&want, s, n, step);
     log_free(&want);
+    for (size_t cut = 1; cut < n; cut++) { /* nothing may follow */
+        heap.fail_at = 0;
+        reference(&want, s, cut);
+        fail_each(&want, s, cut, cut);
+        log_free(&want);
+    }
+    heap.fail_at = 0;
 }
 
 /* ---- work ----------------------------------------------------------------*/
