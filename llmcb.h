@@ -4649,7 +4649,6 @@ LLMCBI_DEF llmcb_op *llmcb_task_start(llmcb_loop *loop, llmcb_task_fn fn,
         llmcbi_op_finish(&o->op, NULL);
         return NULL;
     }
-    o->task.armed = true;
     llmcbi_make_ready(loop, &o->task.ready);
     return &o->op;
 }

@@ -473,6 +473,27 @@ TEST(handler_that_feeds_its_call_to_the_end_sees_the_end)
     }
 }
 
+/* The same while a read is given out to inline handlers alone: what is left of
+ * that comes first. */
+TEST(handler_that_feeds_its_call_in_the_middle_of_a_read)
+{
+    stage st;
+    rec *r = rec_new("I", INLINE);
+
+    begin_with(&st, r, act_say_on);
+    scene_open(&st.s);
+    st.op = call(&st.s);
+    st.x = st.s.spy.fed;
+    say(st.x, "0|1|a|2|3");
+    turns(&st.s, 10);
+    CHECK_INT(llmcb_op_code(st.op), LLMCB_OK);
+    CHECK_STR(r->log, "start|0|1|a|2|3|b|c|d|e|f||end");
+    CHECK_REC(r);
+    llmcb_op_free(st.op);
+    scene_close(&st.s);
+    free(r);
+}
+
 /* Whatever there is no memory for: an error, or the whole text. */
 TEST(no_memory_for_bytes_of_a_handler_is_no_success)
 {

@@ -482,8 +482,9 @@ TEST(a_failing_allocator_is_told_and_loses_no_earlier_event)
 {
     static const char s[] = "\xEF\xBB\xBF: c\ndata: one\n\n"
                             "data: two\ndata: lines of it, the second of "
-                            "which is so long that the buffer must grow\n"
-                            "data: three\n\nevent: error\ndata: four\n\n";
+                            "which is so long that the buffer must grow\n\n"
+                            "event: error\ndata: three\n\n"
+                            "data: four\ndata: has\ndata: more\n\n";
     size_t n = sizeof s - 1;
     log want = { NULL, 0, 0, 0 };
 
