@@ -3284,9 +3284,10 @@ static void llmcbi_run_ready(llmcb_loop *loop)
 /* -- timers: a heap in which each has four below it, so that it is flat, and
  * that holds what is compared, so that timers elsewhere are not looked at */
 
+/* One comparison: whether times are equal is often guessed wrong. */
 static bool llmcbi_sleep_before(const llmcbi_sleep *a, const llmcbi_sleep *b)
 {
-    return a->due != b->due ? a->due < b->due : a->seq < b->seq;
+    return a->due < b->due + (a->seq < b->seq);
 }
 
 LLMCBI_APART static void llmcbi_heap_put(llmcb_loop *loop, llmcbi_sleep *at,
