@@ -442,11 +442,14 @@ static int act_say_on(rec *r, const llmcb_event *ev)
     return 0;
 }
 
+/* Last in the middle of a read that is given out to inline handlers alone: what
+ * is left of that comes first. */
 TEST(handler_that_feeds_its_call_to_the_end_sees_the_end)
 {
-    int recorded;
+    int way;
 
-    for (recorded = 0; recorded < 2; recorded++) {
+    for (way = 0; way < 3; way++) {
+        bool recorded = way == 1, middle = way == 2;
         stage st;
         rec *r = rec_new("I", INLINE);
 
@@ -462,36 +465,16 @@ TEST(handler_that_feeds_its_call_to_the_end_sees_the_end)
         st.x = st.s.spy.fed;
         say(st.x, "0");
         turns(&st.s, 3);
-        say(st.x, "a");
+        say(st.x, middle ? "1|a|2" : "a");
         turns(&st.s, 10);
         CHECK_INT(llmcb_op_code(st.op), LLMCB_OK);
-        CHECK_STR(r->log, "start|0|a|b|c|d|e|f||end");
+        CHECK_STR(r->log, middle ? "start|0|1|a|2|b|c|d|e|f||end"
+                                 : "start|0|a|b|c|d|e|f||end");
         CHECK_REC(r);
         llmcb_op_free(st.op);
         scene_close(&st.s);
         free(r);
     }
-}
-
-/* The same while a read is given out to inline handlers alone: what is left of
- * that comes first. */
-TEST(handler_that_feeds_its_call_in_the_middle_of_a_read)
-{
-    stage st;
-    rec *r = rec_new("I", INLINE);
-
-    begin_with(&st, r, act_say_on);
-    scene_open(&st.s);
-    st.op = call(&st.s);
-    st.x = st.s.spy.fed;
-    say(st.x, "0|1|a|2|3");
-    turns(&st.s, 10);
-    CHECK_INT(llmcb_op_code(st.op), LLMCB_OK);
-    CHECK_STR(r->log, "start|0|1|a|2|3|b|c|d|e|f||end");
-    CHECK_REC(r);
-    llmcb_op_free(st.op);
-    scene_close(&st.s);
-    free(r);
 }
 
 /* Whatever there is no memory for: an error, or the whole text. */
