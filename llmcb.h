@@ -7594,34 +7594,34 @@ LLMCBI_APART static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
 static size_t llmcbi_h1_chunks(llmcbi_h1 *h, const char **p, const char *end,
                                llmcb_str *data)
 {
-    const char *from = *p;
-    uint64_t body = h->body, framing = h->framing;
-    size_t n = 0, i;
+    const uint64_t most_framing = h->framing + 12 * LLMCBI_H1_PIECES;
+    const char *from = *p, *q;
+    uint64_t room = h->max_body - h->body, left = room;
+    size_t n, i;
 
-    if (h->state != LLMCBI_H1_AT_SIZE || h->digits) return 0;
+    if (h->state != LLMCBI_H1_AT_SIZE || h->digits ||
+        (most_framing > LLMCBI_H1_FREE_FRAMING && h->body < most_framing / 3))
+        return 0;
     /* room for eight digits and two line ends */
-    for (; n < LLMCBI_H1_PIECES && end - from >= 12; n++) {
-        const char *q = from;
-        uint64_t size = 0;
+    for (n = 0; n < LLMCBI_H1_PIECES && end - from >= 12; n++) {
+        uint64_t size = llmcbi_hex(*from);
         unsigned digit;
-        for (; (digit = llmcbi_hex(*q)) < 16 && q < from + 8; q++)
+        if (size > 15) break;
+        for (q = from + 1; (digit = llmcbi_hex(*q)) < 16 && q < from + 8; q++)
             size = size << 4 | digit;
-        if (!size || size > (uint64_t)(end - q - 4) || q[0] != '\r' ||
-            q[1] != '\n' || q[2 + size] != '\r' || q[3 + size] != '\n' ||
-            size > h->max_body - body ||
-            (framing + 12 > LLMCBI_H1_FREE_FRAMING &&
-             body < (framing + 12) / 3))
+        if (q[0] != '\r' || q[1] != '\n' || !size || size > left ||
+            size > (uint64_t)(end - q - 4) || q[2 + size] != '\r' ||
+            q[3 + size] != '\n')
             break;
         data[n] = llmcbi_slice(q + 2, (size_t)size);
         if (end - from >= LLMCBI_H1_AHEAD + LLMCBI_H1_SIGHT)
             for (i = 0; i < LLMCBI_H1_SIGHT; i += 64)
                 LLMCBI_FETCH(from + LLMCBI_H1_AHEAD + i);
-        framing += (uint64_t)(q + 4 - from);
-        body += size;
+        left -= size;
         from = q + size + 4;
     }
-    h->framing = framing;
-    h->body = body;
+    h->body += room - left;
+    h->framing += (uint64_t)(from - *p) - (room - left);
     *p = from;
     return n;
 }
@@ -12053,70 +12053,90 @@ static bool llmcbi_prompt_read(llmcbi_prompt *p, llmcb_str data, bool cut,
  * guessed, so a branch on it costs more than the bytes. */
 #define LLMCBI_SHORT 16
 
-/* Decodes text into the answer and shows it there, with LLMCBI_SHORT bytes
- * that can be read; `readable`: how many can where it comes from. false: a
+/* How many bytes of text that stands for itself the answer takes without a
+ * further look. */
+static size_t llmcbi_prompt_room(const llmcbi_prompt *p)
+{
+    const llmcbi_choice *c = &p->answer.choices[0];
+    size_t room = c->text.cap - c->text.len;
+    size_t left = p->chat->d.limits.text - p->answer.total;
+
+    if (p->pattern->mid < LLMCBI_SHORT || c->text_carry.n || c->text_carry.high)
+        return 0;
+    return room < left ? room : left;
+}
+
+/* Adds short text that stands for itself to the answer, if there is room for
+ * more than LLMCBI_SHORT, and shows it there. */
+static inline llmcb_str llmcbi_prompt_add_short(llmcbi_prompt *p,
+                                                const llmcbi_raw *raw)
+{
+    llmcbi_buf *b = &p->answer.choices[0].text;
+    char *at = b->ptr + b->len;
+
+    memcpy(at, raw->ptr, LLMCBI_SHORT);
+    at[raw->len] = '\0';
+    b->len += raw->len;
+    p->answer.total += raw->len;
+    return llmcbi_slice(at, raw->len);
+}
+
+/* The same of any text, with LLMCBI_SHORT bytes that can be read. false: a
  * limit, or no memory. */
-static inline bool llmcbi_prompt_add_text(llmcbi_prompt *p,
-                                          const llmcbi_raw *raw,
-                                          size_t readable, llmcb_str *text)
+static bool llmcbi_prompt_add_text(llmcbi_prompt *p, const llmcbi_raw *raw,
+                                   llmcb_str *text)
 {
     llmcbi_choice *c = &p->answer.choices[0];
     llmcbi_buf *b = &c->text;
-    bool easy = raw->plain && !c->text_carry.n && !c->text_carry.high;
-    size_t n = raw->len, most = p->chat->d.limits.text;
     char *at;
 
-    if (easy && n <= LLMCBI_SHORT && readable >= LLMCBI_SHORT &&
-        b->cap - b->len > LLMCBI_SHORT && p->answer.total + n <= most) {
-        at = b->ptr + b->len;
-        memcpy(at, raw->ptr, LLMCBI_SHORT);
-    } else {
-        if (!llmcbi_buf_reserve(llmcbi_prompt_alloc(p), b,
-                                llmcbi_raw_room(raw) + LLMCBI_SHORT)) {
-            llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-            return false;
-        }
-        at = b->ptr + b->len;
-        n = llmcbi_raw_decode(&at, raw, &c->text_carry).len;
-        at = b->ptr + b->len;
-        if (p->answer.total + n > most) {
-            *at = '\0';
-            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
-                               "the answer exceeds limits.text");
-            return false;
-        }
+    if (raw->plain && raw->len <= LLMCBI_SHORT &&
+        llmcbi_prompt_room(p) > LLMCBI_SHORT) {
+        *text = llmcbi_prompt_add_short(p, raw);
+        return true;
     }
-    at[n] = '\0';
-    b->len += n;
-    p->answer.total += n;
-    *text = llmcbi_slice(at, n);
+    if (!llmcbi_buf_reserve(llmcbi_prompt_alloc(p), b,
+                            llmcbi_raw_room(raw) + LLMCBI_SHORT)) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return false;
+    }
+    at = b->ptr + b->len;
+    *text = llmcbi_raw_decode(&at, raw, &c->text_carry);
+    if (p->answer.total + text->len > p->chat->d.limits.text) {
+        b->ptr[b->len] = '\0';
+        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
+        return false;
+    }
+    b->len += text->len;
+    p->answer.total += text->len;
     return true;
 }
 
-/* Tells the text of choice 0, which is all that an event brings. */
-static inline void llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
-                                      size_t readable, bool *direct)
+/* Tells the text of choice 0, which is all that an event brings. false: it
+ * could not, or the next one may not be told directly. */
+static bool llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
+                               bool direct)
 {
     char *at = NULL;
     llmcb_str text;
 
-    if (!*direct) {
+    if (!direct && p->stream) {
         at = llmcbi_run_reserve(&p->run, llmcbi_raw_room(raw) + LLMCBI_SHORT);
         if (!at) {
             llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-            return;
+            return false;
         }
     }
-    if (!llmcbi_prompt_add_text(p, raw, readable, &text) || !p->stream) return;
-    if (*direct) {
-        *direct = llmcbi_run_tell(&p->run, text);
-    } else {
+    if (!llmcbi_prompt_add_text(p, raw, &text)) return false;
+    if (direct) return llmcbi_run_tell(&p->run, text);
+    if (at) {
         if (text.len < LLMCBI_SHORT)
             memcpy(at, text.ptr, LLMCBI_SHORT);
         else
             memcpy(at, text.ptr, text.len + 1);
         llmcbi_run_commit(&p->run, LLMCBI_TEXT, text.len + 1);
     }
+    return true;
 }
 
 /* The same of a choice that brings something else, in a string that differs. */
@@ -12135,6 +12155,23 @@ static void llmcbi_prompt_member(llmcbi_prompt *p, const llmcbi_raw *string)
     llmcbi_prompt_choice(p, &w, NULL);
 }
 
+/* The end of an event whose string ends at s, if what follows is like the
+ * pattern's; else NULL. */
+static inline const char *llmcbi_pattern_end(const char *s, const char *end,
+                                             const char *behind, size_t mid,
+                                             size_t tail)
+{
+    /* the quote by itself: another byte there is all that comes often */
+    if ((size_t)(end - s) < mid || *s != '"' || memcmp(s, behind, mid) != 0)
+        return NULL;
+    s += mid;
+    if (!tail) return s;
+    s = llmcbi_json_plain(s, end);
+    if ((size_t)(end - s) < tail || memcmp(s, behind + mid, tail) != 0)
+        return NULL;
+    return s + tail;
+}
+
 /* Most events of a stream differ from the one before in nothing but their
  * text, their reasoning or the arguments of a tool call, and in padding that
  * OpenAI adds. If all around is equal, byte for byte, and these are JSON
@@ -12145,54 +12182,62 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
                                      const llmcb_str *stop)
 {
     const llmcbi_pattern *q = p->pattern;
-    const char *like = (const char *)(q + 1);
-    size_t len = q->len, n_own = p->n_own, head = q->head, mid = q->mid;
-    size_t tail = len - head - mid, most = p->chat->d.limits.event;
+    size_t len = q->len, n_own = p->n_own, n_shared = q->head - n_own;
+    size_t mid = q->mid, tail = len - q->head - mid;
+    size_t most = p->chat->d.limits.event, room = 0;
+    const char *shared = (const char *)(q + 1) + n_own;
+    const char *behind = shared + n_shared;
     uint64_t until = llmcbi_run_until(&p->run);
     llmcb_str *piece = *pieces;
-    bool text = q->kind == LLMCBI_LIKE_TEXT;
-    bool direct, any = false;
+    const char *from = piece->ptr;
+    bool text = q->kind == LLMCBI_LIKE_TEXT, direct;
 
     while (text && p->run.slowest < p->run.head &&
            llmcbi_run_serve_inline(&p->run)) {
     } /* then tokens may pass the log by */
-    direct = text && llmcbi_run_direct(&p->run);
+    direct = text && p->stream && llmcbi_run_direct(&p->run);
+    if (direct) room = llmcbi_prompt_room(p);
     do {
         const char *s = piece->ptr, *end = s + piece->len;
         llmcbi_raw raw;
         if (piece->len < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
-            memcmp(s + n_own, like + n_own, head - n_own) != 0)
+            memcmp(s + n_own, shared, n_shared) != 0)
             break;
-        raw.ptr = s + head;
-        raw.object = false;
+        raw.ptr = s + n_own + n_shared;
         s = llmcbi_json_plain(raw.ptr, end);
+        raw.len = (size_t)(s - raw.ptr);
+        /* mostly it is a short one, told directly, and all of its piece */
+        if (raw.len <= LLMCBI_SHORT && room > LLMCBI_SHORT &&
+            piece->len - 2 <= most &&
+            llmcbi_pattern_end(s, end, behind, mid, tail) == end) {
+            *piece = llmcbi_slice(end, 0);
+            room -= raw.len;
+            if (!llmcbi_run_tell(&p->run, llmcbi_prompt_add_short(p, &raw)) ||
+                piece + 1 == stop)
+                break;
+            piece++;
+            continue;
+        }
+        raw.object = false;
         raw.plain = s < end && *s == '"';
         if (!raw.plain) {
             llmcbi_json j;
-            j.p = raw.ptr;
+            j.p = s;
             j.end = end;
             if (!llmcbi_json_string(&j)) break;
             s = j.p - 1;
+            raw.len = (size_t)(s - raw.ptr);
         }
-        raw.len = (size_t)(s - raw.ptr);
         if (!raw.len && q->kind == LLMCBI_LIKE_REASONING)
             break; /* then another member may have brought it */
-        if ((size_t)(end - s) < mid || memcmp(s, like + head, mid) != 0) break;
-        s += mid;
-        if (tail) {
-            s = llmcbi_json_plain(s, end);
-            if ((size_t)(end - s) < tail ||
-                memcmp(s, like + head + mid, tail) != 0)
-                break;
-            s += tail;
-        }
-        if ((size_t)(s - piece->ptr) - 2 > most) break;
+        s = llmcbi_pattern_end(s, end, behind, mid, tail);
+        if (!s || (size_t)(s - piece->ptr) - 2 > most) break;
         *piece = llmcbi_slice(s, (size_t)(end - s));
-        if (text)
-            llmcbi_prompt_text(p, &raw, (size_t)(end - raw.ptr), &direct);
-        else
+        if (!text)
             llmcbi_prompt_member(p, &raw);
-        any = true;
+        else if (!llmcbi_prompt_text(p, &raw, direct))
+            break;
+        if (direct) room = llmcbi_prompt_room(p);
         if (!piece->len) {
             if (piece + 1 == stop) break;
             piece++;
@@ -12200,12 +12245,11 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     } while (!p->outcome &&
              (direct || (p->run.head < until &&
                          p->run.held <= p->run.rules->window_bytes)));
+    if ((*pieces)->ptr == from) return false;
     *pieces = piece;
-    if (any) {
-        p->last_data = p->run.loop->now;
-        p->vain = 0;
-    }
-    return any;
+    p->last_data = p->run.loop->now;
+    p->vain = 0;
+    return true;
 }
 
 /* Where the padding of an event begins: a member that nobody reads, of random

@@ -57,8 +57,8 @@ static inline int counted_wait(int fd, struct epoll_event *ev, int n, int ms)
 
 typedef struct seen {
     uint64_t tokens, bytes;
-    bool marks; /* it tells bench_progress */
-    bool more;  /* -u or -S */
+    uint64_t quiet; /* so many tokens are only counted */
+    bool marks;     /* it tells bench_progress */
     char *text; /* -u */
     size_t len, cap;
     unsigned sleep_ms, naps;
@@ -123,6 +123,10 @@ static char *curl_strdup(const char *s)
 
 __attribute__((noinline)) static void see_more(seen *s, llmcb_str text)
 {
+    if (s->marks) {
+        bench_progress(s->tokens);
+        s->quiet = bench.marks[bench.n_marks].at - 1;
+    }
     if (opts.own) {
         if (s->len + text.len > s->cap) {
             s->cap = 2 * (s->len + text.len);
@@ -141,10 +145,8 @@ __attribute__((noinline)) static void see_more(seen *s, llmcb_str text)
 static void see(seen *s, llmcb_str text)
 {
     if (!text.len) return;
-    s->tokens++;
     s->bytes += text.len;
-    if (s->marks) bench_progress(s->tokens);
-    if (s->more) see_more(s, text);
+    if (++s->tokens > s->quiet) see_more(s, text);
 }
 
 static int on_token(llmcb_handler *h, const llmcb_event *ev)
@@ -180,6 +182,7 @@ static void handler_init(llmcb_handler *h, seen *s)
 {
     memset(h, 0, sizeof *h);
     h->user = s;
+    s->quiet = opts.own || opts.sleep_ms ? 0 : UINT64_MAX;
     if (strcmp(opts.kind, "async") == 0)
         h->async.on_llm_new_token = on_token_async;
     else
@@ -264,11 +267,11 @@ static void run_network(llmcb_loop *loop)
         fprintf(stderr, "client: no memory, or no such transport\n");
         exit(2);
     }
-    for (i = 0; i < sets * k; i++) {
-        handler_init(&h[i], &s[i]);
-        s[i].more = opts.own || opts.sleep_ms;
+    for (i = 0; i < sets * k; i++) handler_init(&h[i], &s[i]);
+    if (k && !opts.own) {
+        s[sets > 1 ? k : 0].marks = true;
+        s[sets > 1 ? k : 0].quiet = 0;
     }
-    if (k && !opts.own) s[sets > 1 ? k : 0].marks = true;
     if (sets == 2) s[0].sleep_ms = opts.sleep_ms;
     sleeper_others = opts.sleep_ms ? opts.streams - 1 : 0;
     snprintf(url, sizeof url, "http://127.0.0.1:%d/v1", opts.port);
