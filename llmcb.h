@@ -12061,7 +12061,8 @@ static size_t llmcbi_prompt_room(const llmcbi_prompt *p)
     size_t room = c->text.cap - c->text.len;
     size_t left = p->chat->d.limits.text - p->answer.total;
 
-    if (p->pattern->mid < LLMCBI_SHORT || c->text_carry.n || c->text_carry.high)
+    if (p->pattern->mid < LLMCBI_SHORT + 2 || c->text_carry.n ||
+        c->text_carry.high)
         return 0;
     return room < left ? room : left;
 }
@@ -12112,6 +12113,15 @@ static bool llmcbi_prompt_add_text(llmcbi_prompt *p, const llmcbi_raw *raw,
     return true;
 }
 
+/* Lets inline handlers have what is in the log; then tokens may pass it by,
+ * unless there are others. */
+static bool llmcbi_prompt_direct(llmcbi_prompt *p)
+{
+    while (p->run.slowest < p->run.head && llmcbi_run_serve_inline(&p->run)) {
+    }
+    return p->stream && llmcbi_run_direct(&p->run);
+}
+
 /* Tells the text of choice 0, which is all that an event brings. false: it
  * could not, or the next one may not be told directly. */
 static bool llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
@@ -12155,6 +12165,25 @@ static void llmcbi_prompt_member(llmcbi_prompt *p, const llmcbi_raw *string)
     llmcbi_prompt_choice(p, &w, NULL);
 }
 
+/* Goes on with a string that stands for itself up to s. Returns its closing
+ * quote, or NULL: there is none, or this is no JSON. */
+static const char *llmcbi_raw_close(llmcbi_raw *raw, const char *s,
+                                    const char *end)
+{
+    llmcbi_json j;
+
+    raw->object = false;
+    raw->plain = s < end && *s == '"';
+    if (!raw->plain) {
+        j.p = s;
+        j.end = end;
+        if (!llmcbi_json_string(&j)) return NULL;
+        s = j.p - 1;
+    }
+    raw->len = (size_t)(s - raw->ptr);
+    return s;
+}
+
 /* The end of an event whose string ends at s, if what follows is like the
  * pattern's; else NULL. */
 static inline const char *llmcbi_pattern_end(const char *s, const char *end,
@@ -12192,10 +12221,7 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     const char *from = piece->ptr;
     bool text = q->kind == LLMCBI_LIKE_TEXT, direct;
 
-    while (text && p->run.slowest < p->run.head &&
-           llmcbi_run_serve_inline(&p->run)) {
-    } /* then tokens may pass the log by */
-    direct = text && p->stream && llmcbi_run_direct(&p->run);
+    direct = text && llmcbi_prompt_direct(p);
     if (direct) room = llmcbi_prompt_room(p);
     do {
         const char *s = piece->ptr, *end = s + piece->len;
@@ -12218,16 +12244,8 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
             piece++;
             continue;
         }
-        raw.object = false;
-        raw.plain = s < end && *s == '"';
-        if (!raw.plain) {
-            llmcbi_json j;
-            j.p = s;
-            j.end = end;
-            if (!llmcbi_json_string(&j)) break;
-            s = j.p - 1;
-            raw.len = (size_t)(s - raw.ptr);
-        }
+        s = llmcbi_raw_close(&raw, s, end);
+        if (!s) break;
         if (!raw.len && q->kind == LLMCBI_LIKE_REASONING)
             break; /* then another member may have brought it */
         s = llmcbi_pattern_end(s, end, behind, mid, tail);
@@ -12249,6 +12267,37 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     *pieces = piece;
     p->last_data = p->run.loop->now;
     p->vain = 0;
+    return true;
+}
+
+/* The same of the data of one event, however it came: in parts, or with other
+ * line ends. */
+static bool llmcbi_prompt_same_data(llmcbi_prompt *p, llmcb_str data)
+{
+    const llmcbi_pattern *q = p->pattern;
+    const char *s = data.ptr, *end = s + data.len, *like;
+    size_t tail, head, own;
+    llmcbi_raw raw;
+
+    if (!q || data.len < q->len - 8) return false;
+    like = (const char *)(q + 1) + 6; /* behind "data: " */
+    head = q->head - 6;
+    own = p->n_own ? p->n_own - 6u : 0;
+    tail = q->len - q->head - q->mid;
+    if ((own && memcmp(s, p->own + 6, own) != 0) ||
+        memcmp(s + own, like + own, head - own) != 0)
+        return false;
+    raw.ptr = s + head;
+    s = llmcbi_raw_close(&raw, llmcbi_json_plain(raw.ptr, end), end);
+    if (!s || (!raw.len && q->kind == LLMCBI_LIKE_REASONING)) return false;
+    s = tail ? llmcbi_pattern_end(s, end, like + head, q->mid, tail - 2)
+             : llmcbi_pattern_end(s, end, like + head, q->mid - 2, 0);
+    if (s != end) return false;
+    if (q->kind == LLMCBI_LIKE_TEXT)
+        llmcbi_prompt_text(p, &raw, llmcbi_prompt_direct(p));
+    else
+        llmcbi_prompt_member(p, &raw);
+    p->alike = true;
     return true;
 }
 
@@ -12438,6 +12487,13 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     return false;
 }
 
+static bool llmcbi_prompt_same_data(llmcbi_prompt *p, llmcb_str data)
+{
+    (void)p;
+    (void)data;
+    return false;
+}
+
 static void llmcbi_prompt_unlearn(llmcbi_prompt *p)
 {
     (void)p;
@@ -12468,7 +12524,9 @@ static void llmcbi_prompt_event(llmcbi_prompt *p, llmcb_str data, bool is_error)
         llmcbi_prompt_api_error(p, data.ptr, data.len);
         return;
     }
-    if (!llmcbi_prompt_read(p, data, false, &ev)) return;
+    if (llmcbi_prompt_same_data(p, data) ||
+        !llmcbi_prompt_read(p, data, false, &ev))
+        return;
     llmcbi_prompt_learn(p, data, &ev);
     if (llmcbi_prompt_tell(p, &ev, 0) || p->outcome) return;
     llmcbi_buf_add(llmcbi_prompt_alloc(p), &p->body, data.ptr, data.len);

@@ -333,6 +333,28 @@ TEST(time_first_byte)
     "\"content\":\"" t "\"},\"finish_reason\":null}],\"usage\":null,"  \
     "\"obfuscation\":\"" pad "\"}\n\n"
 
+/* The same stream with other line ends, or without the space that may follow
+ * "data:". */
+static const char *reframed(const char *body, const char *space,
+                            const char *line_end)
+{
+    static char out[8192];
+    char *at = out;
+
+    for (; *body; body++) {
+        if (strncmp(body, "data: ", 6) == 0) {
+            at += sprintf(at, "data:%s", space);
+            body += 5;
+        } else if (*body == '\n') {
+            at += sprintf(at, "%s", line_end);
+        } else {
+            *at++ = *body;
+        }
+    }
+    *at = '\0';
+    return out;
+}
+
 TEST(padding)
 {
     static const struct {
@@ -360,15 +382,19 @@ TEST(padding)
         { PAD("a\\ud83d", "1") PAD("\\ude00b", "2") DONE,
           "a|\xF0\x9F\x98\x80" "b|", LLMCB_OK },
     };
+    static const char *const spaces[] = { " ", "", " ", "" };
+    static const char *const ends[] = { "\n", "\n", "\r\n", "\r" };
     llmcb_segment segs[4096];
     char bytes[4096];
-    size_t i, k, step, n;
+    size_t i, f, k, step, n;
 
-    for (i = 0; i < sizeof cases / sizeof *cases; i++)
+    for (i = 0; i < 4 * sizeof cases / sizeof *cases; i++)
         for (step = 1; step <= 4096; step = step == 60 ? 4096 : step + 1) {
             llmcb_recording rec;
             talk t;
-            snprintf(bytes, sizeof bytes, "%s\r\n%s", SSE, cases[i].body);
+            f = i % 4;
+            snprintf(bytes, sizeof bytes, "%s\r\n%s", SSE,
+                     reframed(cases[i / 4].body, spaces[f], ends[f]));
             rec = recording(bytes, LLMCB_REPLAY_CLOSE);
             n = 0;
             for (k = 0; k < strlen(bytes); k += step) {
@@ -378,8 +404,8 @@ TEST(padding)
             rec.segments = segs;
             rec.n_segments = n;
             talk_replay(&t, &rec, 1);
-            CHECK_INT(talk_ask(&t), cases[i].code);
-            CHECK_STR(t.s.tokens, cases[i].tokens);
+            CHECK_INT(talk_ask(&t), cases[i / 4].code);
+            CHECK_STR(t.s.tokens, cases[i / 4].tokens);
             talk_end(&t);
         }
 }
