@@ -11784,26 +11784,27 @@ static void llmcbi_maker_piece(llmcbi_maker *m, const llmcbi_tool_piece *piece,
         llmcbi_maker_add(m, &s->arguments, delta->arguments);
 }
 
-/* The pieces of one event; with out NULL it only counts. */
+/* The pieces of one event, the last of them in *piece; with out NULL it only
+ * counts. */
 static size_t llmcbi_maker_tools(llmcbi_maker *m, const llmcbi_wire_choice *w,
+                                 llmcbi_tool_piece *piece,
                                  llmcb_tool_delta *out)
 {
-    llmcbi_tool_piece piece;
     llmcbi_json j;
     size_t n = 0;
 
     if (w->tool_calls.len) {
         llmcbi_json_init(&j, w->tool_calls.ptr, w->tool_calls.len);
         llmcbi_json_next(&j);
-        for (; llmcbi_wire_next_tool(&j, &piece); n++)
-            if (out) llmcbi_maker_piece(m, &piece, &out[n]);
+        for (; llmcbi_wire_next_tool(&j, piece); n++)
+            if (out) llmcbi_maker_piece(m, piece, &out[n]);
     }
     if (w->function_call.len) {
         llmcbi_json_init(&j, w->function_call.ptr, w->function_call.len);
         llmcbi_json_next(&j);
-        llmcbi_wire_function(&j, &piece, 1);
-        piece.index = 0;
-        if (out) llmcbi_maker_piece(m, &piece, &out[n]);
+        llmcbi_wire_function(&j, piece, 1);
+        piece->index = 0;
+        if (out) llmcbi_maker_piece(m, piece, &out[n]);
         n++;
     }
     return n;
@@ -11842,14 +11843,18 @@ static void llmcbi_maker_finished(llmcbi_maker *m, llmcb_str reason)
 /* What a choice brings beside text, into the record behind `parts`. */
 LLMCBI_APART static void llmcbi_maker_parts(llmcbi_maker *m,
                                             const llmcbi_wire_choice *w,
-                                            llmcb_parts *parts, size_t n_tools)
+                                            llmcb_parts *parts, size_t n_tools,
+                                            llmcbi_tool_piece *piece)
 {
     llmcb_tool_delta *tools = (llmcb_tool_delta *)(void *)m->at;
     llmcbi_rarity *r = m->c->rare;
 
     if (n_tools) {
         m->at += n_tools * sizeof *tools;
-        llmcbi_maker_tools(m, w, tools);
+        if (n_tools == 1) /* mostly; it has been read */
+            llmcbi_maker_piece(m, piece, tools);
+        else
+            llmcbi_maker_tools(m, w, piece, tools);
         parts->tool_calls = tools;
         parts->n_tool_calls = n_tools;
     }
@@ -11893,7 +11898,8 @@ static bool llmcbi_maker_make(llmcbi_maker *m, size_t index,
 {
     llmcbi_prompt *p = m->p;
     llmcbi_choice *c = llmcbi_answer_choice(m->a, &p->answer, index);
-    size_t n_tools = llmcbi_maker_tools(NULL, w, NULL);
+    llmcbi_tool_piece piece;
+    size_t n_tools = llmcbi_maker_tools(NULL, w, &piece, NULL);
     size_t room = llmcbi_raw_room(&w->text);
     bool rare =
         n_tools || w->refusal.len || w->reasoning.len || w->logprobs.len;
@@ -11922,7 +11928,7 @@ static bool llmcbi_maker_make(llmcbi_maker *m, size_t index,
         *parts = *chunk->parts;
         chunk->parts = parts;
         if (usage) parts->usage = *usage;
-        llmcbi_maker_parts(m, w, parts, n_tools);
+        llmcbi_maker_parts(m, w, parts, n_tools, &piece);
     }
     llmcbi_maker_text(m, &w->text, &c->text_carry, &c->text, &chunk->text);
     if (!m->failed && p->stream && !p->cached)
