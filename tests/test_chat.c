@@ -410,6 +410,40 @@ TEST(padding)
         }
 }
 
+/* limits.text where each event is like the one before, with short and long
+ * texts and escapes, for handlers inline and on the pool: what fits is told. */
+TEST(limit_of_text_of_events_that_are_alike)
+{
+    static const char *const told[] = { "abc", "d", "", "\xC3\xA9" "f", "ghi",
+                                        "a text of more than 16 bytes", "jk",
+                                        "lm" };
+    static const char body[] = SSE "\r\n" PAD("abc", "1") PAD("d", "") PAD("", "")
+        PAD("\\u00e9f", "22") PAD("ghi", "")
+        PAD("a text of more than 16 bytes", "3") PAD("jk", "") PAD("lm", "")
+        DONE;
+    llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
+    size_t limit, i;
+    int on_pool;
+
+    for (on_pool = 0; on_pool < 2; on_pool++)
+        for (limit = 1; limit <= 42; limit++) {
+            char want[128] = "";
+            size_t total = 0;
+            talk t;
+            for (i = 0; i < sizeof told / sizeof *told; i++) {
+                total += strlen(told[i]);
+                if (total > limit) break;
+                strcat(strcat(want, told[i]), "|");
+            }
+            talk_replay(&t, &rec, 1);
+            t.d.limits.text = limit;
+            if (on_pool) t.h.flags = 0;
+            CHECK_INT(talk_ask(&t), total > limit ? LLMCB_ELIMIT : LLMCB_OK);
+            CHECK_STR(t.s.tokens, want);
+            talk_end(&t);
+        }
+}
+
 /* Borders that go back, begin late or lie behind the end: each byte comes
  * once. */
 TEST(borders_in_no_order)
