@@ -12067,29 +12067,14 @@ static size_t llmcbi_prompt_room(const llmcbi_prompt *p)
     size_t room = c->text.cap - c->text.len;
     size_t left = p->chat->d.limits.text - p->answer.total;
 
-    if (p->pattern->mid < LLMCBI_SHORT + 2 || c->text_carry.n ||
+    if (!p->stream || p->pattern->mid < LLMCBI_SHORT || c->text_carry.n ||
         c->text_carry.high)
         return 0;
     return room < left ? room : left;
 }
 
-/* Adds short text that stands for itself to the answer, if there is room for
- * more than LLMCBI_SHORT, and shows it there. */
-static inline llmcb_str llmcbi_prompt_add_short(llmcbi_prompt *p,
-                                                const llmcbi_raw *raw)
-{
-    llmcbi_buf *b = &p->answer.choices[0].text;
-    char *at = b->ptr + b->len;
-
-    memcpy(at, raw->ptr, LLMCBI_SHORT);
-    at[raw->len] = '\0';
-    b->len += raw->len;
-    p->answer.total += raw->len;
-    return llmcbi_slice(at, raw->len);
-}
-
-/* The same of any text, with LLMCBI_SHORT bytes that can be read. false: a
- * limit, or no memory. */
+/* Decodes text into the answer and shows it there, with LLMCBI_SHORT bytes
+ * that can be read. false: a limit, or no memory. */
 static bool llmcbi_prompt_add_text(llmcbi_prompt *p, const llmcbi_raw *raw,
                                    llmcb_str *text)
 {
@@ -12097,11 +12082,6 @@ static bool llmcbi_prompt_add_text(llmcbi_prompt *p, const llmcbi_raw *raw,
     llmcbi_buf *b = &c->text;
     char *at;
 
-    if (raw->plain && raw->len <= LLMCBI_SHORT &&
-        llmcbi_prompt_room(p) > LLMCBI_SHORT) {
-        *text = llmcbi_prompt_add_short(p, raw);
-        return true;
-    }
     if (!llmcbi_buf_reserve(llmcbi_prompt_alloc(p), b,
                             llmcbi_raw_room(raw) + LLMCBI_SHORT)) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
@@ -12152,6 +12132,40 @@ static bool llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
             memcpy(at, text.ptr, text.len + 1);
         llmcbi_run_commit(&p->run, LLMCBI_TEXT, text.len + 1);
     }
+    return true;
+}
+
+/* Adds short text that stands for itself, if there is room for more than
+ * LLMCBI_SHORT, and shows it there. */
+static inline llmcb_str llmcbi_prompt_add_short(llmcbi_prompt *p,
+                                                const llmcbi_raw *raw)
+{
+    llmcbi_buf *b = &p->answer.choices[0].text;
+    char *at = b->ptr + b->len;
+
+    memcpy(at, raw->ptr, LLMCBI_SHORT);
+    at[raw->len] = '\0';
+    b->len += raw->len;
+    p->answer.total += raw->len;
+    return llmcbi_slice(at, raw->len);
+}
+
+/* Tells such text. */
+static inline bool llmcbi_prompt_short(llmcbi_prompt *p, const llmcbi_raw *raw,
+                                       bool direct)
+{
+    char *at;
+
+    if (direct)
+        return llmcbi_run_tell(&p->run, llmcbi_prompt_add_short(p, raw));
+    at = llmcbi_run_reserve(&p->run, 2 * LLMCBI_SHORT);
+    if (!at) {
+        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
+        return false;
+    }
+    memcpy(at, llmcbi_prompt_add_short(p, raw).ptr, LLMCBI_SHORT);
+    at[raw->len] = '\0';
+    llmcbi_run_commit(&p->run, LLMCBI_TEXT, raw->len + 1);
     return true;
 }
 
@@ -12228,9 +12242,9 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     bool text = q->kind == LLMCBI_LIKE_TEXT, direct;
 
     direct = text && llmcbi_prompt_direct(p);
-    if (direct) room = llmcbi_prompt_room(p);
+    if (text) room = llmcbi_prompt_room(p);
     do {
-        const char *s = piece->ptr, *end = s + piece->len;
+        const char *s = piece->ptr, *end = s + piece->len, *next = NULL;
         llmcbi_raw raw;
         if (piece->len < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
             memcmp(s + n_own, shared, n_shared) != 0)
@@ -12238,30 +12252,27 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
         raw.ptr = s + n_own + n_shared;
         s = llmcbi_json_plain(raw.ptr, end);
         raw.len = (size_t)(s - raw.ptr);
-        /* mostly it is a short one, told directly, and all of its piece */
-        if (raw.len <= LLMCBI_SHORT && room > LLMCBI_SHORT &&
-            piece->len - 2 <= most &&
-            llmcbi_pattern_end(s, end, behind, mid, tail) == end) {
-            *piece = llmcbi_slice(end, 0);
+        if (raw.len <= LLMCBI_SHORT && room > LLMCBI_SHORT) /* mostly */
+            next = llmcbi_pattern_end(s, end, behind, mid, tail);
+        if (next && (size_t)(next - piece->ptr) - 2 <= most) {
+            *piece = llmcbi_slice(next, (size_t)(end - next));
             room -= raw.len;
-            if (!llmcbi_run_tell(&p->run, llmcbi_prompt_add_short(p, &raw)) ||
-                piece + 1 == stop)
+            if (!llmcbi_prompt_short(p, &raw, direct)) break;
+        } else {
+            s = llmcbi_raw_close(&raw, s, end);
+            if (!s) break;
+            if (!raw.len && q->kind == LLMCBI_LIKE_REASONING)
+                break; /* then another member may have brought it */
+            next = llmcbi_pattern_end(s, end, behind, mid, tail);
+            if (!next || (size_t)(next - piece->ptr) - 2 > most) break;
+            *piece = llmcbi_slice(next, (size_t)(end - next));
+            if (!text)
+                llmcbi_prompt_member(p, &raw);
+            else if (!llmcbi_prompt_text(p, &raw, direct))
                 break;
-            piece++;
-            continue;
+            else
+                room = llmcbi_prompt_room(p);
         }
-        s = llmcbi_raw_close(&raw, s, end);
-        if (!s) break;
-        if (!raw.len && q->kind == LLMCBI_LIKE_REASONING)
-            break; /* then another member may have brought it */
-        s = llmcbi_pattern_end(s, end, behind, mid, tail);
-        if (!s || (size_t)(s - piece->ptr) - 2 > most) break;
-        *piece = llmcbi_slice(s, (size_t)(end - s));
-        if (!text)
-            llmcbi_prompt_member(p, &raw);
-        else if (!llmcbi_prompt_text(p, &raw, direct))
-            break;
-        if (direct) room = llmcbi_prompt_room(p);
         if (!piece->len) {
             if (piece + 1 == stop) break;
             piece++;
