@@ -39,10 +39,16 @@ count() {
     $dir/server -g 4000 -o >$dir/callgrind-uneven.http
     $dir/server -g 4000 -m 1 >$dir/callgrind-reasoning.http
     $dir/server -g 4000 -m 2 >$dir/callgrind-tool.http
+    # the same without chunks: many events in one piece
+    awk '{ sub(/\r$/, "") }
+        body { if (/^data:/) printf "%s\n\n", $0; next }
+        !/^(Transfer-Encoding|Connection):/ { printf "%s\r\n", $0 }
+        $0 == "" { body = 1 }' $dir/callgrind.http >$dir/callgrind-plain.http
     per token_none 4000 $dir/callgrind.http 1 6 -H none
     per token_inline 4000 $dir/callgrind.http 1 6 -H inline
     per token_async 4000 $dir/callgrind.http 1 6 -H async
     per token_inline_10 4000 $dir/callgrind.http 1 6 -H inline -k 10
+    per token_plain_inline 4000 $dir/callgrind-plain.http 1 6 -H inline
     per token_uneven_inline 4000 $dir/callgrind-uneven.http 1 6 -H inline
     per token_reasoning_inline 4000 $dir/callgrind-reasoning.http 1 6 -H inline
     per token_tool_inline 4000 $dir/callgrind-tool.http 1 6 -H inline
