@@ -2323,19 +2323,21 @@ static llmcbi_json_type llmcbi_json_fail(llmcbi_json *j)
     return LLMCBI_JSON_ERROR;
 }
 
-/* What a hexadecimal digit is worth; 16: it is none. Letters come as they like
- * in the sizes of chunks, so no branch asks for them. */
+/* What a hexadecimal digit is worth; more than 15: it is none. Letters come as
+ * they like in the sizes of chunks, so no branch asks for them. */
 static inline unsigned llmcbi_hex(char c)
 {
-    static const unsigned char worth[] = {
-        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  16, 16, 16, 16,
-        16, 16, 16, 10, 11, 12, 13, 14, 15, 16, 16, 16, 16, 16,
-        16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16,
-        16, 16, 16, 16, 16, 16, 16, 10, 11, 12, 13, 14, 15
+    static const unsigned char more[256] = {
+        /* by one */
+        0, 0, 0, 0,  0, 0, 0, 0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+        0, 0, 0, 0,  0, 0, 0, 0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+        0, 0, 0, 0,  0, 0, 0, 0,  0,  0,  0,  0,  1,  2,  3,  4,  5,  6,
+        7, 8, 9, 10, 0, 0, 0, 0,  0,  0,  0,  11, 12, 13, 14, 15, 16, 0,
+        0, 0, 0, 0,  0, 0, 0, 0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+        0, 0, 0, 0,  0, 0, 0, 11, 12, 13, 14, 15, 16
     };
-    unsigned i = (unsigned char)c - (unsigned)'0';
 
-    return i < sizeof worth ? worth[i] : 16;
+    return more[(unsigned char)c] - 1u;
 }
 
 /* Four hexadecimal digits that have been checked. */
