@@ -2340,7 +2340,7 @@ static inline unsigned llmcbi_hex(char c)
     return more[(unsigned char)c] - 1u;
 }
 
-/* Four hexadecimal digits that have been checked. */
+/* What four hexadecimal digits are worth; more than 0xFFFF: they are not. */
 static uint32_t llmcbi_hex4(const char *s)
 {
     uint32_t v = 0;
@@ -2419,10 +2419,8 @@ static bool llmcbi_json_string(llmcbi_json *j)
         if (p == end) return false;
         c = (unsigned char)*p++;
         if (c == 'u') {
-            int i;
-            if (end - p < 4) return false;
-            for (i = 0; i < 4; i++)
-                if (llmcbi_hex(*p++) > 15) return false;
+            if (end - p < 4 || llmcbi_hex4(p) > 0xFFFF) return false;
+            p += 4;
         } else if (!llmcbi_json_unescape((char)c)) {
             return false;
         }
@@ -2641,18 +2639,34 @@ static bool llmcbi_json_text_is(const char *text, llmcbi_json_type type)
 }
 
 #if LLMCBI_QUICK
-/* Copies whole characters that stand for themselves and moves *s behind them.
- * Returns the end of the copy. */
+/* Decodes what is simple, whole characters and escapes that are one, moves *s
+ * behind it and returns the end of the copy, which is no longer. Stops at any
+ * quote, too. */
 static char *llmcbi_json_copy(char *out, const char **s, const char *end)
 {
     const char *p = *s;
-    size_t n;
 
-    while (p < end && *p != '\\') {
-        n = (unsigned char)*p < 0x80 ? 1 : llmcbi_utf8_at(p, (size_t)(end - p));
-        if (!n) break;
-        while (n--)
+    while (p < end) {
+        unsigned char c = (unsigned char)*p;
+        if (c >= 0x80) {
+            size_t n = llmcbi_utf8_at(p, (size_t)(end - p));
+            if (!n) break;
+            while (n--)
+                *out++ = *p++;
+        } else if (c != '\\') {
+            if (c < 0x20 || c == '"') break;
             *out++ = *p++;
+        } else if (end - p >= 6 && p[1] == 'u') {
+            uint32_t cp = llmcbi_hex4(p + 2);
+            if (cp > 0xFFFF || (cp >= 0xD800 && cp < 0xE000)) break;
+            out = llmcbi_put_utf8(out, cp);
+            p += 6;
+        } else {
+            char meant = end - p > 1 ? llmcbi_json_unescape(p[1]) : '\0';
+            if (!meant) break;
+            *out++ = meant;
+            p += 2;
+        }
     }
     *s = p;
     return out;
@@ -12075,32 +12089,6 @@ static size_t llmcbi_prompt_room(const llmcbi_prompt *p)
     return room < left ? room : left;
 }
 
-/* Decodes text into the answer and shows it there, with LLMCBI_SHORT bytes
- * that can be read. false: a limit, or no memory. */
-static bool llmcbi_prompt_add_text(llmcbi_prompt *p, const llmcbi_raw *raw,
-                                   llmcb_str *text)
-{
-    llmcbi_choice *c = &p->answer.choices[0];
-    llmcbi_buf *b = &c->text;
-    char *at;
-
-    if (!llmcbi_buf_reserve(llmcbi_prompt_alloc(p), b,
-                            llmcbi_raw_room(raw) + LLMCBI_SHORT)) {
-        llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
-        return false;
-    }
-    at = b->ptr + b->len;
-    *text = llmcbi_raw_decode(&at, raw, &c->text_carry);
-    if (p->answer.total + text->len > p->chat->d.limits.text) {
-        b->ptr[b->len] = '\0';
-        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
-        return false;
-    }
-    b->len += text->len;
-    p->answer.total += text->len;
-    return true;
-}
-
 /* Lets inline handlers have what is in the log; then tokens may pass it by,
  * unless there are others. */
 static bool llmcbi_prompt_direct(llmcbi_prompt *p)
@@ -12110,65 +12098,57 @@ static bool llmcbi_prompt_direct(llmcbi_prompt *p)
     return p->stream && llmcbi_run_direct(&p->run);
 }
 
-/* Tells the text of choice 0, which is all that an event brings. false: it
- * could not, or the next one may not be told directly. */
-static bool llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
-                               bool direct)
+/* Takes n bytes, with room for more than LLMCBI_SHORT, that stand behind the
+ * text of the answer: they are all that an event brings. false: there is no
+ * memory, or the next one may not be told directly. */
+static inline bool llmcbi_prompt_take(llmcbi_prompt *p, size_t n, bool direct)
 {
-    char *at = NULL;
-    llmcb_str text;
+    llmcbi_buf *b = &p->answer.choices[0].text;
+    char *text = b->ptr + b->len, *copy = NULL;
 
     if (!direct && p->stream) {
-        at = llmcbi_run_reserve(&p->run, llmcbi_raw_room(raw) + LLMCBI_SHORT);
-        if (!at) {
+        copy = llmcbi_run_reserve(&p->run, n + LLMCBI_SHORT);
+        if (!copy) {
+            *text = '\0';
             llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
             return false;
         }
-    }
-    if (!llmcbi_prompt_add_text(p, raw, &text)) return false;
-    if (direct) return llmcbi_run_tell(&p->run, text);
-    if (at) {
-        if (text.len < LLMCBI_SHORT)
-            memcpy(at, text.ptr, LLMCBI_SHORT);
+        if (n < LLMCBI_SHORT)
+            memcpy(copy, text, LLMCBI_SHORT);
         else
-            memcpy(at, text.ptr, text.len + 1);
-        llmcbi_run_commit(&p->run, LLMCBI_TEXT, text.len + 1);
+            memcpy(copy, text, n);
+        copy[n] = '\0';
     }
+    text[n] = '\0';
+    b->len += n;
+    p->answer.total += n;
+    if (direct) return llmcbi_run_tell(&p->run, llmcbi_slice(text, n));
+    if (copy) llmcbi_run_commit(&p->run, LLMCBI_TEXT, n + 1);
     return true;
 }
 
-/* Adds short text that stands for itself, if there is room for more than
- * LLMCBI_SHORT, and shows it there. */
-static inline llmcb_str llmcbi_prompt_add_short(llmcbi_prompt *p,
-                                                const llmcbi_raw *raw)
+/* The same of any text. */
+static bool llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
+                               bool direct)
 {
-    llmcbi_buf *b = &p->answer.choices[0].text;
-    char *at = b->ptr + b->len;
-
-    memcpy(at, raw->ptr, LLMCBI_SHORT);
-    at[raw->len] = '\0';
-    b->len += raw->len;
-    p->answer.total += raw->len;
-    return llmcbi_slice(at, raw->len);
-}
-
-/* Tells such text. */
-static inline bool llmcbi_prompt_short(llmcbi_prompt *p, const llmcbi_raw *raw,
-                                       bool direct)
-{
+    llmcbi_choice *c = &p->answer.choices[0];
+    llmcbi_buf *b = &c->text;
     char *at;
+    size_t n;
 
-    if (direct)
-        return llmcbi_run_tell(&p->run, llmcbi_prompt_add_short(p, raw));
-    at = llmcbi_run_reserve(&p->run, 2 * LLMCBI_SHORT);
-    if (!at) {
+    if (!llmcbi_buf_reserve(llmcbi_prompt_alloc(p), b,
+                            llmcbi_raw_room(raw) + LLMCBI_SHORT)) {
         llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
         return false;
     }
-    memcpy(at, llmcbi_prompt_add_short(p, raw).ptr, LLMCBI_SHORT);
-    at[raw->len] = '\0';
-    llmcbi_run_commit(&p->run, LLMCBI_TEXT, raw->len + 1);
-    return true;
+    at = b->ptr + b->len;
+    n = llmcbi_raw_decode(&at, raw, &c->text_carry).len;
+    if (p->answer.total + n > p->chat->d.limits.text) {
+        b->ptr[b->len] = '\0';
+        llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
+        return false;
+    }
+    return llmcbi_prompt_take(p, n, direct);
 }
 
 /* The same of a choice that brings something else, in a string that differs. */
@@ -12187,11 +12167,11 @@ static void llmcbi_prompt_member(llmcbi_prompt *p, const llmcbi_raw *string)
     llmcbi_prompt_choice(p, &w, NULL);
 }
 
-/* Goes on with a string that stands for itself up to s. Returns its closing
- * quote, or NULL: there is none, or this is no JSON. */
-static const char *llmcbi_raw_close(llmcbi_raw *raw, const char *s,
-                                    const char *end)
+/* The rest of a string that begins at raw->ptr. Returns its closing quote, or
+ * NULL: there is none, or this is no JSON. */
+static const char *llmcbi_raw_close(llmcbi_raw *raw, const char *end)
 {
+    const char *s = llmcbi_json_plain(raw->ptr, end);
     llmcbi_json j;
 
     raw->object = false;
@@ -12203,6 +12183,31 @@ static const char *llmcbi_raw_close(llmcbi_raw *raw, const char *s,
         s = j.p - 1;
     }
     raw->len = (size_t)(s - raw->ptr);
+    return s;
+}
+
+/* Decodes the text at s, *n bytes then, if it is simple and less than `room`,
+ * which is more than LLMCBI_SHORT, as is what can be read. Returns its closing
+ * quote, or where else that came to an end. */
+static inline const char *llmcbi_text_simple(char *out, size_t room,
+                                             const char *s, const char *end,
+                                             size_t *n)
+{
+    const char *from = s;
+
+    s = llmcbi_json_plain(s, end);
+    *n = (size_t)(s - from);
+    if (*n <= LLMCBI_SHORT)
+        memcpy(out, from, LLMCBI_SHORT);
+    else if (*n < room)
+        memcpy(out, from, *n);
+    else
+        return end;
+    if (s < end && *s != '"') {
+        size_t left = room - *n - 1;
+        const char *far = (size_t)(end - s) < left ? end : s + left;
+        *n = (size_t)(llmcbi_json_copy(out + *n, &s, far) - out);
+    }
     return s;
 }
 
@@ -12248,20 +12253,24 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
     do {
         const char *s = piece->ptr, *end = s + piece->len, *next = NULL;
         llmcbi_raw raw;
+        size_t n = 0;
         if (piece->len < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
             memcmp(s + n_own, shared, n_shared) != 0)
             break;
         raw.ptr = s + n_own + n_shared;
-        s = llmcbi_json_plain(raw.ptr, end);
-        raw.len = (size_t)(s - raw.ptr);
-        if (raw.len <= LLMCBI_SHORT && room > LLMCBI_SHORT) /* mostly */
+        if (room > LLMCBI_SHORT) { /* mostly, and then that is it */
+            const llmcbi_buf *b = &p->answer.choices[0].text;
+            s = llmcbi_text_simple(b->ptr + b->len, room, raw.ptr, end, &n);
             next = llmcbi_pattern_end(s, end, behind, mid, tail);
-        if (next && (size_t)(next - piece->ptr) - 2 <= most) {
+            if (next && (size_t)(next - piece->ptr) - 2 > most) next = NULL;
+            if (!next) b->ptr[b->len] = '\0'; /* the text ends here still */
+        }
+        if (next) {
             *piece = llmcbi_slice(next, (size_t)(end - next));
-            room -= raw.len;
-            if (!llmcbi_prompt_short(p, &raw, direct)) break;
+            room -= n;
+            if (!llmcbi_prompt_take(p, n, direct)) break;
         } else {
-            s = llmcbi_raw_close(&raw, s, end);
+            s = llmcbi_raw_close(&raw, end);
             if (!s) break;
             if (!raw.len && q->kind == LLMCBI_LIKE_REASONING)
                 break; /* then another member may have brought it */
@@ -12307,7 +12316,7 @@ static bool llmcbi_prompt_same_data(llmcbi_prompt *p, llmcb_str data)
         memcmp(s + own, like + own, head - own) != 0)
         return false;
     raw.ptr = s + head;
-    s = llmcbi_raw_close(&raw, llmcbi_json_plain(raw.ptr, end), end);
+    s = llmcbi_raw_close(&raw, end);
     if (!s || (!raw.len && q->kind == LLMCBI_LIKE_REASONING)) return false;
     s = tail ? llmcbi_pattern_end(s, end, like + head, q->mid, tail - 2)
              : llmcbi_pattern_end(s, end, like + head, q->mid - 2, 0);

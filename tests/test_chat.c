@@ -444,6 +444,41 @@ TEST(limit_of_text_of_events_that_are_alike)
         }
 }
 
+/* An event that begins like the one before and ends in another way, as the
+ * last often does: what was read of it must not show behind the text. */
+TEST(text_ends_where_an_event_is_like_another_in_part)
+{
+    static const char *const last[] = {
+        "\"},\"finish_reason\":\"stop\"}],\"usage\":null}\n\n",
+        "\"},\"finish_reason\":null}],\"usage\":{\"prompt_tokens\":1,"
+        "\"completion_tokens\":2}}\n\n",
+        "\\ud83d", /* and no more comes */
+        "never told",
+    };
+    size_t i;
+    int on_pool;
+
+    for (i = 0; i < sizeof last / sizeof *last; i++)
+        for (on_pool = 0; on_pool < 2; on_pool++) {
+            char bytes[2048];
+            const llmcb_result *r;
+            llmcb_recording rec;
+            talk t;
+            snprintf(bytes, sizeof bytes, "%s\r\n%s%s%s%s", SSE,
+                     PAD("abc", "") PAD("d", ""),
+                     "data: {\"id\":\"i\",\"choices\":[{\"index\":0,\"delta\":{"
+                     "\"content\":\"", last[i], i < 2 ? DONE : "");
+            rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+            talk_replay(&t, &rec, 1);
+            if (on_pool) t.h.flags = 0;
+            CHECK_INT(talk_ask(&t), i < 2 ? LLMCB_OK : LLMCB_ETRUNCATED);
+            r = llmcb_op_result(t.op);
+            CHECK_INT(r->generations[0].text.len, 4);
+            CHECK_STR(r->generations[0].text.ptr, "abcd");
+            talk_end(&t);
+        }
+}
+
 /* Borders that go back, begin late or lie behind the end: each byte comes
  * once. */
 TEST(borders_in_no_order)
