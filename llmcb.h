@@ -12083,9 +12083,7 @@ static size_t llmcbi_prompt_room(const llmcbi_prompt *p)
     size_t room = c->text.cap - c->text.len;
     size_t left = p->chat->d.limits.text - p->answer.total;
 
-    if (!p->stream || p->pattern->mid < LLMCBI_SHORT || c->text_carry.n ||
-        c->text_carry.high)
-        return 0;
+    if (!p->stream || c->text_carry.n || c->text_carry.high) return 0;
     return room < left ? room : left;
 }
 
@@ -12187,8 +12185,8 @@ static const char *llmcbi_raw_close(llmcbi_raw *raw, const char *end)
 }
 
 /* Decodes the text at s, *n bytes then, if it is simple and less than `room`,
- * which is more than LLMCBI_SHORT, as is what can be read. Returns its closing
- * quote, or where else that came to an end. */
+ * which is more than LLMCBI_SHORT. Returns its closing quote, or where else
+ * that came to an end. */
 static inline const char *llmcbi_text_simple(char *out, size_t room,
                                              const char *s, const char *end,
                                              size_t *n)
@@ -12197,7 +12195,7 @@ static inline const char *llmcbi_text_simple(char *out, size_t room,
 
     s = llmcbi_json_plain(s, end);
     *n = (size_t)(s - from);
-    if (*n <= LLMCBI_SHORT)
+    if (*n <= LLMCBI_SHORT && end - from >= LLMCBI_SHORT)
         memcpy(out, from, LLMCBI_SHORT);
     else if (*n < room)
         memcpy(out, from, *n);

@@ -379,6 +379,15 @@ TEST(padding)
               PAD("c", "3") DONE, "a|b|c|", LLMCB_OK },
         { PAD("a", "1") PAD("b", "2\",\"error\":\"bad") DONE, "a|",
           LLMCB_EAPI },
+        { PAD("a", "1") PAD("b\\x", "2") DONE, "a|", LLMCB_EJSON },
+        { PAD("a", "1") PAD("b\001", "2") DONE, "a|", LLMCB_EJSON },
+        { PAD("a", "1") PAD("b\\u12g4", "2") DONE, "a|", LLMCB_EJSON },
+        { PAD("a", "1") PAD("\\u2713\\u000a\\\"\\/", "2") PAD("\xFF", "3")
+              PAD("b\xE2\x82\xAC", "") PAD("a text of more than 16 bytes", "4")
+              PAD("and one with \\u20ac of more", "5") DONE,
+          "a|\xE2\x9C\x93\n\"/|\xEF\xBF\xBD|b\xE2\x82\xAC|"
+          "a text of more than 16 bytes|and one with \xE2\x82\xAC of more|",
+          LLMCB_OK },
         { PAD("a\\ud83d", "1") PAD("\\ude00b", "2") DONE,
           "a|\xF0\x9F\x98\x80" "b|", LLMCB_OK },
     };
@@ -475,6 +484,30 @@ TEST(text_ends_where_an_event_is_like_another_in_part)
             r = llmcb_op_result(t.op);
             CHECK_INT(r->generations[0].text.len, 4);
             CHECK_STR(r->generations[0].text.ptr, "abcd");
+            talk_end(&t);
+        }
+}
+
+/* limits.event where events are like the one before: the longest that is
+ * allowed is told, one byte more is not, in one piece and in two. */
+TEST(limit_of_events_that_are_alike)
+{
+    static const char body[] = SSE "\r\n" EV("a") EV("b") EV("c and more") DONE;
+    const size_t longest = sizeof EV("c and more") - sizeof "\n\n";
+    size_t less, cut;
+
+    for (less = 0; less < 2; less++)
+        for (cut = 0; cut < 2; cut++) {
+            llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
+            llmcb_segment segs[2] = { { 0, 0 }, { 0, 0 } };
+            talk t;
+            segs[1].offset = sizeof body - sizeof DONE - 20;
+            rec.segments = segs;
+            rec.n_segments = 1 + cut;
+            talk_replay(&t, &rec, 1);
+            t.d.limits.event = longest - less;
+            CHECK_INT(talk_ask(&t), less ? LLMCB_ELIMIT : LLMCB_OK);
+            CHECK_STR(t.s.tokens, less ? "a|b|" : "a|b|c and more|");
             talk_end(&t);
         }
 }
