@@ -424,18 +424,18 @@ TEST(padding)
 TEST(limit_of_text_of_events_that_are_alike)
 {
     static const char *const told[] = { "abc", "d", "", "\xC3\xA9" "f", "ghi",
-                                        "a text of more than 16 bytes", "jk",
+                                        "a text of more than 16 bytes\n", "jk",
                                         "lm" };
     static const char body[] = SSE "\r\n" PAD("abc", "1") PAD("d", "") PAD("", "")
         PAD("\\u00e9f", "22") PAD("ghi", "")
-        PAD("a text of more than 16 bytes", "3") PAD("jk", "") PAD("lm", "")
+        PAD("a text of more than 16 bytes\\n", "3") PAD("jk", "") PAD("lm", "")
         DONE;
     llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
     size_t limit, i;
     int on_pool;
 
     for (on_pool = 0; on_pool < 2; on_pool++)
-        for (limit = 1; limit <= 42; limit++) {
+        for (limit = 1; limit <= 43; limit++) {
             char want[128] = "";
             size_t total = 0;
             talk t;
@@ -510,6 +510,29 @@ TEST(limit_of_events_that_are_alike)
             CHECK_STR(t.s.tokens, less ? "a|b|" : "a|b|c and more|");
             talk_end(&t);
         }
+}
+
+/* Long texts and paddings in two reads, with the border anywhere. */
+TEST(a_read_that_ends_anywhere)
+{
+#define LONG                                                           \
+    "a text that has some more bytes than all that stands around it in " \
+    "an event, so that it can be long enough and still not be whole: "  \
+    "0123456789 0123456789 0123456789 0123456789 0123456789 0123456789"
+    static const char body[] = SSE "\r\n" PAD("a", "") PAD(LONG, "1") PAD("b", LONG)
+        PAD(LONG "\\n", "") PAD("c", "") DONE;
+    llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
+    llmcb_segment segs[2] = { { 0, 0 }, { 0, 0 } };
+
+    rec.segments = segs;
+    rec.n_segments = 2;
+    for (; segs[1].offset < sizeof body; segs[1].offset++) {
+        talk t;
+        talk_replay(&t, &rec, 1);
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        CHECK_STR(t.s.tokens, "a|" LONG "|b|" LONG "\n|c|");
+        talk_end(&t);
+    }
 }
 
 /* Borders that go back, begin late or lie behind the end: each byte comes

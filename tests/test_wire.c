@@ -815,6 +815,9 @@ TEST(tool_calls_are_put_together)
               DELTA("'function_call':{'arguments':'{'}")
                   DELTA("'function_call':{'arguments':'}'}"),
           "OK { f {} valid}" },
+        { DELTA("'tool_calls':[{'index':0,'id':'x','function':{'name':'f',"
+                "'arguments':'{}'}}],'function_call':{'name':'g',"
+                "'arguments':'1'}"), "OK {x f {} valid} { g 1 bad}" },
         { DELTA("'function_call':null") TEXT("a"), "OK a" },
         { DELTA("'function_call':{'name':'f','arguments':{'x':1}}"),
           "OK { f {'x':1} valid}" },
