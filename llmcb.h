@@ -7610,7 +7610,7 @@ LLMCBI_APART static int llmcbi_h1_head(const llmcb_allocator *a, llmcbi_h1 *h,
 static size_t llmcbi_h1_chunks(llmcbi_h1 *h, const char **p, const char *end,
                                llmcb_str *data)
 {
-    const uint64_t most_framing = h->framing + 12 * LLMCBI_H1_PIECES;
+    const uint64_t most_framing = h->framing + (uint64_t)12 * LLMCBI_H1_PIECES;
     const char *from = *p, *q;
     uint64_t room = h->max_body - h->body, left = room;
     size_t n, i;
