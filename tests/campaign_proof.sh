@@ -147,7 +147,7 @@ if [ "$mode" ]; then
         "$(in_function llmcbi_buf_add 's/len >= b->cap - b->len/len > b->cap - b->len/')" \
         base 5
     mutant escape_reads_on \
-        "$(in_function llmcbi_json_string '/if (end - p < 4) return/d')" json 0
+        "$(in_function llmcbi_json_string 's/end - p < 4 || //')" json 0
     mutant one_level_too_deep \
         "$(in_function llmcbi_json_open 's/j->depth == LLMCBI/j->depth > LLMCBI/')" \
         json 0

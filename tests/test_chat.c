@@ -379,6 +379,11 @@ TEST(padding)
               PAD("c", "3") DONE, "a|b|c|", LLMCB_OK },
         { PAD("a", "1") PAD("b", "2\",\"error\":\"bad") DONE, "a|",
           LLMCB_EAPI },
+        { PAD("a", "1")
+              "data: {\"id\":\"i\",\"choices\":[{\"index\":0,\"delta\":{"
+              "\"content\":\"b\"},\"finish_reason\":null}],\"usage\":null,"
+              "\"obfuscation\":\"2\"}x\n\n" DONE,
+          "a|", LLMCB_EJSON },
         { PAD("a", "1") PAD("b\\x", "2") DONE, "a|", LLMCB_EJSON },
         { PAD("a", "1") PAD("b\001", "2") DONE, "a|", LLMCB_EJSON },
         { PAD("a", "1") PAD("b\\u12g4", "2") DONE, "a|", LLMCB_EJSON },
@@ -426,8 +431,8 @@ TEST(limit_of_text_of_events_that_are_alike)
     static const char *const told[] = { "abc", "d", "", "\xC3\xA9" "f", "ghi",
                                         "a text of more than 16 bytes\n", "jk",
                                         "lm" };
-    static const char body[] = SSE "\r\n" PAD("abc", "1") PAD("d", "") PAD("", "")
-        PAD("\\u00e9f", "22") PAD("ghi", "")
+    static const char body[] = SSE "\r\n" PAD("abc", "1") PAD("d", "")
+        PAD("", "") PAD("\\u00e9f", "22") PAD("ghi", "")
         PAD("a text of more than 16 bytes\\n", "3") PAD("jk", "") PAD("lm", "")
         DONE;
     llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
@@ -519,8 +524,8 @@ TEST(a_read_that_ends_anywhere)
     "a text that has some more bytes than all that stands around it in " \
     "an event, so that it can be long enough and still not be whole: "  \
     "0123456789 0123456789 0123456789 0123456789 0123456789 0123456789"
-    static const char body[] = SSE "\r\n" PAD("a", "") PAD(LONG, "1") PAD("b", LONG)
-        PAD(LONG "\\n", "") PAD("c", "") DONE;
+    static const char body[] = SSE "\r\n" PAD("a", "") PAD(LONG, "1")
+        PAD("b", LONG) PAD(LONG "\\n", "") PAD("c", "") DONE;
     llmcb_recording rec = recording(body, LLMCB_REPLAY_CLOSE);
     llmcb_segment segs[2] = { { 0, 0 }, { 0, 0 } };
 
