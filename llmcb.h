@@ -6947,6 +6947,18 @@ LLMCBI_DEF llmcb_code llmcb_transport_init(llmcb_loop *loop,
     return LLMCB_OK;
 }
 
+/* Asks for what data for x goes through, while the kernel copies it: x and its
+ * owner's part, which may be gone by now. */
+static inline void llmcbi_exchange_fetch(const llmcb_exchange *x,
+                                         const char *hot)
+{
+    LLMCBI_FETCH(x);
+    LLMCBI_FETCH(hot);
+    LLMCBI_FETCH(hot + 64);
+    LLMCBI_FETCH(hot + 128);
+    LLMCBI_FETCH(hot + 192);
+}
+
 /* An exchange is a part of its owner, who opens and closes it. */
 static size_t llmcbi_exchange_size(const llmcb_transport *tr)
 {
@@ -8406,13 +8418,9 @@ static void llmcbi_conn_read(llmcbi_conn *c)
             return;
         }
     }
-    if (c->x) { /* while the kernel copies */
+    if (c->x) {
         LLMCBI_FETCH(&c->h1);
-        LLMCBI_FETCH(c->x);
-        LLMCBI_FETCH(c->hot);
-        LLMCBI_FETCH(c->hot + 64);
-        LLMCBI_FETCH(c->hot + 128);
-        LLMCBI_FETCH(c->hot + 192);
+        llmcbi_exchange_fetch(c->x, c->hot);
     }
     n = LLMCBI_SYS(recv)(c->watch.fd, loop->scratch, LLMCBI_SCRATCH, 0);
     if (n > 0) {
@@ -8589,27 +8597,30 @@ struct llmcbi_transfer {
     llmcbi_curl *curl;
     llmcb_exchange *x; /* NULL: lingering */
     CURL *easy;
+    uint64_t body_left; /* of limits.body */
+    bool held;          /* libcurl waits for curl_easy_pause */
+    bool in_body;
     struct curl_slist *headers;
     llmcbi_timer timer;
     llmcb_limits limits;
     size_t line, block, fields, interims, lingered;
-    uint64_t body;
     size_t request_len;
     int status;
     int open_errno;  /* why there is no socket */
     int watch_errno; /* why it cannot be watched */
     llmcb_code code; /* why a callback of ours stopped it */
     const char *message;
-    bool held; /* libcurl waits for curl_easy_pause */
-    bool in_body;
     char error[CURL_ERROR_SIZE];
 };
 
 /* A descriptor of libcurl's. */
 typedef struct llmcbi_curl_fd {
     llmcbi_watch watch;
-    llmcbi_link link;
     llmcbi_curl *curl;
+    const llmcbi_transfer *t; /* who had it last: to fetch, as the next two */
+    const llmcb_exchange *x;
+    const char *hot;
+    llmcbi_link link;
 } llmcbi_curl_fd;
 
 struct llmcbi_curl {
@@ -8755,10 +8766,10 @@ static size_t llmcbi_transfer_data(char *ptr, size_t one, size_t len,
         t->held = true;
         return CURL_WRITEFUNC_PAUSE;
     }
-    t->body += len;
-    if (t->body > t->limits.body)
+    if (len > t->body_left)
         return llmcbi_transfer_stop(t, LLMCB_ELIMIT,
                                     "the response exceeds limits.body");
+    t->body_left -= len;
     llmcb_exchange_data(t->x, ptr, len);
     return len;
 }
@@ -8957,6 +8968,8 @@ static void llmcbi_curl_event(llmcbi_watch *w, int events)
 {
     llmcbi_curl_fd *f = LLMCBI_OWNER(llmcbi_curl_fd, watch, w);
 
+    LLMCBI_FETCH(f->t);
+    llmcbi_exchange_fetch(f->x, f->hot);
     llmcbi_curl_action(f->curl, w->fd,
                        (events & LLMCB_READ ? CURL_CSELECT_IN : 0) |
                            (events & LLMCB_WRITE ? CURL_CSELECT_OUT : 0));
@@ -8994,6 +9007,7 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
     llmcbi_curl_fd *f = (llmcbi_curl_fd *)assigned;
     llmcb_loop *loop = c->base.loop;
     llmcb_code code;
+    char *t = NULL;
     int events = (what & CURL_POLL_IN ? LLMCB_READ : 0) |
                  (what & CURL_POLL_OUT ? LLMCB_WRITE : 0);
 
@@ -9009,6 +9023,12 @@ static int llmcbi_curl_socket(CURL *easy, curl_socket_t fd, int what,
         f->curl = c;
         llmcbi_link_in(&c->fds, &f->link);
         curl_multi_assign(c->multi, fd, f);
+    }
+    curl_easy_getinfo(easy, CURLINFO_PRIVATE, &t);
+    f->t = (const llmcbi_transfer *)(void *)t;
+    if (f->t && f->t->x) {
+        f->x = f->t->x;
+        f->hot = (const char *)f->x->owner + f->x->sink->hot;
     }
     code = llmcbi_watch_set(loop, &f->watch, events);
     return code == LLMCB_OK ? 0 : llmcbi_curl_unwatched(c, easy, code);
@@ -9164,6 +9184,7 @@ static llmcb_code llmcbi_curl_start(llmcb_transport *tr, llmcb_exchange *x,
     t->curl = c;
     t->x = x;
     t->limits = *request->limits;
+    t->body_left = t->limits.body;
     t->request_len = request->body_len;
     llmcbi_link_in(&c->transfers, &t->link);
     if (llmcbi_timer_init(loop, &t->timer, llmcbi_transfer_timer) &&
@@ -11274,6 +11295,9 @@ static const char *llmcbi_chat_wrong(const llmcb_chat *chat, bool no_address)
 #ifndef LLMCB_ALLOW_INSECURE_TLS
     if (d->insecure_tls)
         return "insecure_tls needs a build with LLMCB_ALLOW_INSECURE_TLS";
+#endif
+#if defined(LLMCB_NO_CURL) && defined(LLMCB_NO_SOCKETS)
+    if (!d->transport) return "there is no transport: this build has none";
 #endif
     if (d->transport && d->transport->loop != chat->loop)
         return "the transport belongs to another loop, or to none";

@@ -864,6 +864,23 @@ TEST(code_of_what_is_done_is_had_inside_a_callback)
     scene_close(&s);
 }
 
+/* Neither libcurl nor sockets, and none of the program's. */
+TEST(chat_without_a_transport_says_so)
+{
+    llmcb_loop *loop = llmcb_loop_new(NULL);
+    llmcb_chat *chat = llmcb_chat_new(
+        loop, &(llmcb_chat_desc){ .base_url = "http://127.0.0.1/v1" });
+    llmcb_op *op = llmcb_chat_generate(
+        chat, &(llmcb_message){ .content = "a" }, 1, NULL);
+
+    CHECK_INT(llmcb_op_wait(op), LLMCB_EINVAL);
+    CHECK_STR(llmcb_op_error(op)->message,
+              "there is no transport: this build has none");
+    llmcb_op_free(op);
+    llmcb_chat_free(chat);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+}
+
 int main(int argc, char **argv)
 {
     return scene_main(argc, argv);
