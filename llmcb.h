@@ -10490,6 +10490,7 @@ LLMCBI_APART static void llmcbi_answer_show(llmcbi_answer *w, bool complete)
         const llmcbi_choice *c = &w->choices[i];
         const llmcbi_rarity *r = c->rare ? c->rare : &none;
         llmcb_generation *g = &w->generations[i];
+        if (c->text.len) c->text.ptr[c->text.len] = '\0'; /* more was tried */
         g->text = llmcbi_buf_str(&c->text);
         g->refusal = llmcbi_buf_str(&r->refusal);
         g->reasoning = llmcbi_buf_str(&r->reasoning);
@@ -12131,7 +12132,6 @@ static inline bool llmcbi_prompt_take(llmcbi_prompt *p, size_t n, bool direct)
     if (!direct && p->stream) {
         copy = llmcbi_run_reserve(&p->run, n + LLMCBI_SHORT);
         if (!copy) {
-            *text = '\0';
             llmcbi_prompt_fail(p, LLMCB_ENOMEM, NULL);
             return false;
         }
@@ -12166,7 +12166,6 @@ static bool llmcbi_prompt_text(llmcbi_prompt *p, const llmcbi_raw *raw,
     at = b->ptr + b->len;
     n = llmcbi_raw_decode(&at, raw, &c->text_carry).len;
     if (p->answer.total + n > p->chat->d.limits.text) {
-        b->ptr[b->len] = '\0';
         llmcbi_prompt_fail(p, LLMCB_ELIMIT, "the answer exceeds limits.text");
         return false;
     }
@@ -12276,7 +12275,11 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
         const char *s = piece->ptr, *end = s + piece->len, *next = NULL;
         llmcbi_raw raw;
         size_t n = 0;
-        if (piece->len < len || (n_own && memcmp(s, p->own, n_own) != 0) ||
+        bool simple;
+        if (piece->len > most && piece->len - most > 2)
+            end = s + most + 2; /* no event is longer */
+        if ((size_t)(end - s) < len ||
+            (n_own && memcmp(s, p->own, n_own) != 0) ||
             memcmp(s + n_own, shared, n_shared) != 0)
             break;
         raw.ptr = s + n_own + n_shared;
@@ -12284,27 +12287,25 @@ static bool llmcbi_prompt_same_again(llmcbi_prompt *p, llmcb_str **pieces,
             const llmcbi_buf *b = &p->answer.choices[0].text;
             s = llmcbi_text_simple(b->ptr + b->len, room, raw.ptr, end, &n);
             next = llmcbi_pattern_end(s, end, behind, mid, tail);
-            if (next && (size_t)(next - piece->ptr) - 2 > most) next = NULL;
-            if (!next) b->ptr[b->len] = '\0'; /* the text ends here still */
         }
-        if (next) {
-            *piece = llmcbi_slice(next, (size_t)(end - next));
+        simple = next != NULL;
+        if (!simple) {
+            s = llmcbi_raw_close(&raw, end);
+            if (!s || (!raw.len && q->kind == LLMCBI_LIKE_REASONING))
+                break; /* if empty, another member may have brought it */
+            next = llmcbi_pattern_end(s, end, behind, mid, tail);
+            if (!next) break;
+        }
+        piece->len -= (size_t)(next - piece->ptr);
+        piece->ptr = next;
+        if (!text) {
+            llmcbi_prompt_member(p, &raw);
+        } else if (simple) {
             room -= n;
             if (!llmcbi_prompt_take(p, n, direct)) break;
         } else {
-            s = llmcbi_raw_close(&raw, end);
-            if (!s) break;
-            if (!raw.len && q->kind == LLMCBI_LIKE_REASONING)
-                break; /* then another member may have brought it */
-            next = llmcbi_pattern_end(s, end, behind, mid, tail);
-            if (!next || (size_t)(next - piece->ptr) - 2 > most) break;
-            *piece = llmcbi_slice(next, (size_t)(end - next));
-            if (!text)
-                llmcbi_prompt_member(p, &raw);
-            else if (!llmcbi_prompt_text(p, &raw, direct))
-                break;
-            else
-                room = llmcbi_prompt_room(p);
+            if (!llmcbi_prompt_text(p, &raw, direct)) break;
+            room = llmcbi_prompt_room(p);
         }
         if (!piece->len) {
             if (piece + 1 == stop) break;
