@@ -73,8 +73,9 @@
  *      when every handler is done with all earlier events, and the call
  *      completes when every handler is done with it.
  *   3. Isolation. Between the barriers a slow handler delays nobody until
- *      the window is full. LLMCB_AWAIT_EACH asks for LangChain's lock step
- *      instead: the run's next event waits for that handler.
+ *      the window is full, as long as the pool has a thread for the others
+ *      (llmcb_loop_desc.workers). LLMCB_AWAIT_EACH asks for LangChain's lock
+ *      step instead: the run's next event waits for that handler.
  *   4. Bounded and lossless. A run holds at most a window of undelivered
  *      events and bytes; at the window the transport is paused. Success,
  *      server faults, transport faults and timeouts deliver everything that
@@ -123,7 +124,8 @@
  *   are coroutines on the loop and must not; sync ones flagged LLMCB_INLINE
  *   run on the loop, before the others, and must not block either. Choose
  *
- *     sync    to print, write, call other libraries: the usual choice
+ *     sync    to print, write, call other libraries: the usual choice;
+ *             on a stack of worker_stack bytes
  *     inline  to count or copy, for less than a microsecond
  *     async   to wait for something: a timer, a descriptor, another call
  *
@@ -302,7 +304,8 @@ typedef enum llmcb_detail {
     LLMCB_DETAIL_FIRST_BYTE, /* no answer within first_byte_ms */
     LLMCB_DETAIL_IDLE,       /* no event with data for idle_ms */
     LLMCB_DETAIL_TOTAL,      /* request and answer, with all retries, took
-                                longer than total_ms */
+                                longer than total_ms; or a run or a tool than
+                                its timeout_ms */
     LLMCB_DETAIL_HANDLER,    /* a handler took longer than handler_ms */
     LLMCB_DETAIL_CALLER,     /* llmcb_op_cancel */
     LLMCB_DETAIL_CONSUMER,   /* llmcb_op_free of a call under way */
@@ -371,8 +374,11 @@ struct pollfd;
 /* Zero is the default of every member. */
 typedef struct llmcb_loop_desc {
     llmcb_allocator allocator; /* default: LLMCB_REALLOC and LLMCB_FREE */
-    unsigned workers;          /* pool threads, 2 to 64; default 4 */
-    size_t worker_stack;       /* bytes; default 256 KiB */
+    unsigned workers;          /* pool threads, 2 to 64; default 4. All but one
+                                  may be inside handlers at a time: as many
+                                  that are slow hold up all others */
+    size_t worker_stack;       /* bytes; default 256 KiB. For sync handlers,
+                                  blocking functions and tools */
     bool virtual_clock;        /* time jumps to the next timer in a turn that
                                   finds nothing ready or on the pool, and no
                                   descriptor watched: for recordings, tests */
@@ -512,7 +518,9 @@ LLMCB_API const llmcb_error *llmcb_op_error(const llmcb_op *op);
 /* What a step function returns. */
 typedef int llmcb_step;
 #define LLMCB_DONE 0 /* finished; a negative llmcb_code: failed with it */
-#define LLMCB_WAIT 1 /* what every await function returns */
+#define LLMCB_WAIT \
+    1 /* what every await function returns; without an await, \
+                        or another positive number: LLMCB_ESTATE */
 
 /* A coroutine. Only `at`, `result`, `frame` and `self` are yours. */
 typedef struct llmcb_task {
@@ -730,7 +738,8 @@ typedef struct llmcb_tool_call {
 typedef struct llmcb_message {
     llmcb_role role;
     const char *content;               /* UTF-8; NULL: none */
-    size_t content_len;                /* bytes; 0: up to the NUL */
+    size_t content_len;                /* bytes; 0: up to the NUL, so for an
+                                          empty llmcb_str give "" or NULL */
     const char *name;                  /* optional */
     const char *tool_call_id;          /* of a LLMCB_TOOL message */
     const llmcb_tool_call *tool_calls; /* of a LLMCB_ASSISTANT message */
@@ -992,7 +1001,9 @@ typedef enum llmcb_ending {
  * are called on the loop's thread, and none while the transport is inside a
  * llmcb_exchange function. Of release, cancel and llmcb_exchange_end an
  * exchange sees one, once; what you do later, such as with llmcb_loop_post,
- * must not point into it. */
+ * must not point into it. A coroutine of the loop may do the waiting, but is
+ * an operation like any other: llmcb_loop_free may cancel it while its
+ * exchange lives, whose cancel comes then. */
 struct llmcb_transport {
     /* Bytes of llmcb_exchange_state, zeroed for each exchange. Constant. */
     size_t state_size;
@@ -1148,20 +1159,24 @@ LLMCB_API void llmcb_cache_free(llmcb_cache *cache);
 typedef struct llmcb_chat_desc {
     const char *model;        /* "gpt-4o-mini" */
     const char *base_url;     /* OPENAI_BASE_URL, else OpenAI's; or
-                                 unix:/path/to/socket:/v1 */
+                                 unix:/path/to/socket:/v1. What is asked is
+                                 that and /chat/completions */
     const char *api_key;      /* OPENAI_API_KEY; "": none */
     const char *organization; /* OPENAI_ORG_ID */
     bool streaming;           /* llmcb_chat_generate streams too */
-    int max_tokens;           /* 0: the server's default */
+    int max_tokens;           /* 0: the server's default. For a model that
+                                 wants max_completion_tokens use extra */
     int n;                    /* choices; default 1 */
     const char *tools;        /* JSON array of tool definitions */
     const char *extra;        /* JSON object whose members are sent last and
                                  win: temperature, stop, seed, ... */
     bool no_usage;            /* do not ask for usage in streams */
-    int max_retries;          /* default 2; negative: none */
+    int max_retries;          /* default 2; negative: none. What is tried
+                                 again, see llmcb_chat_generate */
     int64_t connect_ms;       /* 10,000 */
     int64_t first_byte_ms;    /* 600,000 */
-    int64_t idle_ms;          /* 120,000; between events with data */
+    int64_t idle_ms;          /* 120,000; between events with data, and from
+                                 the answer's first byte to the first */
     int64_t total_ms;         /* none; of each prompt from its turn to be sent
                                  on, with the wait for a limiter and retries,
                                  but not while handlers or the reader of its
@@ -1206,7 +1221,15 @@ LLMCB_API void llmcb_chat_free(llmcb_chat *chat);
 /* Asks for the next message of one conversation; n messages, copied. The
  * answer comes whole; with `streaming` its tokens are told to handlers as
  * they come. config may be NULL. NULL: no memory, or not on the loop's
- * thread, as of all functions that start something. */
+ * thread, as of all functions that start something.
+ *
+ * Up to max_retries times it is asked again, if no event of an answer has come:
+ * after statuses 408, 409, 429 and 5xx, unless the server says otherwise
+ * (x-should-retry), after failures of the network and a first byte that did
+ * not come. Between two tries lies half a second, doubled each time up to 8
+ * and shortened at random, or what the server wishes, up to two minutes: for
+ * more the call fails. Handlers are told (on_retry), but not of the one more
+ * time that a request is sent whose kept connection turns out to be dead. */
 LLMCB_API llmcb_op *llmcb_chat_generate(llmcb_chat *chat,
                                         const llmcb_message *messages, size_t n,
                                         const llmcb_config *config);
@@ -1235,7 +1258,8 @@ LLMCB_API llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
 /* The next chunk of a llmcb_chat_stream op, valid until the next call on op;
  * runs the loop until there is one. false: there is none any more, and the
  * op is done. Inside a callback it does not wait: false with an op that is not
- * done means none now; llmcb_await_chunk waits. */
+ * done means none now; llmcb_await_chunk waits. What has come is given after
+ * llmcb_op_cancel, too: who wants no more leaves his loop and frees op. */
 LLMCB_API bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk);
 
 /* The result, whole or partial, of an agent that of its last model call; of
@@ -1352,10 +1376,11 @@ typedef struct llmcb_tool_use {
 typedef struct llmcb_tool {
     const char *name;
     const char *description; /* for the model; may be NULL */
-    /* JSON schema of the arguments, an object; NULL: there are none. What it
-     * says of types, of required members and of additional ones is checked,
-     * on the first level, before the tool is called. An integer must fit into
-     * an int64_t, a number into a double. */
+    /* JSON schema of the arguments, an object; NULL: there are none, and those
+     * that come are not looked at. What it says of types, of required members
+     * and of additional ones is checked, on the first level, before the tool
+     * is called. An integer must fit into an int64_t, a number into a double
+     * and 399 characters. */
     const char *parameters;
     /* One of the two. A blocking function, on the thread pool; or a coroutine
      * on the loop, with `user` at t->self and frame_size bytes at t->frame.
@@ -1365,7 +1390,8 @@ typedef struct llmcb_tool {
     llmcb_step (*step)(llmcb_task *t, llmcb_tool_use *use);
     size_t frame_size;
     int64_t timeout_ms; /* after approval, if one is asked for; default none.
-                           A blocking function goes on */
+                           A blocking function goes on, a coroutine is
+                           cancelled */
     bool handle_errors; /* tell the model what went wrong, and go on; else the
                            agent fails with it, and says which tool it was */
     void *user;
@@ -1420,14 +1446,14 @@ typedef struct llmcb_agent_desc {
  * for each tool. llmcb_op_output is the answer. At max_turns or total_ms it
  * ends in good order, as LangChain's does, but the op's code is LLMCB_ELIMIT
  * or LLMCB_ETIMEDOUT, so that the text is not taken for an answer. The chat
- * must not be freed before the op is done. NULL: no memory. */
+ * must not be freed before the op is done. NULL: no memory, or no chat. */
 LLMCB_API llmcb_op *llmcb_agent_start(const llmcb_agent_desc *desc,
                                       const llmcb_message *messages, size_t n,
                                       const llmcb_config *config);
 
 /* The conversation of an agent, with what it added: the model's messages and
- * the tools' answers, not the last answer of all. Valid until llmcb_op_free;
- * NULL while it is under way. */
+ * the tools' answers of all turns that were whole, not the last answer of all.
+ * Valid until llmcb_op_free; NULL while it is under way. */
 LLMCB_API const llmcb_message *llmcb_agent_messages(const llmcb_op *op,
                                                     size_t *n);
 #endif
@@ -1487,9 +1513,11 @@ LLMCB_API llmcb_handler *llmcb_timing_handler(llmcb_loop *loop);
 LLMCB_API llmcb_timing llmcb_timing_of(llmcb_handler *h);
 
 #ifndef LLMCB_NO_STDIO
-/* Appends one JSON object a line to a file, in one write: event, time, ids,
- * names, tags, metadata, lengths, usage and errors. What was said only with
- * `content`; the key never. The file is made with mode 0600. If it cannot be
+/* Appends one JSON object a line to a file, in one write: event, time_ms since
+ * 1970, run_id, parent_run_id and seq, as in llmcb_event, and of each kind of
+ * event what it has: names, tags, metadata, lengths, usage and errors. What was
+ * said only with `content`, but for documents and tool calls, of which there is
+ * the number; the key never. The file is made with mode 0600. If it cannot be
  * written that is logged once, and the trace ends there. NULL: it cannot be
  * opened, or is no regular file; see errno. */
 LLMCB_API llmcb_handler *llmcb_jsonl_handler(llmcb_loop *loop, const char *path,
@@ -2016,7 +2044,7 @@ static const char *llmcbi_arena_text(const llmcb_allocator *a,
     char *p = (char *)llmcbi_arena_get(a, arena, len + 1);
 
     if (!p) return "";
-    memcpy(p, s, len);
+    if (len) memcpy(p, s, len);
     return p;
 }
 
@@ -2095,7 +2123,7 @@ static void llmcbi_error_drop(const llmcb_allocator *a, const llmcb_error *e)
 
 #if !defined(LLMCB_NO_SOCKETS) || !defined(LLMCB_NO_CURL)
 /* Whether this machine, and not the network, is short of something. */
-static bool llmcbi_errno_is_local(int e)
+LLMCBI_APART static bool llmcbi_errno_is_local(int e)
 {
     return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM;
 }
@@ -2117,7 +2145,7 @@ typedef volatile unsigned char llmcbi_flag;
 #define LLMCBI_LAST_MS (INT64_MAX / 2)
 
 /* A span of time that can be added to any moment. */
-static int64_t llmcbi_span(int64_t ms)
+LLMCBI_APART static int64_t llmcbi_span(int64_t ms)
 {
     return ms < INT64_MAX / 4 ? ms : INT64_MAX / 4;
 }
@@ -2963,7 +2991,7 @@ llmcbi_sse_line(const llmcb_allocator *a, llmcbi_sse *s, llmcb_str *here,
 /* The first end of a line in the input, or NULL. It looks at one stretch
  * after the other: in a stream without any LF the search for one would go
  * through all the rest for each line. */
-static const char *llmcbi_sse_eol(const char *p, const char *end)
+LLMCBI_APART static const char *llmcbi_sse_eol(const char *p, const char *end)
 {
     while (p < end) {
         size_t n = end - p < 2048 ? (size_t)(end - p) : 2048;
@@ -3134,6 +3162,7 @@ struct llmcb_loop {
     llmcbi_post *posts, **last_post;
     llmcbi_job *finished;  /* blocking functions that have returned */
     llmcbi_away *progress; /* of cursors that workers have moved */
+    llmcbi_away **last_progress;
 
     llmcb_host host;
     int64_t host_timer; /* what the host was told; -2: nothing yet */
@@ -3142,6 +3171,7 @@ struct llmcb_loop {
     llmcbi_watch **watches;
     size_t n_watches, watches_cap;
     size_t poll_start;
+    size_t unseen;      /* before timers are run; 0: all there are */
     struct pollfd *fds; /* poll(2) alone */
     size_t fds_cap;
     pthread_t thread;
@@ -3157,6 +3187,7 @@ struct llmcb_loop {
     llmcb_transport none; /* for a recording that there was no memory for */
     uint64_t last_identity;
     llmcbi_cursor *unpublished; /* whose news the pool must be told */
+    llmcbi_cursor **last_unpublished;
     size_t n_spare;
     llmcb_handler **hooks; /* told of all runs */
     size_t n_hooks, hooks_cap;
@@ -3174,6 +3205,17 @@ struct llmcb_loop {
 static void llmcbi_log(llmcb_loop *loop, const char *line)
 {
     if (loop->log) loop->log(loop->log_user, line);
+}
+
+/* Why something could not be begun. */
+static const llmcb_error *
+llmcbi_error_unstarted(const llmcb_loop *loop, llmcb_code code, const char *why)
+{
+    llmcb_error e;
+
+    llmcbi_error_set(&e, code, why);
+    if (code == LLMCB_ESYS) e.sys_errno = loop->pool_errno;
+    return llmcbi_error_keep(&loop->alloc, &e);
 }
 
 LLMCBI_APART static void llmcbi_lock(llmcb_loop *loop)
@@ -3216,8 +3258,8 @@ static void llmcbi_link_out(llmcbi_link *l)
 }
 
 /* An array with room for more than n, or NULL: no memory. */
-static void *llmcbi_room(llmcb_loop *loop, void *array, size_t n, size_t *cap,
-                         size_t size)
+LLMCBI_APART static void *llmcbi_room(llmcb_loop *loop, void *array, size_t n,
+                                      size_t *cap, size_t size)
 {
     size_t more = *cap + *cap / 2 + 16;
 
@@ -3244,7 +3286,7 @@ static void llmcbi_unready(llmcbi_ready *r)
 
 /* User code may be called from here on, and cannot run the loop; it ends with
  * llmcbi_leave. */
-static bool llmcbi_visit(llmcb_loop *loop)
+LLMCBI_APART static bool llmcbi_visit(llmcb_loop *loop)
 {
     bool turning = loop->turning;
 
@@ -3424,8 +3466,8 @@ static bool llmcbi_cloexec_nonblock(int fd)
 }
 
 #if LLMCBI_EPOLL
-static bool llmcbi_poller_ctl(llmcb_loop *loop, int op, int fd, int events,
-                              void *ptr)
+LLMCBI_APART static bool llmcbi_poller_ctl(llmcb_loop *loop, int op, int fd,
+                                           int events, void *ptr)
 {
     struct epoll_event ev;
 
@@ -3621,6 +3663,18 @@ static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w,
     return ok ? LLMCB_OK : LLMCBI_EPOLL ? LLMCB_ESYS : LLMCB_ENOMEM;
 }
 
+/* Timers come behind what is ready: what is there already is not late, however
+ * long the program let the loop wait. Of more than is told in one turn, as many
+ * turns behind it as that takes. */
+static bool llmcbi_looked_at_all(llmcb_loop *loop)
+{
+    size_t left = loop->unseen ? loop->unseen : loop->n_watches;
+    bool all = loop->n_fired < LLMCBI_MAX_FIRED || left <= LLMCBI_MAX_FIRED;
+
+    loop->unseen = all ? 0 : left - LLMCBI_MAX_FIRED;
+    return all;
+}
+
 static void llmcbi_run_fired(llmcb_loop *loop)
 {
     size_t i;
@@ -3765,7 +3819,7 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
     return ms < INT_MAX ? ms : INT_MAX; /* poll takes no more */
 }
 
-static void llmcbi_process(llmcb_loop *loop, bool woken)
+static void llmcbi_process(llmcb_loop *loop, bool woken, bool timers)
 {
     llmcbi_post *posts;
     llmcbi_job *finished;
@@ -3788,8 +3842,9 @@ static void llmcbi_process(llmcb_loop *loop, bool woken)
     llmcbi_take_cancels(loop);
     llmcbi_take_jobs(loop, finished);
     llmcbi_take_back(back);
-    llmcbi_run_timers(loop);
+    timers = timers && llmcbi_looked_at_all(loop);
     llmcbi_run_fired(loop);
+    if (timers) llmcbi_run_timers(loop);
     llmcbi_run_ready(loop);
     llmcbi_bury(loop);
     llmcbi_publish(loop);
@@ -3843,7 +3898,7 @@ static void llmcbi_turn(llmcb_loop *loop, int64_t max_ms)
 
     if (max_ms >= 0 && (ms < 0 || ms > max_ms))
         ms = max_ms < INT_MAX ? max_ms : INT_MAX;
-    llmcbi_process(loop, llmcbi_wait(loop, (int)ms));
+    llmcbi_process(loop, llmcbi_wait(loop, (int)ms), true);
     llmcbi_host_update(loop);
 }
 
@@ -3934,9 +3989,9 @@ LLMCBI_DEF llmcb_code llmcb_loop_dispatch(llmcb_loop *loop,
 #if LLMCBI_EPOLL
     (void)fds;
     (void)n;
-    llmcbi_process(loop, llmcbi_poller_wait(loop, 0));
+    llmcbi_process(loop, llmcbi_poller_wait(loop, 0), true);
 #else
-    llmcbi_process(loop, llmcbi_poller_take(loop, fds, fds ? n : 0));
+    llmcbi_process(loop, llmcbi_poller_take(loop, fds, fds ? n : 0), true);
 #endif
     return LLMCB_OK;
 }
@@ -3999,16 +4054,26 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
 
 LLMCBI_DEF llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd, int events)
 {
+    llmcb_code code = llmcbi_may_turn(loop);
+#if !LLMCBI_EPOLL
     struct pollfd one;
-    llmcb_code code;
+#endif
 
+    if (code != LLMCB_OK) return code;
+#if LLMCBI_EPOLL
+    (void)fd;
+    (void)events;
+    llmcbi_process(loop, llmcbi_poller_wait(loop, 0), true);
+#else
     one.fd = fd;
     one.events = 0;
     one.revents = (short)((events & LLMCB_READ ? POLLIN : 0) |
                           (events & LLMCB_WRITE ? POLLOUT : 0));
-    code = llmcb_loop_dispatch(loop, &one, 1);
-    if (code == LLMCB_OK) llmcbi_host_update(loop);
-    return code;
+    /* others may be ready, too, and come before their timers */
+    llmcbi_process(loop, llmcbi_poller_take(loop, &one, 1), false);
+#endif
+    llmcbi_host_update(loop);
+    return LLMCB_OK;
 }
 
 LLMCBI_DEF llmcb_code llmcb_loop_timer_event(llmcb_loop *loop)
@@ -4017,8 +4082,7 @@ LLMCBI_DEF llmcb_code llmcb_loop_timer_event(llmcb_loop *loop)
 
     if (code != LLMCB_OK) return code;
     loop->host_timer = -1; /* it was a one-shot */
-    loop->n_fired = 0;
-    llmcbi_process(loop, false);
+    llmcbi_process(loop, llmcbi_poller_wait(loop, 0), true);
     llmcbi_host_update(loop);
     return LLMCB_OK;
 }
@@ -4054,6 +4118,8 @@ LLMCBI_DEF llmcb_loop *llmcb_loop_new(const llmcb_loop_desc *desc)
     loop->now = desc->virtual_clock ? 0 : llmcbi_clock_ms();
     loop->pid = getpid();
     loop->last_post = &loop->posts;
+    loop->last_unpublished = &loop->unpublished;
+    loop->last_progress = &loop->progress;
     loop->epoll_fd = -1;
     llmcbi_list_init(&loop->ready);
     llmcbi_random_seed(&loop->random);
@@ -4688,8 +4754,9 @@ struct llmcbi_job {
  * on the pool while it has cursors to serve. */
 typedef struct llmcbi_strand {
     struct llmcbi_strand *next; /* in the pool's queue */
-    llmcbi_away *first, **last; /* of cursors with events to run */
-    bool queued;                /* or running */
+    /* cursors with events to run; behind the urgent ones, and behind all */
+    llmcbi_away *first, **urgent, **last;
+    bool queued; /* or running */
     const llmcb_handler *handler;
     size_t users;                     /* cursors that belong to it */
     struct llmcbi_strand *next_known; /* in the pool's list */
@@ -4702,7 +4769,7 @@ struct llmcbi_pool {
     bool napping;               /* one thread will look for work by itself */
     bool stop;
     llmcbi_job *jobs, **last_job;
-    llmcbi_strand *strands, **last_strand;
+    llmcbi_strand *strands, **urgent_strand, **last_strand;
     llmcbi_strand *known;
     pthread_t threads[64];
 };
@@ -4793,7 +4860,8 @@ static void *llmcbi_worker(void *arg)
         if (due == LLMCBI_DUE_STRAND) {
             llmcbi_strand *s = p->strands;
             p->strands = s->next;
-            if (!p->strands) p->last_strand = &p->strands;
+            if (p->urgent_strand == &s->next) p->urgent_strand = &p->strands;
+            if (p->last_strand == &s->next) p->last_strand = &p->strands;
             p->n_strands++;
             /* a woken worker wakes the next */
             if (p->n_idle && llmcbi_pool_due(p) != LLMCBI_DUE_NONE)
@@ -4830,7 +4898,7 @@ static llmcb_code llmcbi_pool_start(llmcb_loop *loop)
             return LLMCB_ENOMEM;
         }
         p->last_job = &p->jobs;
-        p->last_strand = &p->strands;
+        p->urgent_strand = p->last_strand = &p->strands;
         loop->pool = p;
     }
     pthread_attr_init(&attr);
@@ -4960,12 +5028,8 @@ LLMCBI_DEF llmcb_op *llmcb_offload(llmcb_loop *loop, int (*fn)(void *arg),
                                                    &llmcbi_offload_kind);
     if (!o) return NULL;
     o->job = llmcbi_job_start(loop, fn, arg, llmcbi_offload_done, o, &code);
-    if (!o->job) {
-        llmcb_error e;
-        llmcbi_error_set(&e, code, NULL);
-        if (code == LLMCB_ESYS) e.sys_errno = loop->pool_errno;
-        llmcbi_op_finish(&o->op, llmcbi_error_keep(&loop->alloc, &e));
-    }
+    if (!o->job)
+        llmcbi_op_finish(&o->op, llmcbi_error_unstarted(loop, code, NULL));
     return &o->op;
 }
 
@@ -5075,8 +5139,9 @@ struct llmcbi_run {
     bool abandoned; /* a handler was too slow; its cursors are given up */
     bool withheld;  /* its parent's start is still being told */
     uint8_t state, start_kind, finish_kind;
-    bool gave_up;  /* on a handler: it may still be reading */
-    bool skipping; /* cancelled: cursors jump to the finish */
+    llmcbi_flag over; /* workers may append nothing more */
+    bool gave_up;     /* on a handler: it may still be reading */
+    bool skipping;    /* cancelled: cursors jump to the finish */
     llmcb_loop *loop;
     /* upward: llmcbi_cursor */
     llmcbi_cursor *cursors;
@@ -5154,7 +5219,7 @@ static void llmcbi_block_put(llmcb_loop *loop, llmcbi_block *b)
     }
 }
 
-static void llmcbi_block_trim(llmcb_loop *loop, size_t keep)
+LLMCBI_APART static void llmcbi_block_trim(llmcb_loop *loop, size_t keep)
 {
     while (loop->n_spare > keep) {
         llmcbi_block *b = loop->spare;
@@ -5270,8 +5335,8 @@ static bool llmcbi_record_is_token(const llmcbi_record *rec)
 }
 
 /* A token as it is shown: as it stands there, or in *room. */
-static const llmcb_chunk *llmcbi_record_token(const llmcbi_record *rec,
-                                              llmcb_chunk *room)
+LLMCBI_APART static const llmcb_chunk *
+llmcbi_record_token(const llmcbi_record *rec, llmcb_chunk *room)
 {
     if (rec->kind == LLMCB_LLM_NEW_TOKEN)
         return (const llmcb_chunk *)(const void *)(rec + 1);
@@ -5445,7 +5510,8 @@ static llmcbi_lane llmcbi_lane_find(const llmcbi_cursor *c,
     return c->away ? LLMCBI_LANE_POOL : LLMCBI_LANE_INLINE;
 }
 
-static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c, llmcb_event_kind kind)
+LLMCBI_APART static llmcbi_lane llmcbi_lane_of(const llmcbi_cursor *c,
+                                               llmcb_event_kind kind)
 {
     return kind == LLMCB_LLM_NEW_TOKEN ? (llmcbi_lane)c->token_lane
                                        : llmcbi_lane_find(c, kind);
@@ -5524,32 +5590,29 @@ static void llmcbi_shown_fill(llmcbi_shown *s, const llmcbi_cursor *c,
 
 #define LLMCBI_STRAND_BATCH 8
 
+/* Under the mutex. What is urgent comes before all else, in its own order. */
+static void llmcbi_strand_queue(llmcbi_pool *p, llmcbi_strand *s, bool urgent)
+{
+    llmcbi_strand **at = urgent ? p->urgent_strand : p->last_strand;
+
+    s->queued = true;
+    s->next = *at;
+    *at = s;
+    if (urgent) p->urgent_strand = &s->next;
+    if (!s->next) p->last_strand = &s->next;
+}
+
 /* Under the mutex. */
 static void llmcbi_strand_add(llmcb_loop *loop, llmcbi_away *w, bool urgent)
 {
-    llmcbi_pool *p = loop->pool;
     llmcbi_strand *s = w->strand;
+    llmcbi_away **at = urgent ? s->urgent : s->last;
 
-    if (urgent) {
-        w->next_in_strand = s->first;
-        s->first = w;
-        if (!w->next_in_strand) s->last = &w->next_in_strand;
-    } else {
-        w->next_in_strand = NULL;
-        *s->last = w;
-        s->last = &w->next_in_strand;
-    }
-    if (s->queued) return;
-    s->queued = true;
-    if (urgent) {
-        s->next = p->strands;
-        p->strands = s;
-        if (!s->next) p->last_strand = &s->next;
-    } else {
-        s->next = NULL;
-        *p->last_strand = s;
-        p->last_strand = &s->next;
-    }
+    w->next_in_strand = *at;
+    *at = w;
+    if (urgent) s->urgent = &w->next_in_strand;
+    if (!w->next_in_strand) s->last = &w->next_in_strand;
+    if (!s->queued) llmcbi_strand_queue(loop->pool, s, urgent);
 }
 
 /* Under the mutex: the loop is to look at it. */
@@ -5557,8 +5620,9 @@ static void llmcbi_away_report(llmcb_loop *loop, llmcbi_away *w)
 {
     if (w->in_progress) return;
     w->in_progress = true;
-    w->next_progress = loop->progress;
-    loop->progress = w;
+    w->next_progress = NULL;
+    *loop->last_progress = w;
+    loop->last_progress = &w->next_progress;
 }
 
 static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
@@ -5574,7 +5638,8 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     int failed = 0;
 
     s->first = w->next_in_strand;
-    if (!s->first) s->last = &s->first;
+    if (s->urgent == &w->next_in_strand) s->urgent = &s->first;
+    if (s->last == &w->next_in_strand) s->last = &s->first;
     if (stop > done + LLMCBI_STRAND_BATCH) stop = done + LLMCBI_STRAND_BATCH;
     if (stop > done && c->run->rules->handler_ms > 0) stop = done + 1;
     llmcbi_unlock(loop);
@@ -5603,13 +5668,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     w->busy = !failed && !handed_back && done < w->limit;
     if (w->busy) llmcbi_strand_add(loop, w, false);
     s->queued = false;
-    if (s->first) {
-        llmcbi_pool *p = loop->pool;
-        s->queued = true;
-        s->next = NULL;
-        *p->last_strand = s;
-        p->last_strand = &s->next;
-    }
+    if (s->first) llmcbi_strand_queue(loop->pool, s, false);
     llmcbi_away_report(loop, w);
     if (failed || handed_back || done >= w->mark || (!w->busy && !w->limit)) {
         loop->progress_due = true;
@@ -5618,7 +5677,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
 }
 
 /* How far the pool may go. */
-static uint64_t llmcbi_cursor_limit(const llmcbi_cursor *c)
+LLMCBI_APART static uint64_t llmcbi_cursor_limit(const llmcbi_cursor *c)
 {
     const llmcbi_run *run = c->run;
 
@@ -5634,6 +5693,7 @@ static void llmcbi_publish(llmcb_loop *loop)
 
     if (!c) return;
     loop->unpublished = NULL;
+    loop->last_unpublished = &loop->unpublished;
     llmcbi_lock(loop);
     for (; c; c = c->away->next_unpublished) {
         const llmcbi_run *run = c->run;
@@ -5699,8 +5759,8 @@ static void llmcbi_cursor_failed(llmcbi_cursor *c, llmcb_event_kind kind,
     llmcbi_log(run->loop, line);
 }
 
-static void llmcbi_cursor_step_done(llmcbi_cursor *c, llmcb_event_kind kind,
-                                    int result)
+LLMCBI_APART static void
+llmcbi_cursor_step_done(llmcbi_cursor *c, llmcb_event_kind kind, int result)
 {
     c->done++;
     if (result) llmcbi_cursor_failed(c, kind, result);
@@ -5749,8 +5809,9 @@ static void llmcbi_cursor_unpublish(llmcbi_cursor *c)
 {
     if (c->unpublished) return;
     c->unpublished = true;
-    c->away->next_unpublished = c->run->loop->unpublished;
-    c->run->loop->unpublished = c;
+    c->away->next_unpublished = NULL;
+    *c->run->loop->last_unpublished = c;
+    c->run->loop->last_unpublished = &c->away->next_unpublished;
 }
 
 /* One event of those up to `limit`, if the handler is free. false: it has to
@@ -5822,7 +5883,7 @@ static uint64_t llmcbi_run_done(const llmcbi_run *run, unsigned flag)
 }
 
 /* Whether no worker can be inside the run's memory. */
-static bool llmcbi_run_off_pool(const llmcbi_run *run)
+LLMCBI_APART static bool llmcbi_run_off_pool(const llmcbi_run *run)
 {
     size_t i;
 
@@ -5909,8 +5970,8 @@ static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
 /* A handler takes longer than it may, and the run waits for it. */
 static void llmcbi_run_watch_patience(llmcbi_run *run)
 {
-    bool waiting = run->slowest < run->head &&
-                   (run->state != LLMCBI_RUN_OPEN || run->starved);
+    bool waiting = run->slowest < run->head && (run->state != LLMCBI_RUN_OPEN ||
+                                                run->starved || run->flusher);
     int64_t now = run->loop->now, first = INT64_MAX;
     uint64_t limit;
     size_t i;
@@ -6050,12 +6111,14 @@ static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop)
         w->in_progress = false;
         c->done = w->done;
         c->pos = w->pos;
+        llmcbi_unready(&c->run->ready); /* in the order of the last reports */
         llmcbi_run_wake(c->run);
         if (w->busy) continue; /* a worker may use next_progress again */
         w->next_progress = back;
         back = w;
     }
     loop->progress = NULL;
+    loop->last_progress = &loop->progress;
     return back;
 }
 
@@ -6111,7 +6174,7 @@ static llmcbi_strand *llmcbi_strand_get(llmcb_loop *loop,
         }
     s = (llmcbi_strand *)llmcbi_alloc(&loop->alloc, sizeof *s);
     if (!s) return NULL;
-    s->last = &s->first;
+    s->urgent = s->last = &s->first;
     s->users = 1;
     if (h->flags & LLMCB_PARALLEL) return s;
     s->handler = h;
@@ -6160,6 +6223,7 @@ static void llmcbi_run_free(llmcbi_run *run)
         else
             at = &(*at)->away->next_unpublished;
     }
+    loop->last_unpublished = at;
     while (run->first)
         llmcbi_run_drop_first(run);
     for (i = 0; i < run->n_cursors; i++)
@@ -6315,6 +6379,7 @@ static void llmcbi_run_finish(llmcbi_run *run, const llmcb_result *result,
     run->output = output;
     run->error = error;
     run->finish_seq = ++run->head;
+    LLMCBI_FLAG_SET(&run->over, true);
     llmcbi_run_wake(run);
 }
 
@@ -6396,9 +6461,9 @@ static bool llmcbi_outcome_replaced(const llmcb_allocator *a,
 }
 
 /* The error of an op: its outcome, and a failure that changed no event. */
-static const llmcb_error *llmcbi_outcome_error(const llmcb_allocator *a,
-                                               const llmcb_error *outcome,
-                                               const llmcb_error *late)
+LLMCBI_APART static const llmcb_error *
+llmcbi_outcome_error(const llmcb_allocator *a, const llmcb_error *outcome,
+                     const llmcb_error *late)
 {
     if (!late || outcome->handler_result) return llmcbi_error_keep(a, outcome);
     return outcome->code == LLMCB_OK ? llmcbi_error_keep(a, late)
@@ -6431,18 +6496,12 @@ static llmcb_code llmcbi_run_post(llmcbi_run *run, llmcb_event_kind kind,
                                   llmcb_str name, llmcb_str text)
 {
     const llmcb_allocator *a = &run->loop->alloc;
-    size_t i, size = sizeof(llmcbi_emission) + name.len + text.len + 2;
+    size_t size = sizeof(llmcbi_emission) + name.len + text.len + 2;
     llmcbi_emission *e;
     char *at;
     llmcb_code code;
-    bool over = false;
 
-    llmcbi_lock(run->loop);
-    for (i = 0; i < run->n_cursors; i++)
-        if (run->cursors[i].away && run->cursors[i].away->finish_seq)
-            over = true;
-    llmcbi_unlock(run->loop);
-    if (over) return LLMCB_ESTATE; /* the finish is being told */
+    if (LLMCBI_FLAG_GET(&run->over)) return LLMCB_ESTATE;
     e = (llmcbi_emission *)llmcbi_alloc(a, size);
     if (!e) return LLMCB_ENOMEM;
     at = (char *)(e + 1);
@@ -6782,7 +6841,7 @@ static void llmcbi_cancel_all(llmcb_loop *loop)
 }
 
 /* Waits for the workers to leave. false: one is stuck. */
-static bool llmcbi_pool_join(llmcb_loop *loop, int64_t deadline)
+LLMCBI_APART static bool llmcbi_pool_join(llmcb_loop *loop, int64_t deadline)
 {
     llmcbi_pool *p = loop->pool;
     unsigned i, exited;
@@ -7254,14 +7313,35 @@ static const char *llmcbi_url_parse(llmcbi_url *u, const char *url)
     return NULL;
 }
 
+/* 127.evil.example is a name, and so are 127.0.0.1.5 and 127.0.0.256. */
+static bool llmcbi_is_loopback(llmcb_str host)
+{
+    unsigned number = 0, dots = 0;
+    bool digit = false;
+    size_t i;
+
+    for (i = 0; i < host.len && number < 256; i++) {
+        char c = host.ptr[i];
+        if (c == '.' && digit) {
+            dots++;
+            digit = false;
+            number = 0;
+        } else if (c >= '0' && c <= '9' && (number || !digit)) {
+            digit = true;
+            number = number * 10 + (unsigned)(c - '0');
+        } else {
+            return false;
+        }
+    }
+    return digit && number < 256 && dots == 3 &&
+           llmcbi_str_begins(host.ptr, "127.");
+}
+
 /* Whether what is sent there stays on this machine. */
 static bool llmcbi_url_is_local(const llmcbi_url *u)
 {
     return u->unix_path.len || llmcbi_str_is_nocase(u->host, "localhost") ||
-           llmcbi_str_is(u->host, "::1") ||
-           /* 127.evil.example is a name */
-           (llmcbi_str_begins(u->host.ptr, "127.") &&
-            strspn(u->host.ptr, "0123456789.") >= u->host.len);
+           llmcbi_str_is(u->host, "::1") || llmcbi_is_loopback(u->host);
 }
 
 /* -- header fields */
@@ -7814,7 +7894,7 @@ static int64_t llmcbi_parse_date(llmcb_str s)
 }
 
 /* The milliseconds that a Retry-After value asks for. Dates round up. */
-static int64_t llmcbi_retry_after(llmcb_str value, int64_t now_ms)
+LLMCBI_APART static int64_t llmcbi_retry_after(llmcb_str value, int64_t now_ms)
 {
     int64_t date, v = llmcbi_parse_seconds(value, 1000);
 
@@ -8321,9 +8401,9 @@ static void llmcbi_conn_begin(llmcbi_ready *r)
 }
 
 /* A kept connection died before it answered: once more on a new one. */
-static bool llmcbi_conn_replay(llmcbi_conn *c)
+LLMCBI_APART static bool llmcbi_conn_replay(llmcbi_conn *c)
 {
-    if (!c->x || !c->reused || c->h1.begun) return false;
+    if (!c->x || !c->request || !c->reused || c->h1.begun) return false;
     llmcbi_conn_disconnect(c);
     c->state = LLMCBI_CONN_NEW;
     c->reused = false;
@@ -9070,7 +9150,8 @@ static bool llmcbi_transfer_headers(llmcbi_transfer *t, const llmcb_request *q)
         llmcbi_buf_reserve(
             a, &b, strlen(q->headers[i].key) + strlen(q->headers[i].value) + 3);
         llmcbi_buf_text(a, &b, q->headers[i].key);
-        llmcbi_buf_text(a, &b, ": ");
+        /* how libcurl is told of one without a value */
+        llmcbi_buf_text(a, &b, *q->headers[i].value ? ": " : ";");
         llmcbi_buf_text(a, &b, q->headers[i].value);
         list = b.failed ? NULL : curl_slist_append(t->headers, b.ptr);
         if (b.ptr) llmcbi_wipe(b.ptr, b.cap);
@@ -9606,6 +9687,8 @@ static int llmcbi_open_file(const char *path, int flags)
         errno = EINVAL;
         fd = -1;
     }
+    /* one that is written anew may have been open to others */
+    if (fd >= 0 && (flags & O_TRUNC)) (void)fchmod(fd, 0600);
     return fd;
 }
 
@@ -10349,10 +10432,15 @@ static void llmcbi_wire_error(llmcb_error *e, const char *ptr, size_t len)
 
 /* -- the answer as it grows */
 
+#define LLMCBI_TOOL_WHOLE 1
+#define LLMCBI_TOOL_SPOILED 2
 typedef struct llmcbi_tool_slot {
     int64_t index; /* as the server numbers it; -1: it does not */
     llmcbi_buf id, name, arguments;
     llmcbi_carry carry;
+    /* arguments as far as somebody asked whether they are whole */
+    size_t looked_at, depth;
+    char where; /* 0, in a string: '"', behind a backslash, or as follows */
 } llmcbi_tool_slot;
 
 /* What most choices have none of. */
@@ -10410,7 +10498,8 @@ static bool llmcbi_str_keep(const llmcb_allocator *a, llmcb_str *to,
     return true;
 }
 
-static void llmcbi_rarity_free(const llmcb_allocator *a, llmcbi_rarity *r)
+LLMCBI_APART static void llmcbi_rarity_free(const llmcb_allocator *a,
+                                            llmcbi_rarity *r)
 {
     size_t k;
 
@@ -10598,6 +10687,33 @@ static size_t llmcbi_tool_with(const llmcbi_rarity *r,
     return r->n_tools;
 }
 
+/* Whether arguments are an object that is complete, each byte of them being
+ * looked at once however often that is asked. */
+static bool llmcbi_tool_is_whole(llmcbi_tool_slot *s)
+{
+    while (s->looked_at < s->arguments.len) {
+        char c = s->arguments.ptr[s->looked_at++];
+        if (s->where == '\\') {
+            s->where = '"';
+        } else if (s->where == '"') {
+            if (c == '"') s->where = 0;
+            if (c == '\\') s->where = c;
+        } else if (s->where == LLMCBI_TOOL_WHOLE) {
+            if ((unsigned char)c > ' ') s->where = LLMCBI_TOOL_SPOILED;
+        } else if (s->where == 0) {
+            if (c == '"') s->where = c;
+            if (c == '{' || c == '[') s->depth++;
+            if ((c == '}' || c == ']') && --s->depth == 0)
+                s->where = llmcbi_json_is_one(
+                               llmcbi_slice(s->arguments.ptr, s->looked_at),
+                               LLMCBI_JSON_OBJECT)
+                               ? LLMCBI_TOOL_WHOLE
+                               : LLMCBI_TOOL_SPOILED;
+        }
+    }
+    return s->where == LLMCBI_TOOL_WHOLE;
+}
+
 /* The call that a piece belongs to, n_tools for a new one. A number that the
  * server gives decides first, then the id. A name opens a new call when the
  * one found has another name, another id, or arguments that are whole:
@@ -10607,7 +10723,7 @@ static size_t llmcbi_tool_find(const llmcbi_rarity *r,
                                const llmcbi_tool_piece *p)
 {
     size_t found = llmcbi_tool_with(r, p, false);
-    const llmcbi_tool_slot *s;
+    llmcbi_tool_slot *s;
 
     if (found == r->n_tools && (p->index < 0 || !p->name.len))
         found = llmcbi_tool_with(r, p, true);
@@ -10620,9 +10736,7 @@ static size_t llmcbi_tool_find(const llmcbi_rarity *r,
     if (!p->name.len || !s->name.len) return found;
     if (p->id.len && s->id.len)
         return llmcbi_buf_is_raw(&s->id, &p->id) ? found : r->n_tools;
-    return !llmcbi_buf_is_raw(&s->name, &p->name) ||
-                   llmcbi_json_is_one(llmcbi_buf_str(&s->arguments),
-                                      LLMCBI_JSON_OBJECT)
+    return !llmcbi_buf_is_raw(&s->name, &p->name) || llmcbi_tool_is_whole(s)
                ? r->n_tools
                : found;
 }
@@ -10638,7 +10752,7 @@ LLMCBI_DEF const char *llmcb_role_name(llmcb_role role)
 }
 
 /* The content of a message, whose length the program may leave out. */
-static llmcb_str llmcbi_message_text(const llmcb_message *m)
+LLMCBI_APART static llmcb_str llmcbi_message_text(const llmcb_message *m)
 {
     return m->content && m->content_len
                ? llmcbi_slice(m->content, m->content_len)
@@ -11115,7 +11229,7 @@ LLMCBI_APART static bool llmcbi_header_name_ok(const char *s)
 }
 
 /* A key, or another value that goes into a header as it is. */
-static bool llmcbi_secret_ok(const char *s)
+LLMCBI_APART static bool llmcbi_secret_ok(const char *s)
 {
     size_t i;
 
@@ -11267,8 +11381,9 @@ LLMCBI_APART static void llmcbi_chat_copy_lists(llmcb_chat *chat)
 static const char *llmcbi_env(const char *given, const char *name,
                               const char *otherwise)
 {
-    if (!given) given = getenv(name);
-    return given ? given : otherwise;
+    if (given) return given;
+    given = getenv(name);
+    return given && *given ? given : otherwise;
 }
 
 LLMCBI_APART static void llmcbi_ms(int64_t *ms, int64_t otherwise)
@@ -11317,7 +11432,7 @@ static void llmcbi_chat_resolve(llmcb_chat *chat)
     llmcb_config *own = &chat->own;
     const char *base, *why;
     llmcb_code code;
-    bool no_address = !d->base_url && !getenv("OPENAI_BASE_URL");
+    bool no_address = !*llmcbi_env(d->base_url, "OPENAI_BASE_URL", "");
 
     own->callbacks = d->callbacks;
     own->n_callbacks = d->n_callbacks;
@@ -11579,7 +11694,7 @@ static void llmcbi_hide(char *text, const char *secret)
     char *at;
 
     if (n < 4) return;
-    while ((at = strstr(text, secret)) != NULL)
+    for (at = text; (at = strstr(at, secret)) != NULL; at += n)
         memset(at, '*', n);
     for (n = n < len ? n : len; n >= 4; n--)
         if (memcmp(text + len - n, secret, n) == 0)
@@ -11606,9 +11721,12 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
                       p->request_id.len);
     if (chat->key) llmcbi_hide_in(e, chat->key);
     /* behind three of our own: others may be keys too; a short one is none */
-    for (i = 3; i < chat->n_headers; i++)
-        if (strlen(chat->headers[i].value) >= 16)
-            llmcbi_hide_in(e, chat->headers[i].value);
+    for (i = 3; i < chat->n_headers; i++) {
+        const char *value = chat->headers[i].value;
+        const char *bare = strchr(value, ' '); /* Bearer, and then the key */
+        if (strlen(value) >= 16) llmcbi_hide_in(e, value);
+        if (bare && strlen(bare + 1) >= 16) llmcbi_hide_in(e, bare + 1);
+    }
 }
 
 /* A character that was cut in two and will not be completed becomes one
@@ -11670,7 +11788,7 @@ static void llmcbi_prompt_pause(llmcbi_prompt *p)
 {
     p->run.starved = true;
     llmcbi_run_wake(&p->run); /* sets the mark */
-    p->paused_at = p->run.loop->now;
+    if (!p->paused_at) p->paused_at = p->run.loop->now;
     if (!p->paused_at) p->paused_at = 1;
     llmcbi_timer_stop(p->run.loop, &p->timer);
 }
@@ -11747,7 +11865,7 @@ static void llmcbi_maker_limit(llmcbi_maker *m, const char *why)
 }
 
 /* Whether n more bytes of text fit into the answer; then they count. */
-static bool llmcbi_maker_fits(llmcbi_maker *m, size_t n)
+LLMCBI_APART static bool llmcbi_maker_fits(llmcbi_maker *m, size_t n)
 {
     m->p->answer.total += n;
     if (m->p->answer.total > m->limits->text)
@@ -11919,8 +12037,8 @@ LLMCBI_APART static void llmcbi_maker_parts(llmcbi_maker *m,
 
 /* A chunk without parts in a record that has not been committed, with room
  * behind it; NULL: no memory. */
-static llmcb_chunk *llmcbi_prompt_chunk(llmcbi_prompt *p, size_t choice,
-                                        size_t room)
+LLMCBI_APART static llmcb_chunk *llmcbi_prompt_chunk(llmcbi_prompt *p,
+                                                     size_t choice, size_t room)
 {
     llmcb_chunk *chunk = (llmcb_chunk *)(void *)llmcbi_run_reserve(
         &p->run, sizeof *chunk + room);
@@ -11948,7 +12066,9 @@ static bool llmcbi_maker_make(llmcbi_maker *m, size_t index,
     llmcb_parts *parts;
     llmcb_chunk *chunk;
 
-    if (!c) return false;
+    if (n_tools > m->limits->tool_calls)
+        llmcbi_maker_limit(m, "more tool calls than limits.tool_calls");
+    if (!c || m->failed) return false;
     m->c = c;
     if (rare && !c->rare) {
         c->rare = (llmcbi_rarity *)llmcbi_alloc(m->a, sizeof *c->rare);
@@ -12036,6 +12156,11 @@ static bool llmcbi_prompt_tell(llmcbi_prompt *p, llmcbi_wire_event *ev,
         return llmcbi_prompt_choice(p, w, usage);
     }
     for (; any; i++) {
+        if (i >= p->chat->d.limits.choices) {
+            llmcbi_prompt_fail(p, LLMCB_ELIMIT,
+                               "more choices than limits.choices");
+            return false;
+        }
         if (i >= skip && (w->has_delta || w->finish_reason.len)) {
             if (i > skip && !llmcbi_run_has_room(&p->run)) {
                 p->choices_told = (uint32_t)i;
@@ -12713,7 +12838,7 @@ static void llmcbi_prompt_forget_asked(llmcbi_prompt *p)
 
 /* It may be long, and the answer slow: it goes when neither the transport,
  * another attempt nor a cache can want it. */
-static void llmcbi_prompt_is_asked(llmcbi_prompt *p)
+LLMCBI_APART static void llmcbi_prompt_is_asked(llmcbi_prompt *p)
 {
     if (p->sent && p->got_body && !p->chat->d.cache)
         llmcbi_prompt_forget_asked(p);
@@ -12847,6 +12972,7 @@ static void llmcbi_prompt_data(void *owner, llmcb_str *piece, size_t n)
             llmcbi_prompt_set_phase(p, LLMCBI_PHASE_IDLE, p->chat->d.idle_ms);
         if (p->body_kind == LLMCBI_BODY_ERROR) {
             if (p->status >= 300 && p->status < 400) continue;
+            p->last_data = p->run.loop->now;
             llmcbi_prompt_gather(p, piece, limits->error_body);
             if (!p->outcome && p->body.len == limits->error_body)
                 llmcbi_prompt_http_error(p);
@@ -12889,7 +13015,9 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
     p->orderly = ending == LLMCB_ORDERLY;
     p->over = true;
     if (was_over) return;
-    if (ending == LLMCB_BROKEN) {
+    /* a status that is no success stands, however its words end */
+    if (ending == LLMCB_BROKEN &&
+        (p->body_kind != LLMCBI_BODY_ERROR || error->code == LLMCB_ENOMEM)) {
         llmcb_error e = *error;
         if (e.code == LLMCB_ETIMEDOUT) e.detail = LLMCB_DETAIL_CONNECT;
         llmcbi_prompt_decide(p, &e);
@@ -13162,6 +13290,10 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
     if (p->phase == LLMCBI_PHASE_IDLE && p->last_data + d->idle_ms > now) {
         p->phase_due = p->last_data + d->idle_ms; /* moved since */
         llmcbi_prompt_arm(p);
+        return;
+    }
+    if (p->phase == LLMCBI_PHASE_IDLE && p->body_kind == LLMCBI_BODY_ERROR) {
+        llmcbi_prompt_http_error(p);
         return;
     }
     if (p->phase != LLMCBI_PHASE_BACKOFF) {
@@ -13579,9 +13711,10 @@ static bool llmcbi_prompt_ask(llmcbi_prompt *p, const llmcb_prompt *prompt,
     return !asked->body.failed;
 }
 
-static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p, llmcbi_call *c,
-                                     const llmcb_prompt *prompt,
-                                     const llmcbi_plan *plan)
+LLMCBI_APART static llmcb_code llmcbi_prompt_init(llmcbi_prompt *p,
+                                                  llmcbi_call *c,
+                                                  const llmcb_prompt *prompt,
+                                                  const llmcbi_plan *plan)
 {
     llmcb_loop *loop = c->op.loop;
     llmcb_chat *chat = c->chat;
@@ -13747,10 +13880,7 @@ static llmcb_op *llmcbi_call_new(llmcb_chat *chat, const llmcb_prompt *prompts,
     if (code == LLMCB_OK)
         code = llmcbi_call_make(c, prompts, n, config, stream);
     if (code != LLMCB_OK) {
-        llmcb_error e;
-        llmcbi_error_set(&e, code, why);
-        if (code == LLMCB_ESYS) e.sys_errno = loop->pool_errno;
-        llmcbi_op_finish(&c->op, llmcbi_error_keep(&loop->alloc, &e));
+        llmcbi_op_finish(&c->op, llmcbi_error_unstarted(loop, code, why));
         return &c->op;
     }
     c->op.run = &c->prompts[0].run.pub;
@@ -13820,7 +13950,7 @@ static void llmcbi_call_pass(llmcbi_call *c)
 }
 
 /* The next token record, in the program's hands until the next call. */
-static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
+LLMCBI_APART static const llmcb_chunk *llmcbi_call_next(llmcbi_call *c)
 {
     llmcbi_reader *r = c->prompts[0].run.reader;
 
@@ -13933,7 +14063,8 @@ LLMCBI_DEF llmcb_run *llmcb_op_run_at(const llmcb_op *op, size_t i)
 }
 
 /* Adds one usage to a sum that begins as known. */
-static void llmcbi_usage_add(llmcb_usage *sum, const llmcb_usage *u)
+LLMCBI_APART static void llmcbi_usage_add(llmcb_usage *sum,
+                                          const llmcb_usage *u)
 {
     sum->known = sum->known && u->known;
     sum->input_tokens += u->input_tokens;
@@ -14125,9 +14256,11 @@ static void llmcbi_work_reap(llmcbi_work *w, bool all)
 /* A failure of a tool that the model is to be told of. */
 static bool llmcbi_work_handles(const llmcbi_work *w, const llmcb_error *e)
 {
+    /* ECANCELLED without a detail is the tool's own */
     return w->use && w->use->pub.tool->handle_errors &&
-           e->code != LLMCB_ECANCELLED && e->code != LLMCB_EHANDLER &&
-           e->detail != LLMCB_DETAIL_HANDLER && e->code != LLMCB_OK;
+           (e->code != LLMCB_ECANCELLED || !e->detail) &&
+           e->code != LLMCB_EHANDLER && e->detail != LLMCB_DETAIL_HANDLER &&
+           e->code != LLMCB_OK;
 }
 
 /* The one place where an outcome becomes known. code LLMCB_OK: success. */
@@ -14184,7 +14317,8 @@ static void llmcbi_work_told(llmcbi_run *run)
 
     if (llmcbi_run_trouble(run, &e)) {
         if (run->state >= LLMCBI_RUN_DRAINED) {
-            if (!w->late) w->late = llmcbi_error_keep(a, &e);
+            if (llmcbi_outcome_replaced(a, &w->late, &e))
+                w->late = llmcbi_error_keep(a, &e);
         } else if (llmcbi_outcome_replaced(a, &w->outcome, &e)) {
             llmcbi_work_decide(w, &e);
         }
@@ -14427,9 +14561,7 @@ static llmcbi_work *llmcbi_work_new(llmcb_loop *loop,
         code = LLMCB_EINVAL;
     if (code == LLMCB_OK) code = llmcbi_work_build(w, config);
     if (code != LLMCB_OK) {
-        llmcb_error e;
-        llmcbi_error_set(&e, code, why);
-        llmcbi_op_finish(&w->op, llmcbi_error_keep(&loop->alloc, &e));
+        llmcbi_op_finish(&w->op, llmcbi_error_unstarted(loop, code, why));
         return w;
     }
     w->op.run = &w->run.pub;
@@ -14540,6 +14672,11 @@ LLMCBI_DEF llmcb_code llmcb_run_end_documents(llmcb_run *run,
     return llmcbi_work_end(w);
 }
 
+static void llmcbi_clean(char *out, size_t cap, const char *s)
+{
+    llmcbi_copy_clean(out, cap, s, strnlen(s, cap));
+}
+
 LLMCBI_DEF llmcb_code llmcb_run_fail(llmcb_run *run, const llmcb_error *error)
 {
     llmcbi_work *w;
@@ -14551,6 +14688,11 @@ LLMCBI_DEF llmcb_code llmcb_run_fail(llmcb_run *run, const llmcb_error *error)
         llmcbi_error_set(&e, LLMCB_EINVAL, NULL);
     } else {
         e = *error;
+        llmcbi_clean(e.type, sizeof e.type, error->type);
+        llmcbi_clean(e.provider_code, sizeof e.provider_code,
+                     error->provider_code);
+        llmcbi_clean(e.request_id, sizeof e.request_id, error->request_id);
+        llmcbi_clean(e.message, sizeof e.message, error->message);
         if (!*e.message) llmcbi_error_set(&e, error->code, NULL);
     }
     llmcbi_work_decide(w, &e);
@@ -14946,11 +15088,16 @@ static void llmcbi_tool_called(llmcbi_job *job)
 /* Calls the tool itself: a job, or the body goes on with it. */
 static void llmcbi_tool_run(llmcbi_work *w)
 {
+    llmcb_loop *loop = w->op.loop;
+    const llmcb_error *e;
     llmcb_code code;
 
-    w->use->job = llmcbi_job_start(w->op.loop, llmcbi_tool_call, w->use,
+    w->use->job = llmcbi_job_start(loop, llmcbi_tool_call, w->use,
                                    llmcbi_tool_called, w, &code);
-    if (!w->use->job) llmcbi_work_fail(w, code, NULL);
+    if (w->use->job) return;
+    e = llmcbi_error_unstarted(loop, code, NULL);
+    llmcbi_work_decide(w, e);
+    llmcbi_error_drop(&loop->alloc, e);
 }
 
 /* The approval, then the tool if it is a coroutine. */
@@ -14977,7 +15124,10 @@ static llmcb_step llmcbi_tool_step(llmcb_task *t)
         t->at = 0;
         t->result = LLMCB_OK;
         t->self = tool->user;
-        if (tool->frame_size) memset(t->frame, 0, tool->frame_size);
+        if (tool->frame_size)
+            memset(t->frame, 0, tool->frame_size);
+        else
+            t->frame = NULL; /* that was for the approval */
     }
     return tool->step(t, &u->pub);
 }
@@ -15244,6 +15394,7 @@ static llmcb_code llmcbi_agent_ask(llmcbi_agent *g)
     llmcb_config config = llmcb_run_child(&g->w->run.pub, NULL);
     llmcb_run_desc d;
     llmcbi_buf prompt;
+    llmcb_code code;
 
     llmcbi_agent_drop_turn(g);
     memset(&d, 0, sizeof d);
@@ -15255,8 +15406,11 @@ static llmcb_code llmcbi_agent_ask(llmcbi_agent *g)
     if (g->turn->done) return g->turn->error->code;
     memset(&prompt, 0, sizeof prompt);
     llmcbi_wire_prompt(a, &prompt, g->messages, g->n);
-    llmcb_run_text(g->turn->run, llmcbi_buf_str(&prompt));
+    code = prompt.failed
+               ? LLMCB_ENOMEM
+               : llmcb_run_text(g->turn->run, llmcbi_buf_str(&prompt));
     llmcbi_buf_free(a, &prompt);
+    if (code != LLMCB_OK) return code;
     config = llmcb_run_child(g->turn->run, "seq:step:1");
     config.extra = g->extra.ptr;
     g->ask = llmcb_chat_generate(g->d.chat, g->messages, g->n, &config);
@@ -15442,7 +15596,9 @@ static llmcb_op *llmcbi_agent_rest(llmcbi_agent *g)
     for (child = llmcbi_op_at(g->w->op.children); child;
          child = llmcbi_op_at(child->sibling.next))
         if (child != g->w->body) {
-            llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
+            const llmcbi_work *w = llmcbi_work_of(child);
+            if (!w || !w->run.skipping) /* it may be cleaning up */
+                llmcbi_op_want_cancel(child, LLMCB_DETAIL_PARENT);
             last = child;
         }
     return last;
@@ -16156,6 +16312,16 @@ static int llmcbi_file_told(llmcb_handler *h, const llmcb_event *ev)
     return failed ? LLMCB_EIO : 0;
 }
 
+/* It has no file; errno stays what it is, whatever the allocator does. */
+static llmcb_handler *llmcbi_kit_refused(llmcbi_kit *k)
+{
+    int saved = errno;
+
+    llmcb_handler_free(&k->h);
+    errno = saved;
+    return NULL;
+}
+
 LLMCBI_DEF llmcb_handler *llmcb_file_handler(llmcb_loop *loop, const char *path)
 {
     llmcbi_kit *k = llmcbi_kit_new(loop, "file");
@@ -16167,8 +16333,7 @@ LLMCBI_DEF llmcb_handler *llmcb_file_handler(llmcb_loop *loop, const char *path)
     if (fd >= 0) k->out = k->owned = fdopen(fd, "a");
     if (!k->out) {
         k->fd = fd;
-        llmcb_handler_free(&k->h);
-        return NULL;
+        return llmcbi_kit_refused(k);
     }
     t = &k->h.sync;
     t->on_chain_start = t->on_chain_end = t->on_chain_error = llmcbi_file_told;
@@ -16354,10 +16519,7 @@ LLMCBI_DEF llmcb_handler *llmcb_jsonl_handler(llmcb_loop *loop,
     if (!k) return NULL;
     k->content = content;
     k->fd = llmcbi_open_file(path, LLMCBI_APPEND);
-    if (k->fd < 0) {
-        llmcb_handler_free(&k->h);
-        return NULL;
-    }
+    if (k->fd < 0) return llmcbi_kit_refused(k);
     t = &k->h.sync;
     llmcbi_kit_starts(t, llmcbi_jsonl_told);
     llmcbi_kit_finishes(t, llmcbi_jsonl_told);

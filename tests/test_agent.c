@@ -2036,6 +2036,35 @@ TEST(approval_is_not_the_time_of_the_tool)
     }
 }
 
+static llmcb_step frameless_step(llmcb_task *t, llmcb_tool_use *use)
+{
+    did(use);
+    return t->frame ? llmcb_tool_fail(use, "a frame")
+                    : llmcb_tool_answer(use, llmcb_text("none"));
+}
+
+/* What approve has of a frame is not the tool's. */
+TEST(a_tool_without_a_frame_behind_approval)
+{
+    stage st;
+    asking a;
+
+    memset(&a, 0, sizeof a);
+    a.frame = 32;
+    stage_init(&st, INLINE);
+    st.ad.approve = approve;
+    st.ad.approve_frame = 32;
+    st.ad.user = &a;
+    st.tools[3].step = frameless_step;
+    says(&st, TC("0", "x", "echo", "{}") TCEND);
+    says(&st, SAYS("ok"));
+    CHECK_INT(perform(&st), LLMCB_OK);
+    CHECK(!a.wrong);
+    CHECK_INT(a.asked, 1);
+    CHECK(strstr(st.w->log, "tool_end:echo=none ") != NULL);
+    finish(&st);
+}
+
 /* ---- tools that fail ----------------------------------------------------- */
 
 typedef struct failure {
@@ -2121,6 +2150,41 @@ TEST(case_099_tools_that_fail)
 }
 
 /* One fails: the others of its turn are cancelled and get their error. */
+static int cancelled_call(llmcb_tool_use *use)
+{
+    did(use);
+    return LLMCB_ECANCELLED;
+}
+
+static llmcb_step cancelled_step(llmcb_task *t, llmcb_tool_use *use)
+{
+    (void)t;
+    return cancelled_call(use);
+}
+
+/* What a tool with handle_errors says is a cancel of nobody's is a failure like
+ * any other. */
+TEST(a_tool_that_fails_as_if_cancelled)
+{
+    int blocking;
+
+    for (blocking = 0; blocking < 2; blocking++) {
+        stage st;
+
+        stage_init(&st, INLINE);
+        st.tools[3].call = blocking ? cancelled_call : NULL;
+        st.tools[3].step = blocking ? NULL : cancelled_step;
+        st.tools[3].handle_errors = true;
+        says(&st, TC("0", "x", "echo", "{}") TCEND);
+        says(&st, SAYS("went on"));
+        CHECK_INT(perform(&st), LLMCB_OK);
+        CHECK_STR(llmcb_op_output(st.op)->text.ptr, "went on");
+        CHECK(strstr(st.w->log, "tool_end:echo!") != NULL);
+        CHECK(strstr(body(&st, 1), "\"tool_call_id\":\"x\"") != NULL);
+        finish(&st);
+    }
+}
+
 TEST(a_failure_cancels_the_others)
 {
     failure f = { LLMCB_ETOOL, "no", false };
@@ -2323,6 +2387,42 @@ TEST(a_late_answer_is_not_taken)
         CHECK_STR(llmcb_op_output(st.op)->text.ptr, want);
         CHECK_INT(llmcb_op_output(st.op)->failed, handled);
         finish(&st);
+    }
+}
+
+static llmcb_code told_late;
+
+static int telling_call(llmcb_tool_use *use)
+{
+    gate_pass(&on_stage->gate);
+    told_late = llmcb_run_text(use->run, llmcb_text("late"));
+    return 0;
+}
+
+/* Its run has ended, whoever was told so, and how. */
+TEST(a_late_text_of_a_tool_is_refused)
+{
+    static const mode modes[] = { INLINE, ASYNC, SYNC, SYNC };
+    int k;
+
+    for (k = 0; k < 4; k++) {
+        llmcb_tool tool = gate_tool;
+        stage st;
+
+        stage_init(&st, modes[k]);
+        if (k == 3) st.config.n_callbacks = 0;
+        tool.call = telling_call;
+        tool.timeout_ms = 50;
+        told_late = LLMCB_OK;
+        says(&st, "x" DONE);
+        CHECK(stage_open(&st));
+        st.op = use(&st, &tool, "{}");
+        turn_to_gate(&st.s, &st.gate, 1);
+        llmcb_clock_advance(st.s.loop, 50);
+        CHECK_INT(llmcb_op_wait(st.op), LLMCB_ETIMEDOUT);
+        gate_let(&st.gate, ALL);
+        finish(&st); /* which waits until it has returned */
+        CHECK_INT(told_late, LLMCB_ESTATE);
     }
 }
 
@@ -2694,6 +2794,39 @@ TEST(case_101_total_ms_spent_by_handlers)
     CHECK_INT(perform(&st), LLMCB_ETIMEDOUT);
     CHECK(strstr(st.w->log, "tool_error:slow=ECANCELLED ") != NULL);
     CHECK_INT(st.w->count[LLMCB_AGENT_FINISH], 1);
+    finish(&st);
+}
+
+/* Sleeps for ever, and "ms" when it is cancelled. */
+static llmcb_step tidy_step(llmcb_task *t, llmcb_tool_use *use)
+{
+    int64_t ms = 0;
+
+    LLMCB_BEGIN(t);
+    LLMCB_AWAIT(t, llmcb_sleep(t, LLMCB_FOREVER));
+    if (t->result != LLMCB_ECANCELLED || !llmcb_tool_int(use, "ms", &ms))
+        return LLMCB_EINVAL;
+    LLMCB_AWAIT(t, llmcb_sleep(t, ms));
+    if (t->result == LLMCB_OK) did(use);
+    return LLMCB_ECANCELLED;
+    LLMCB_END(t);
+}
+
+/* A tool that cleans up is not cancelled again when another has ended. */
+TEST(total_ms_cancels_each_tool_once)
+{
+    stage st;
+
+    stage_init(&st, INLINE);
+    st.ad.total_ms = 50;
+    st.tools[1].step = tidy_step;
+    says(&st, TC("0", "x", "slow", "{\\\"ms\\\":10}") "|"
+              TC("1", "y", "slow", "{\\\"ms\\\":20}") "|"
+              TC("2", "z", "slow", "{\\\"ms\\\":30}") TCEND);
+    CHECK_INT(perform(&st), LLMCB_ETIMEDOUT);
+    CHECK_STR(st.done, "slow({\"ms\":10}) slow({\"ms\":20}) "
+                       "slow({\"ms\":30}) ");
+    CHECK_INT(llmcb_loop_now(st.s.loop), 80);
     finish(&st);
 }
 
@@ -3249,6 +3382,73 @@ TEST(slow_handlers_are_not_told_to_the_model)
     }
 }
 
+/* Nor does its time stand still while the agent waits until all have been told
+ * what it is about to do. */
+TEST(handler_ms_while_actions_are_told)
+{
+    int sync;
+
+    for (sync = 0; sync < 2; sync++) {
+        stage st;
+        wit *slow = wit_new(sync ? SYNC : ASYNC);
+
+        stage_init(&st, INLINE);
+        slow->ms = 5000;
+        slow->gate = &st.gate;
+        slow->at = LLMCB_AGENT_ACTION;
+        memset(&slow->h.sync, 0, sizeof slow->h.sync);
+        memset(&slow->h.async, 0, sizeof slow->h.async);
+        if (sync)
+            slow->h.sync.on_agent_action = wit_sync;
+        else
+            slow->h.async.on_agent_action = wit_async;
+        st.callbacks[1] = &slow->h;
+        st.config.n_callbacks = 2;
+        st.ad.handler_ms = 20;
+        says(&st, ONE_TOOL);
+        says(&st, SAYS("ok"));
+        CHECK(stage_open(&st));
+        st.op = ask(&st);
+        if (sync) { /* no clock passes a worker by itself */
+            turn_to_gate(&st.s, &st.gate, 1);
+            llmcb_clock_advance(st.s.loop, 20);
+            turns(&st.s, 20);
+            CHECK(llmcb_op_done(st.op));
+        }
+        if (!llmcb_op_done(st.op)) gate_let(&st.gate, ALL);
+        CHECK_INT(llmcb_op_wait(st.op), LLMCB_ETIMEDOUT);
+        CHECK_INT(llmcb_op_error(st.op)->detail, LLMCB_DETAIL_HANDLER);
+        CHECK_INT(llmcb_loop_now(st.s.loop), 20);
+        CHECK_INT(st.n_bodies, 1);
+        gate_let(&st.gate, ALL);
+        finish(&st);
+        free(slow);
+    }
+}
+
+static int fails_at_the_end(wit *w, const llmcb_event *ev)
+{
+    (void)w;
+    return ev->kind == LLMCB_CHAIN_END && !*ev->run->parent_id ? 77 : 0;
+}
+
+/* A raised failure of the last event does not hide why the agent had ended. */
+TEST(raised_when_the_end_at_a_limit_is_told)
+{
+    stage st;
+
+    stage_init(&st, INLINE);
+    st.ad.max_turns = 1;
+    st.w->h.flags |= LLMCB_RAISE;
+    st.w->act = fails_at_the_end;
+    says(&st, ONE_TOOL);
+    CHECK_INT(perform(&st), LLMCB_ELIMIT);
+    CHECK_INT(llmcb_op_error(st.op)->code, LLMCB_ELIMIT);
+    CHECK_INT(llmcb_op_error(st.op)->handler_result, 77);
+    CHECK_INT(st.w->count[LLMCB_CHAIN_END], 2); /* the model's, the agent's */
+    finish(&st);
+}
+
 /* ---- the end at every moment --------------------------------------------- */
 
 #define MIXED                                                           \
@@ -3359,6 +3559,64 @@ TEST(no_memory_at_every_allocation)
                 }
     CHECK(most > 100 && most < 2000);
     CHECK(ok > 0 && nomem > 100 / STRIDE);
+}
+
+static char texts[8192]; /* of all runs, in order */
+
+static int keeps_texts(wit *w, const llmcb_event *ev)
+{
+    size_t n = strlen(texts);
+
+    (void)w;
+    if (ev->kind == LLMCB_TEXT)
+        snprintf(texts + n, sizeof texts - n, "[%s]", ev->data->text.ptr);
+    return 0;
+}
+
+/* What an agent tells of a turn is told whole, or the agent has failed. */
+TEST(no_memory_for_a_text_of_an_agent)
+{
+    static char whole[sizeof texts], longer[400];
+    llmcb_message m[3];
+    int for_ever;
+    long i, most = 0;
+
+    memset(longer, 'a', sizeof longer - 1);
+    memset(m, 0, sizeof m);
+    m[0].role = LLMCB_SYSTEM;
+    m[0].content = "be kind, and let this be a line of some length";
+    m[1].content = longer;
+    m[2].content = "second";
+    for (for_ever = 0; for_ever < 2; for_ever++)
+        for (i = 0; i < 2000; i++) {
+            stage st;
+            llmcb_code code;
+            bool reached;
+
+            stage_init(&st, INLINE);
+            st.w->act = keeps_texts;
+            says(&st, ONE_TOOL);
+            says(&st, SAYS("ok"));
+            CHECK(stage_open(&st));
+            *texts = '\0';
+            st.s.heap.calls = 0;
+            st.s.heap.fail_at = i; /* 0: none, to see what there is to tell */
+            st.s.heap.for_ever = for_ever;
+            st.op = llmcb_agent_start(&st.ad, m, 3, &st.config);
+            code = llmcb_op_wait(st.op);
+            reached = heap_mend(&st.s.heap, i);
+            if (i == 0) strcpy(whole, texts);
+            if (code != LLMCB_OK && code != LLMCB_ENOMEM)
+                TEST_FAIL("allocation %ld: %s", i, llmcb_code_name(code));
+            if (code == LLMCB_OK && strcmp(texts, whole) != 0)
+                TEST_FAIL("allocation %ld: told %d of %d bytes", i,
+                          (int)strlen(texts), (int)strlen(whole));
+            finish(&st);
+            if (!reached) break;
+            most = i;
+        }
+    CHECK_INT(count_of(whole, "second"), 2);
+    CHECK(most > 30 && most < 1999);
 }
 
 /* A tool that does not look whether its answer found room. */

@@ -535,6 +535,69 @@ TEST(start_and_finish_are_barriers)
     }
 }
 
+/* Their requests go in the order of the calls, whoever was told of them first:
+ * the n-th call gets the n-th recording. */
+static void calls_in_order(int way, bool two)
+{
+    enum { AT_ONCE, TURN_BY_TURN, WHILE_BUSY, A_BATCH, N = 12 };
+    scene s;
+    gate g = GATE;
+    rec *r[2] = { rec_new("S", SYNC), rec_new("other", SYNC) };
+    llmcb_message m;
+    llmcb_prompt prompts[N];
+    llmcb_op *ops[N] = { NULL };
+    char text[16];
+    size_t i;
+
+    scene_init(&s);
+    memset(&m, 0, sizeof m);
+    m.content = "hi";
+    for (i = 0; i < N; i++) {
+        sprintf(text, "t%u" DONE, (unsigned)i);
+        scene_tape(&s, OK_HEAD, text, 0, LLMCB_REPLAY_CLOSE);
+        prompts[i].messages = &m;
+        prompts[i].n = 1;
+    }
+    r[0]->gate = &g;
+    if (way != WHILE_BUSY) gate_let(&g, ALL);
+    scene_add(&s, r[0]);
+    if (two) scene_add(&s, r[1]);
+    scene_open(&s);
+    if (way == A_BATCH)
+        ops[0] = llmcb_chat_batch(s.chat, prompts, N, NULL);
+    for (i = 0; i < N && way != A_BATCH; i++) {
+        ops[i] = scene_call(&s);
+        if (way == TURN_BY_TURN) turns(&s, 1);
+        if (way == WHILE_BUSY && i == 0) turn_to_gate(&s, &g, 1);
+    }
+    gate_let(&g, ALL);
+    for (i = 0; i < N; i++) {
+        const llmcb_op *op = way == A_BATCH ? ops[0] : ops[i];
+        const llmcb_result *result;
+        if (ops[i]) CHECK_INT(llmcb_op_wait(ops[i]), LLMCB_OK);
+        result = way == A_BATCH ? llmcb_op_result_at(op, i)
+                                : llmcb_op_result(op);
+        sprintf(text, "t%u", (unsigned)i);
+        CHECK_STR(result->generations[0].text.ptr, text);
+    }
+    for (i = 0; i < N; i++) llmcb_op_free(ops[i]);
+    CHECK_REC(r[0]);
+    CHECK_REC(r[1]);
+    scene_close(&s);
+    free(r[0]);
+    free(r[1]);
+}
+
+TEST(requests_go_in_the_order_of_the_calls)
+{
+    int way;
+
+    for (way = 0; way < 4; way++) {
+        calls_in_order(way, false);
+        calls_in_order(way, true); /* on threads of their own */
+    }
+}
+
 /* ======== 6: exactly one finish, also without memory ====================== */
 
 /* The i-th allocation fails, once or with all after it. false: the call has

@@ -883,6 +883,40 @@ TEST(time_paused_then_waited)
     talk_end(&t);
 }
 
+/* ... whatever comes meanwhile: the time before it is not counted either. */
+TEST(time_at_a_full_window)
+{
+    static const char head[] = SSE "Connection: close\r\n\r\n" EV("a");
+    llmcb_recording rec = recording(SSE "Connection: close\r\n\r\n" EV("a")
+                                        EV("b") EV("c") FIN DONE,
+                                    LLMCB_REPLAY_CLOSE);
+    const llmcb_chunk *chunk;
+    llmcb_segment segs[3];
+    talk t;
+
+    memset(segs, 0, sizeof segs);
+    segs[1].offset = strlen(head);
+    segs[1].delay_ms = 350;
+    segs[2].offset = strlen(head) + strlen(EV("b"));
+    segs[2].delay_ms = 400;
+    rec.segments = segs;
+    rec.n_segments = 3;
+    talk_replay(&t, &rec, 1);
+    t.d.n_callbacks = 0;
+    t.d.limits.window_events = 1;
+    t.d.total_ms = 300;
+    t.chat = llmcb_chat_new(t.loop, &t.d);
+    t.op = llmcb_chat_stream(t.chat, &question, 1, NULL);
+    while (llmcb_loop_now(t.loop) < 350) llmcb_loop_run_once(t.loop, 0);
+    CHECK_INT(llmcb_loop_now(t.loop), 350); /* b came, and nobody has read a */
+    llmcb_clock_advance(t.loop, 250);
+    while (llmcb_op_next(t.op, &chunk)) continue;
+    CHECK_INT(llmcb_op_wait(t.op), LLMCB_OK);
+    CHECK_STR(llmcb_op_text(t.op).ptr, "abc");
+    CHECK_INT(llmcb_loop_now(t.loop), 750);
+    talk_end(&t);
+}
+
 /* ... and go on when it is the server that is slow. */
 TEST(time_paused_then_stalled)
 {
@@ -1272,6 +1306,36 @@ TEST(wire_request_curl)
     talk_end(&t);
 }
 #endif
+
+/* A header of the program's may have an empty value. */
+TEST(wire_empty_header)
+{
+    static const llmcb_pair headers[] = { { "X-Empty", "" },
+                                          { "X-Mine", "a" } };
+    int curl;
+
+    for (curl = 0; curl < 2; curl++) {
+        server_script s = script(HELLO, SERVER_CLOSE);
+        const server_req *r;
+        char v[128];
+        talk t;
+
+#ifdef LLMCB_NO_CURL
+        if (curl) break;
+#endif
+        talk_sock(&t, &s, 1);
+        if (curl) t.d.transport = llmcb_curl_transport(t.loop);
+        t.d.headers = headers;
+        t.d.n_headers = 2;
+        CHECK_INT(talk_ask(&t), LLMCB_OK);
+        REQUIRE(server_requests(t.server) == 1);
+        r = server_request(t.server, 0);
+        CHECK_STR(server_header(r, "X-Empty", v, sizeof v), "");
+        CHECK_STR(server_header(r, "X-Mine", v, sizeof v), "a");
+        if (test_failures_here) TEST_FAIL("curl %d", curl);
+        talk_end(&t);
+    }
+}
 
 /* Where the request goes, and how it is named there. */
 TEST(wire_urls)

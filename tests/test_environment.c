@@ -914,6 +914,82 @@ TEST_ON_ALL(fault_104_no_thread)
     }
 }
 
+static int no_use(llmcb_tool_use *use)
+{
+    (void)use;
+    return 0;
+}
+
+static int no_chain(llmcb_handler *h, const llmcb_event *ev)
+{
+    (void)h;
+    (void)ev;
+    return 0;
+}
+
+static int idle_job(void *arg)
+{
+    (void)arg;
+    return 0;
+}
+
+/* Whatever needed the thread says why there is none. */
+TEST(fault_104_no_thread_for_anything)
+{
+    static const char *const names[] = { "call", "job", "run", "agent",
+                                         "tool" };
+    server_script s = script(CLEAN, SERVER_CLOSE);
+    llmcb_handler sync, *list[1] = { &sync };
+    llmcb_config config;
+    llmcb_agent_desc agent;
+    llmcb_tool tool;
+    llmcb_tool_call use;
+    size_t i;
+
+    memset(&sync, 0, sizeof sync);
+    sync.sync.on_chain_start = sync.sync.on_chat_model_start = no_chain;
+    memset(&config, 0, sizeof config);
+    memset(&agent, 0, sizeof agent);
+    memset(&tool, 0, sizeof tool);
+    memset(&use, 0, sizeof use);
+    config.callbacks = list;
+    tool.name = "t";
+    tool.call = no_use;
+    use.arguments = llmcb_text("{}");
+    for (i = 0; i < sizeof names / sizeof *names; i++) {
+        trial t;
+
+        trial_begin(&t, REPLAY, &s, 1);
+        t.cd.n_callbacks = 0;
+        trial_open(&t);
+        config.n_callbacks = i != 4;
+        agent.chat = t.chat;
+        sys_plan(SYS_pthread_create, 1, true, EAGAIN);
+        switch (i) {
+        case 0:
+            t.op = llmcb_chat_generate(t.chat, &question, 1, &config);
+            break;
+        case 1: t.op = llmcb_offload(t.loop, idle_job, NULL); break;
+        case 2: t.op = llmcb_run_start(t.loop, NULL, &config); break;
+        case 3:
+            t.op = llmcb_agent_start(&agent, &question, 1, &config);
+            break;
+        default: t.op = llmcb_tool_start(t.loop, &tool, &use, &config);
+        }
+        trial_wait(&t);
+        if (llmcb_op_code(t.op) != LLMCB_ESYS ||
+            llmcb_op_error(t.op)->sys_errno != EAGAIN)
+            TEST_FAIL("%s: %s, sys_errno %d", names[i],
+                      llmcb_code_name(llmcb_op_code(t.op)),
+                      llmcb_op_error(t.op)->sys_errno);
+        sys_calm();
+        llmcb_op_free(t.op);
+        t.op = NULL;
+        t.no_clean = true;
+        trial_end(&t);
+    }
+}
+
 /* Of our own allocations; what libcurl allocates itself is in
  * test_syscalls.c. */
 TEST_ON_ALL(fault_105_no_memory)
@@ -1520,6 +1596,45 @@ TEST(recorded_while_a_handler_is_slow_replay)
     trial_end(&t);
     unlink(file);
     unlink(scratch_path("x.segments.json"));
+    CHECK_INT(rmdir(scratch), 0);
+}
+
+/* A recording has prompts in it: it is the user's alone, also where there was
+ * a file that was not. */
+TEST(recorded_over_a_file_that_all_could_read_replay)
+{
+    static const char *const names[] = { "x.http", "x.segments.json" };
+    server_script s[2] = { script(HELLO, SERVER_CLOSE),
+                           script(CLEAN, SERVER_CLOSE) };
+    struct stat st;
+    trial t;
+    int i;
+
+    strcpy(scratch, "build/tmp-XXXXXX");
+    mkdir("build", 0777);
+    if (!mkdtemp(scratch)) abort();
+    for (i = 0; i < 2; i++) {
+        write_file(scratch_path(names[i]), "old");
+        if (chmod(scratch_path(names[i]), 0666) != 0) abort();
+    }
+    trial_begin(&t, REPLAY, s, 2);
+    trial_open(&t);
+    llmcb_chat_free(t.chat);
+    t.cd.transport = llmcb_record_new(t.loop, t.tr, scratch_path("x.http"));
+    t.chat = llmcb_chat_new(t.loop, &t.cd);
+    trial_ask(&t);
+    trial_finish(&t, "start|Hel|lo||end", LLMCB_OK);
+    llmcb_op_free(t.op);
+    t.op = NULL;
+    for (i = 0; i < 2; i++) {
+        CHECK_INT(stat(scratch_path(names[i]), &st), 0);
+        CHECK_INT(st.st_mode & 07777, 0600);
+        CHECK(st.st_size > 3);
+    }
+    trial_end(&t);
+    for (i = 0; i < 2; i++) unlink(scratch_path(names[i]));
+    unlink(scratch_path("x-2.http"));
+    unlink(scratch_path("x-2.segments.json"));
     CHECK_INT(rmdir(scratch), 0);
 }
 

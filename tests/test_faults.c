@@ -1644,6 +1644,33 @@ TEST_ON_NET(fault_013_reused_began)
     trial_end(&t);
 }
 
+/* ... and an interim answer is an answer that began: it ends as on a new
+ * connection, and is not replayed. */
+TEST_ON_NET(fault_013_reused_interim)
+{
+    int kept;
+
+    for (kept = 0; kept < 2; kept++) {
+        server_script s[3] = { script(KEPT, SERVER_KEEP),
+                               script("HTTP/1.1 100 Continue\r\n\r\n",
+                                      SERVER_CLOSE),
+                               script(CLEAN, SERVER_CLOSE) };
+        trial t;
+
+        fault_begin(&t, transport, kept ? s : s + 1, kept ? 3 : 2);
+        trial_open(&t);
+        trial_ask(&t);
+        if (kept) {
+            fault_finish(&t, "start|kept|end", LLMCB_OK);
+            fault_again(&t);
+        }
+        fault_finish(&t, "start|error:EIO", LLMCB_EIO);
+        CHECK_INT(server_requests(t.server), 1 + kept);
+        CHECK_INT(server_connections(t.server), 1);
+        trial_end(&t);
+    }
+}
+
 /* A byte of the head each second: what counts is when it is complete. */
 TEST_ON_ALL(fault_024_header_trickle)
 {
@@ -1732,6 +1759,51 @@ TEST_ON_ALL(fault_030_key_echoed_and_cut)
         fault_finish(&t, "start|error:EHTTP", LLMCB_EHTTP);
         trial_end(&t);
         free(b.p);
+    }
+}
+
+/* What the server says of the error counts, however its answer ends: it is
+ * neither lost nor asked for again. */
+TEST_ON_ALL(fault_030_status_401_cut)
+{
+    static const struct {
+        const char *length;
+        server_end end;
+    } cuts[] = { { "Content-Length: 1000\r\n", SERVER_CLOSE },
+                 { "Content-Length: 1000\r\n", SERVER_RST },
+                 { "", SERVER_RST } };
+    size_t i;
+
+    for (i = 0; i < sizeof cuts / sizeof *cuts; i++) {
+        int before = test_failures_here;
+        server_segment read;
+        server_script s[2];
+        char bytes[256];
+        trial t;
+
+        snprintf(bytes, sizeof bytes,
+                 "HTTP/1.1 401 Unauthorized\r\n%s\r\n"
+                 "{\"error\":{\"message\":\"no such key\"}}",
+                 cuts[i].length);
+        read = hold(strlen(bytes)); /* a reset takes what is not read */
+        s[0] = held(bytes, cuts[i].end, &read, transport != REPLAY);
+        s[1] = script(CLEAN, SERVER_CLOSE);
+        fault_begin(&t, transport, s, 2);
+        t.cd.max_retries = 2;
+        trial_open(&t);
+        trial_ask(&t);
+        if (t.server) {
+            turn_until_asked(&t);
+            let_server(&t, 1);
+            server_go(t.server);
+        }
+        fault_finish(&t, "start|error:EHTTP", LLMCB_EHTTP);
+        CHECK_INT(saw[0].error.http_status, 401);
+        CHECK(strstr(saw[0].error.message, "no such key"));
+        if (t.server) CHECK_INT(server_requests(t.server), 1);
+        trial_end(&t);
+        if (before != test_failures_here)
+            TEST_FAIL("cut %lu", (unsigned long)i);
     }
 }
 
@@ -2353,6 +2425,8 @@ TEST(key_in_clear_text)
         { "http://example.com/v1", false },
         { "http://127.evil.example/v1", false },
         { "http://127.0.0.1.evil.example/v1", false },
+        { "http://127.0.0.1.5/v1", false }, /* no numbers: names, too */
+        { "http://127.0.0.256/v1", false },
         { "http://localhost.evil.example/v1", false },
         { "http://10.0.0.1/v1", false },
         { "http://0.0.0.0/v1", false },
@@ -2383,6 +2457,8 @@ TEST(key_in_clear_text)
         chat = llmcb_chat_new(t.loop, &d);
         CHECK_INT(llmcb_chat_error(chat)->code,
                   cases[i].ok ? LLMCB_OK : LLMCB_EINVAL);
+        if (!cases[i].ok && cases[i].url[0] == 'h')
+            CHECK(strstr(llmcb_chat_error(chat)->message, "clear text"));
         llmcb_chat_free(chat);
         if (cases[i].url[0] == 'h') {
             d.allow_cleartext_key = true;

@@ -1019,6 +1019,38 @@ TEST(jsonl_refuses_links_and_bad_paths)
     disk_close();
 }
 
+static void *errno_resize(void *user, void *ptr, size_t old, size_t size)
+{
+    void *p = heap_resize(user, ptr, old, size);
+
+    if (!size) errno = 0;
+    return p;
+}
+
+/* Why a file was not opened is not lost when memory is given back. */
+TEST(file_errno_is_of_the_open)
+{
+    static const struct {
+        const char *path;
+        int want;
+    } rows[] = { { "/nonexistent/x", ENOENT }, { "/tmp", EISDIR } };
+    scene s;
+    size_t i;
+
+    scene_init(&s);
+    s.ld.allocator.resize = errno_resize;
+    scene_begin(&s);
+    for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+        errno = 0;
+        CHECK(!llmcb_jsonl_handler(s.loop, rows[i].path, false));
+        CHECK_INT(errno, rows[i].want);
+        errno = 0;
+        CHECK(!llmcb_file_handler(s.loop, rows[i].path));
+        CHECK_INT(errno, rows[i].want);
+    }
+    scene_close(&s);
+}
+
 /* A line for which there was no memory is missing; the next is there. */
 TEST(jsonl_without_memory_for_a_line)
 {

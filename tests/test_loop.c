@@ -2066,6 +2066,87 @@ static void push_init(push_host *h, llmcb_host *host)
     host->user = h;
 }
 
+static void forget_watch(void *user, int fd, int events)
+{
+    (void)user;
+    (void)fd;
+    (void)events;
+}
+
+/* The loop was not turned until after the deadline, but before it there was
+ * something to read: that is not late. However the loop is driven, also by a
+ * host that comes with its timer before the descriptors, or with one of them
+ * before the others; and with more than one turn tells. */
+TEST(what_is_ready_comes_before_its_timer)
+{
+    enum { RUN, PULL, PUSH, TIMER_FIRST, VIRTUAL, N_WAYS, MANY = 300 };
+    static const int counts[] = { 1, 3, 128, 129, MANY };
+    static reader r[MANY];
+    static llmcb_op *ops[MANY];
+    static int fds[MANY][2];
+    static struct pollfd set[MANY + 1];
+    size_t c;
+    int way, i, k;
+
+    for (way = 0; way < N_WAYS; way++)
+        for (c = 0; c < sizeof counts / sizeof *counts; c++) {
+            int n = counts[c], bad = 0;
+            llmcb_loop *loop;
+            push_host h;
+            llmcb_host host;
+
+            fake_begin(0, 0);
+            loop = loop_with(NULL, way == VIRTUAL, 2);
+            host.watch = forget_watch;
+            host.timer = push_timer;
+            host.user = &h;
+            memset(&h, 0, sizeof h);
+            if (way == PUSH || way == TIMER_FIRST)
+                CHECK_INT(llmcb_loop_set_host(loop, &host), LLMCB_OK);
+            for (i = 0; i < n; i++) {
+                REQUIRE(pipe(fds[i]) == 0);
+                r[i].fd = fds[i][0];
+                r[i].events = LLMCB_READ;
+                r[i].ms = 200;
+                r[i].result = (llmcb_code)1;
+                ops[i] = llmcb_task_start(loop, reader_step, 0, &r[i]);
+            }
+            llmcb_loop_run_once(loop, 0);
+            for (i = 0; i < n; i++) CHECK(write(fds[i][1], "x", 1) == 1);
+            fake_ns += (int64_t)400 * 1000000;
+            if (way == VIRTUAL) llmcb_clock_advance(loop, 400);
+            for (k = 0; k < 20 && llmcb_loop_alive(loop); k++) {
+                int64_t ms = 0;
+                size_t all;
+                switch (way) {
+                case PULL:
+                    CHECK_INT(llmcb_loop_prepare(loop, &ms), LLMCB_OK);
+                    all = llmcb_loop_pollfds(loop, set, MANY + 1);
+                    poll(set, (nfds_t)all, 0);
+                    CHECK_INT(llmcb_loop_dispatch(loop, set, all), LLMCB_OK);
+                    break;
+                case TIMER_FIRST:
+                case PUSH:
+                    if (way == TIMER_FIRST) push_fire(&h, loop);
+                    for (i = 0; i < n; i++)
+                        llmcb_loop_fd_event(loop, fds[i][0], LLMCB_READ);
+                    break;
+                default: llmcb_loop_run_once(loop, 0);
+                }
+            }
+            CHECK(!llmcb_loop_alive(loop));
+            for (i = 0; i < n; i++) {
+                bad += r[i].result != LLMCB_OK;
+                llmcb_op_free(ops[i]);
+                close(fds[i][0]);
+                close(fds[i][1]);
+            }
+            if (bad) TEST_FAIL("way %d: %d of %d are late", way, bad, n);
+            CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+            fake_end();
+        }
+}
+
 /* One round of the host: what came, or else the timer. */
 static void push_round(push_host *h, llmcb_loop *loop)
 {

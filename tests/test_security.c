@@ -332,7 +332,7 @@ TEST(fault_110_proxy_for_https_curl)
 /* ---- texts --------------------------------------------------------------- */
 
 /* A server that says again what it was sent, wherever that can be shown. */
-static void echoes(int transport, bool in_header)
+static void echoes(int transport, const llmcb_pair *header)
 {
     static const char *const answers[] = {
         "HTTP/1.1 401 " KEY "\r\nContent-Type: application/json\r\n"
@@ -356,7 +356,6 @@ static void echoes(int transport, bool in_header)
         SSE "Transfer-Encoding: " KEY "\r\n\r\n",
         "HTTP/1.1 429 X\r\nRetry-After: " KEY "\r\nContent-Length: 0\r\n\r\n"
     };
-    static const llmcb_pair header = { "api-key", KEY };
     size_t i;
 
     for (i = 0; i < sizeof answers / sizeof *answers; i++) {
@@ -366,9 +365,9 @@ static void echoes(int transport, bool in_header)
         trial t;
 
         trial_begin(&t, transport, s, 2);
-        if (in_header) { /* as Azure and others have it */
+        if (header) {
             t.cd.api_key = "";
-            t.cd.headers = &header;
+            t.cd.headers = header;
             t.cd.n_headers = 1;
         }
         trial_open(&t);
@@ -384,12 +383,43 @@ static void echoes(int transport, bool in_header)
 
 TEST_ON_ALL(echoes_of_the_key_are_not_repeated)
 {
-    echoes(transport, false);
+    echoes(transport, NULL);
 }
 
+/* As Azure and others have it. */
 TEST_ON_ALL(echoes_of_a_header_are_not_repeated)
 {
-    echoes(transport, true);
+    static const llmcb_pair header = { "api-key", KEY };
+
+    echoes(transport, &header);
+}
+
+/* A server says the key again without the word before it. */
+TEST_ON_ALL(echoes_of_a_bearer_are_not_repeated)
+{
+    static const llmcb_pair header = { "Authorization", "Bearer " KEY };
+
+    echoes(transport, &header);
+}
+
+/* What hides a key may look like it. */
+TEST_ON_ALL(key_of_stars)
+{
+    server_script s[2] = {
+        script("HTTP/1.1 401 X\r\nConnection: close\r\n\r\n"
+               "{\"error\":{\"message\":\"key ******** is bad\"}}",
+               SERVER_CLOSE),
+        script(CLEAN, SERVER_CLOSE)
+    };
+    trial t;
+
+    trial_begin(&t, transport, s, 2);
+    t.cd.api_key = "********";
+    trial_open(&t);
+    trial_ask(&t);
+    trial_finish(&t, "start|error:EHTTP", LLMCB_EHTTP);
+    CHECK(strstr(llmcb_op_error(t.op)->message, "key ******** is bad"));
+    trial_end(&t);
 }
 
 /* ---- memory -------------------------------------------------------------- */
@@ -636,6 +666,15 @@ static void need_tool_calls(text *b, size_t n)
     put(b, "%s", FIN DONE, 1);
 }
 
+/* All of one call, as nothing tells them apart. */
+static void need_tool_pieces(text *b, size_t n)
+{
+    put(b, "%s", HEAD "\r\ndata: {\"choices\":[{\"delta\":{\"tool_calls\":[{}",
+        1);
+    put(b, "%s", ",{}", n - 1);
+    put(b, "%s", "]}}]}\n\n" DONE, 1);
+}
+
 static void need_choices(text *b, size_t n)
 {
     char i[24];
@@ -646,6 +685,24 @@ static void need_choices(text *b, size_t n)
         "data: {\"choices\":[{\"index\":%s,\"delta\":{\"content\":\"x\"}"
         "}]}\n\n" DONE,
         i, 1);
+}
+
+/* All are the first one: they say so, or have no number. */
+static void need_elements(text *b, size_t n)
+{
+    put(b, "%s", HEAD "\r\ndata: {\"choices\":[{\"delta\":{}}", 1);
+    put(b, "%s", ",{\"index\":0,\"delta\":{}}", n - 1);
+    put(b, "%s", "]}\n\n" DONE, 1);
+}
+
+static void need_elements_of_json(text *b, size_t n)
+{
+    put(b, "%s",
+        OK "Content-Type: application/json\r\nConnection: close\r\n\r\n"
+           "{\"choices\":[{\"message\":{}}",
+        1);
+    put(b, "%s", ",{\"index\":0,\"message\":{}}", n - 1);
+    put(b, "%s", "]}", 1);
 }
 
 static void need_body(text *b, size_t n)
@@ -669,7 +726,10 @@ static const limit limits[] = { { LIMIT(header_line, 60), need_line },
                                 { LIMIT(text, 30), need_text },
                                 { LIMIT(arguments, 30), need_arguments },
                                 { LIMIT(tool_calls, 21), need_tool_calls },
+                                { LIMIT(tool_calls, 21), need_tool_pieces },
                                 { LIMIT(choices, 21), need_choices },
+                                { LIMIT(choices, 21), need_elements },
+                                { LIMIT(choices, 21), need_elements_of_json },
                                 { LIMIT(body, 300), need_body } };
 
 /* One less than the limit, the limit, one more. */
@@ -705,7 +765,8 @@ TEST_ON_ALL(limits_from_both_sides)
             memset(&t.cd.limits, 0, sizeof t.cd.limits);
             trial_end(&t);
             if (before != test_failures_here)
-                TEST_FAIL("limits.%s, %+d", l->name, more);
+                TEST_FAIL("row %lu, limits.%s, %+d", (unsigned long)i, l->name,
+                          more);
         }
 }
 

@@ -2720,6 +2720,57 @@ TEST(failed_by_the_program_in_odd_ways)
     }
 }
 
+static void check_tame(const char *s, const char *a, const char *b)
+{
+    const char *p;
+
+    CHECK(strstr(s, a) && strstr(s, b));
+    for (p = s; *p; p++)
+        if ((unsigned char)*p < 0x20 || *p == 0x7f)
+            TEST_FAIL("control character %d in \"%s\"", *p, a);
+}
+
+static int act_tame_error(ear *e, const llmcb_event *ev)
+{
+    (void)e;
+    if (!ev->error) return 0;
+    check_tame(ev->error->message, "bad", "line");
+    check_tame(ev->error->type, "ty", "pe");
+    check_tame(ev->error->provider_code, "co", "de");
+    return 0;
+}
+
+/* What a program passes on of a server does nothing to a terminal. */
+TEST(failed_with_control_characters)
+{
+    world w;
+    llmcb_config c;
+    llmcb_error e;
+    llmcb_op *op;
+    size_t i;
+
+    world_init(&w);
+    world_all_ears(&w);
+    for (i = 0; i < w.n_ears; i++) w.ears[i]->act = act_tame_error;
+    world_open(&w);
+    c = world_config(&w);
+    op = run_new(&w, LLMCB_RUN_CHAIN, "r", &c);
+    memset(&e, 0, sizeof e);
+    e.code = LLMCB_EAPI;
+    strcpy(e.message, "bad\x1b[2J\r\nforged:\x7f line");
+    strcpy(e.type, "ty\x01pe");
+    strcpy(e.provider_code, "co\tde");
+    CHECK_INT(llmcb_run_fail(llmcb_op_run(op), &e), LLMCB_EAPI);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_EAPI);
+    check_tame(llmcb_op_error(op)->message, "bad", "line");
+    check_tame(llmcb_op_error(op)->type, "ty", "pe");
+    check_tame(llmcb_op_error(op)->provider_code, "co", "de");
+    for (i = 0; i < w.n_ears; i++)
+        CHECK_INT(w.ears[i]->told[LLMCB_CHAIN_ERROR], 1);
+    llmcb_op_free(op);
+    world_close(&w);
+}
+
 /* Fills the window and waits for room. */
 typedef struct filler {
     llmcb_run *run;
@@ -3190,6 +3241,105 @@ TEST(handler_ms_of_a_run)
             if (!freed) llmcb_op_free(op);
             world_close(&w);
         }
+}
+
+static llmcb_step awaits_itself(llmcb_task *t)
+{
+    LLMCB_BEGIN(t);
+    CHECK_INT(llmcb_run_text(llmcb_task_run(t), str("t")), LLMCB_OK);
+    LLMCB_AWAIT(t, llmcb_await_run(t, llmcb_task_run(t)));
+    return t->result;
+    LLMCB_END(t);
+}
+
+/* The same while the body waits until all have been told what it said. */
+TEST(handler_ms_of_a_run_that_awaits_itself)
+{
+    int sync;
+
+    for (sync = 0; sync < 2; sync++) {
+        world w;
+        gate g = GATE;
+        llmcb_run_desc d;
+        llmcb_config c;
+        llmcb_op *op;
+        ear *slow;
+
+        world_init(&w);
+        w.partial = w.impatient = true;
+        world_ear(&w, "I", INLINE, 0);
+        slow = world_ear(&w, "slow", sync ? SYNC : ASYNC, 0);
+        memset(&slow->h.sync, 0, sizeof slow->h.sync);
+        memset(&slow->h.async, 0, sizeof slow->h.async);
+        if (sync)
+            slow->h.sync.on_text = ear_sync;
+        else
+            slow->h.async.on_text = ear_async;
+        slow->gate = &g;
+        slow->ms = 5000;
+        world_open(&w);
+        memset(&d, 0, sizeof d);
+        d.body = awaits_itself;
+        d.handler_ms = 20;
+        c = world_config(&w);
+        op = llmcb_run_start(w.s.loop, &d, &c);
+        if (sync) { /* no clock passes a worker by itself */
+            turn_to_gate(&w.s, &g, 1);
+            llmcb_clock_advance(w.s.loop, 20);
+            turns(&w.s, 20);
+            CHECK(llmcb_op_done(op));
+        }
+        if (!llmcb_op_done(op)) gate_let(&g, ALL);
+        CHECK_INT(llmcb_op_wait(op), LLMCB_ETIMEDOUT);
+        CHECK_INT(llmcb_op_error(op)->detail, LLMCB_DETAIL_HANDLER);
+        CHECK_INT(llmcb_loop_now(w.s.loop), 20);
+        gate_let(&g, ALL);
+        llmcb_op_free(op);
+        world_close(&w);
+    }
+}
+
+/* A sync handler that is busy is told of who waits in the order in which they
+ * began: those of one turn, those of several, and while for each that goes
+ * another comes, so that there is never none. */
+TEST(starts_wait_for_a_busy_handler_in_order)
+{
+    enum { ONE_TURN, SEVERAL_TURNS, ONE_FOR_ONE, N_WAYS, N = 20 };
+    int way;
+
+    for (way = 0; way < N_WAYS; way++) {
+        world w;
+        gate g = GATE;
+        llmcb_config c;
+        llmcb_op *ops[N];
+        char name[8], want[N * 8] = "";
+        ear *s;
+        int i;
+
+        world_init(&w);
+        w.partial = true;
+        s = world_ear(&w, "S", SYNC, 0);
+        memset(&s->h.sync, 0, sizeof s->h.sync);
+        s->h.sync.on_chain_start = ear_sync;
+        s->gate = &g;
+        world_open(&w);
+        c = world_config(&w);
+        for (i = 0; i < N; i++) {
+            sprintf(name, "r%d", i + 1);
+            sprintf(want + strlen(want), "%s+%s", i ? " " : "", name);
+            ops[i] = run_new(&w, LLMCB_RUN_CHAIN, name, &c);
+            if (i == 0) turn_to_gate(&w.s, &g, 1);
+            if (way != ONE_TURN) turns(&w.s, 2);
+            if (way == ONE_FOR_ONE && i > 1) {
+                gate_let(&g, 1);
+                turn_to_gate(&w.s, &g, (unsigned)i);
+            }
+        }
+        gate_let(&g, ALL);
+        for (i = 0; i < N; i++) end_and_free(ops[i], "x");
+        CHECK_STR(s->log, want);
+        world_close(&w);
+    }
 }
 
 /* A loop that is freed in every state of a tree, with a handler that does not

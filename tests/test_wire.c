@@ -36,6 +36,7 @@ typedef struct answer {
     llmcb_error error;
     /* of the first choice, joined from the events */
     llmcbi_buf text, arguments[4];
+    size_t lengths[4]; /* of the latter */
     bool dirty;  /* some text was not UTF-8 */
     int tokens;
 } answer;
@@ -196,7 +197,10 @@ static answer ask(const char *bytes, size_t n, llmcb_replay_end end,
     CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
     free(segments);
     llmcbi_buf_free(&plain, &a.text);
-    for (int i = 0; i < 4; i++) llmcbi_buf_free(&plain, &a.arguments[i]);
+    for (int i = 0; i < 4; i++) {
+        a.lengths[i] = a.arguments[i].len;
+        llmcbi_buf_free(&plain, &a.arguments[i]);
+    }
     return a;
 }
 
@@ -774,6 +778,19 @@ TEST(tool_calls_are_put_together)
                 "{'id':'c','function':{'name':'g','arguments':'{'}}")
               TOOLS("{'id':'a\\/b','function':{'arguments':'}'}}"),
           "OK {a/b f {} valid} {c g { bad}" },
+        /* the name with each piece: a whole object ends a call, and what
+         * only looks like one does not */
+        { TOOLS("{'function':{'name':'f','arguments':'{'}}")
+              TOOLS("{'function':{'name':'f','arguments':'\\'}\\':'}}")
+                  TOOLS("{'function':{'name':'f','arguments':'{}'}}")
+                      TOOLS("{'function':{'name':'f','arguments':'} '}}")
+                          TOOLS("{'function':{'name':'f','arguments':'{}'}}")
+                              TOOLS("{'function':{'name':'f'}}"),
+          "OK { f {'}':{}}  valid} { f {} valid} { f  valid}" },
+        { TOOLS("{'function':{'name':'f','arguments':'{x}'}}")
+              TOOLS("{'function':{'name':'f','arguments':'{'}}")
+                  TOOLS("{'function':{'name':'f','arguments':'}'}}"),
+          "OK { f {x}{} bad}" },
         /* the arguments: an object, none, of a wrong type, not whole */
         { TOOLS("{'id':'a','function':{'name':'f','arguments':"
                 "{'x':[1,{'y':'\\u00e9'}]}}}"),
@@ -824,6 +841,37 @@ TEST(tool_calls_are_put_together)
     };
 
     ROWS(rows);
+}
+
+/* In as many pieces as there are, each with the name and no id. */
+TEST(a_call_may_come_in_many_pieces_with_its_name)
+{
+    enum { N = 5000 };
+    llmcbi_buf b;
+    char *bytes;
+    answer a;
+
+    memset(&b, 0, sizeof b);
+    for (int call = 0; call < 2; call++)
+        for (int i = 0; i < N; i++) {
+            llmcbi_buf_text(&plain, &b,
+                            "{'choices':[{'delta':{'tool_calls':[{'function':{"
+                            "'name':'f','arguments':'");
+            llmcbi_buf_text(&plain, &b,
+                            i == 0       ? "{\\'x\\':[1"
+                            : i == N - 1 ? "]}"
+                                         : ",1");
+            llmcbi_buf_text(&plain, &b, "'}}]}}]}\n");
+        }
+    bytes = stream_of(b.ptr);
+    a = ask(bytes, strlen(bytes), LLMCB_REPLAY_CLOSE, true, false);
+    CHECK_INT(a.error.code, LLMCB_OK);
+    CHECK_INT(a.tokens, 2 * N);
+    for (int call = 0; call < 2; call++)
+        CHECK_INT(a.lengths[call], strlen("{\"x\":[1]}") + 2 * (N - 2));
+    CHECK(!strstr(a.line, "bad}") && strstr(a.line, "valid} { f {"));
+    free(bytes);
+    llmcbi_buf_free(&plain, &b);
 }
 
 /* Text that is passed on as it stands must be text as well. */
@@ -1398,6 +1446,35 @@ TEST(a_tool_call_may_lack_an_id)
     CHECK_INT(request(d, &m, 1), LLMCB_ECONNECT);
     CHECK(sent && strstr(sent, "\"id\":\"\",\"function\":{\"name\":\"f\","
                                "\"arguments\":\"\"}}]"));
+    free(sent);
+    sent = NULL;
+}
+
+static int on_start(llmcb_handler *h, const llmcb_event *ev)
+{
+    const llmcb_tool_call *c = ev->start->messages[0].tool_calls;
+
+    (void)h;
+    CHECK_STR(c->id.ptr, "");
+    CHECK_STR(c->name.ptr, "");
+    CHECK_STR(c->arguments.ptr, "");
+    return 0;
+}
+
+/* ... nor do handlers, which have it copied. */
+TEST(a_tool_call_of_nothing_is_told)
+{
+    llmcb_tool_call call;
+    llmcb_message m = { .role = LLMCB_ASSISTANT, .tool_calls = &call,
+                        .n_tool_calls = 1 };
+    llmcb_handler h = { .sync.on_chat_model_start = on_start,
+                        .flags = LLMCB_INLINE };
+    llmcb_handler *handlers[] = { &h };
+    llmcb_chat_desc d = { .callbacks = handlers, .n_callbacks = 1 };
+
+    memset(&call, 0, sizeof call);
+    CHECK_INT(request(d, &m, 1), LLMCB_ECONNECT);
+    CHECK(sent && strstr(sent, "\"id\":\"\",\"function\":{\"name\":\"\","));
     free(sent);
     sent = NULL;
 }

@@ -2,15 +2,19 @@
  * and a key goes out in clear text only to this machine. */
 #include "fuzz.h"
 
+#include <arpa/inet.h>
+
 static bool ends_right(llmcb_str host)
 {
-    size_t i;
+    unsigned char address[4];
+    char text[16];
 
     if (llmcbi_str_is_nocase(host, "localhost") || llmcbi_str_is(host, "::1"))
         return true;
-    for (i = 0; i < host.len; i++)
-        if (!strchr("0123456789.", host.ptr[i]) || !host.ptr[i]) return false;
-    return host.len >= 4 && memcmp(host.ptr, "127.", 4) == 0;
+    if (host.len >= sizeof text || memchr(host.ptr, 0, host.len)) return false;
+    memcpy(text, host.ptr, host.len);
+    text[host.len] = '\0';
+    return inet_pton(AF_INET, text, address) == 1 && address[0] == 127;
 }
 
 static void check_tcp(const llmcbi_url *u, const char *url)
