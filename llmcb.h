@@ -15169,7 +15169,7 @@ static const char *llmcbi_tool_wrong(const llmcb_tool *tool)
 {
     if (!tool || !tool->name || !*tool->name) return "a tool has no name";
     if (!tool->call == !tool->step)
-        return "a tool needs a call function or a step function";
+        return "a tool needs one function, call or step";
     if (!llmcbi_json_text_is(tool->parameters, LLMCBI_JSON_OBJECT))
         return "the parameters of a tool are not a JSON object";
     if (!llmcbi_utf8_valid(tool->name, strlen(tool->name)) ||

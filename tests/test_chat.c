@@ -917,6 +917,33 @@ TEST(time_at_a_full_window)
     talk_end(&t);
 }
 
+/* A status that is no success stands, though its words do not end. */
+TEST(words_of_an_error_that_stall)
+{
+    static const struct {
+        const char *status;
+        unsigned retries;
+    } rows[] = { { "401 Unauthorized", 0 }, { "503 Service Unavailable", 1 } };
+    size_t i;
+
+    for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+        llmcb_recording rec;
+        char bytes[200];
+        talk t;
+
+        snprintf(bytes, sizeof bytes,
+                 "HTTP/1.1 %s\r\nContent-Length: 99\r\n\r\nno", rows[i].status);
+        rec = recording(bytes, LLMCB_REPLAY_KEEP);
+        talk_replay(&t, &rec, 1);
+        t.d.idle_ms = 1000;
+        t.d.max_retries = 1;
+        CHECK_INT(talk_ask(&t), LLMCB_EHTTP);
+        CHECK_INT(t.s.error.http_status, atoi(rows[i].status));
+        CHECK_INT(t.s.error.attempt, 1 + (int)rows[i].retries);
+        talk_end(&t);
+    }
+}
+
 /* ... and go on when it is the server that is slow. */
 TEST(time_paused_then_stalled)
 {
@@ -1174,6 +1201,14 @@ TEST(environment)
     r = server_request(t.server, 0);
     CHECK(!server_header(r, "Authorization", v, sizeof v));
     CHECK(!server_header(r, "OpenAI-Organization", v, sizeof v));
+    talk_end(&t);
+
+    /* a variable that is empty is none */
+    talk_sock(&t, &s, 1);
+    setenv("OPENAI_BASE_URL", "", 1);
+    t.d.api_key = t.d.base_url = NULL;
+    t.chat = llmcb_chat_new(t.loop, &t.d);
+    CHECK_INT(llmcb_chat_error(t.chat)->code, LLMCB_OK);
     talk_end(&t);
 
     /* what is refused in a descriptor is refused here */

@@ -2427,6 +2427,9 @@ TEST(key_in_clear_text)
         { "http://127.0.0.1.evil.example/v1", false },
         { "http://127.0.0.1.5/v1", false }, /* no numbers: names, too */
         { "http://127.0.0.256/v1", false },
+        { "http://127.0.0.01/v1", false },
+        { "http://127.0..1/v1", false },
+        { "http://127.0.0./v1", false },
         { "http://localhost.evil.example/v1", false },
         { "http://10.0.0.1/v1", false },
         { "http://0.0.0.0/v1", false },

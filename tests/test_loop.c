@@ -2147,6 +2147,28 @@ TEST(what_is_ready_comes_before_its_timer)
         }
 }
 
+/* A cancel comes before what is ready, whose descriptor may be gone. */
+TEST(cancelled_when_it_was_ready)
+{
+    llmcb_loop *loop = llmcb_loop_new(NULL);
+    reader r = { -1, LLMCB_READ, LLMCB_FOREVER, LLMCB_OK };
+    llmcb_op *op;
+    int fds[2];
+
+    REQUIRE(pipe(fds) == 0);
+    r.fd = fds[0];
+    op = llmcb_task_start(loop, reader_step, 0, &r);
+    llmcb_loop_run_once(loop, 0);
+    CHECK(write(fds[1], "x", 1) == 1);
+    llmcb_op_cancel(op);
+    llmcb_loop_run(loop);
+    CHECK_INT(r.result, LLMCB_ECANCELLED);
+    llmcb_op_free(op);
+    close(fds[0]);
+    close(fds[1]);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+}
+
 /* One round of the host: what came, or else the timer. */
 static void push_round(push_host *h, llmcb_loop *loop)
 {

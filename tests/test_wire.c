@@ -791,6 +791,13 @@ TEST(tool_calls_are_put_together)
               TOOLS("{'function':{'name':'f','arguments':'{'}}")
                   TOOLS("{'function':{'name':'f','arguments':'}'}}"),
           "OK { f {x}{} bad}" },
+        { TOOLS("{'function':{'name':'f','arguments':'{}x'}}")
+              TOOLS("{'function':{'name':'f','arguments':'{}'}}"),
+          "OK { f {}x{} bad}" },
+        { TOOLS("{'function':{'name':'f','arguments':'{\\'a\\\\\\''}}")
+              TOOLS("{'function':{'name':'f','arguments':'}\\':1}'}}")
+                  TOOLS("{'function':{'name':'f','arguments':'{}'}}"),
+          "OK { f {'a\\'}':1} valid} { f {} valid}" },
         /* the arguments: an object, none, of a wrong type, not whole */
         { TOOLS("{'id':'a','function':{'name':'f','arguments':"
                 "{'x':[1,{'y':'\\u00e9'}]}}}"),
