@@ -6962,6 +6962,7 @@ typedef struct llmcbi_sink {
      * so must what comes next if there are none. */
     void (*data)(void *owner, llmcb_str *pieces, size_t n);
     void (*end)(void *owner, llmcb_ending ending, const llmcb_error *error);
+    void (*again)(void *owner); /* a kept connection was dead: a new one */
     size_t hot; /* where the owner has what data needs, some 256 bytes */
 } llmcbi_sink;
 
@@ -7070,6 +7071,11 @@ static void llmcbi_exchange_close(llmcb_exchange *x, llmcbi_parting how)
 LLMCBI_DEF void llmcb_exchange_connected(llmcb_exchange *x)
 {
     if (x && !x->ended) x->sink->connected(x->owner);
+}
+
+static void llmcbi_exchange_again(llmcb_exchange *x)
+{
+    if (x && !x->ended) x->sink->again(x->owner);
 }
 
 LLMCBI_DEF void llmcb_exchange_sent(llmcb_exchange *x)
@@ -7618,7 +7624,7 @@ static int llmcbi_h1_body(llmcbi_h1 *h, const char **p, const char *end,
 }
 
 /* One byte of chunk framing. */
-static int llmcbi_h1_frame(llmcbi_h1 *h, char c)
+LLMCBI_APART static int llmcbi_h1_frame(llmcbi_h1 *h, char c)
 {
     unsigned digit;
 
@@ -8410,6 +8416,7 @@ LLMCBI_APART static bool llmcbi_conn_replay(llmcbi_conn *c)
     c->replayed = true;
     c->sys_errno = 0;
     llmcbi_make_ready(llmcbi_conn_loop(c), &c->ready);
+    llmcbi_exchange_again(c->x);
     return true;
 }
 
@@ -8892,6 +8899,7 @@ static curl_socket_t llmcbi_curl_open(void *user, curlsocktype purpose,
     (void)purpose;
     fd = LLMCBI_SYS(socket)(addr->family, addr->socktype, addr->protocol);
     t->open_errno = fd < 0 ? errno : 0; /* libcurl does not keep it */
+    llmcbi_exchange_again(t->x);
     if (fd >= 0) LLMCBI_SYS(fcntl)(fd, F_SETFD, FD_CLOEXEC);
     return fd;
 }
@@ -9879,6 +9887,11 @@ static void llmcbi_take_connected(void *owner)
     llmcb_exchange_connected(((llmcbi_take *)owner)->outer);
 }
 
+static void llmcbi_take_again(void *owner)
+{
+    llmcbi_exchange_again(((llmcbi_take *)owner)->outer);
+}
+
 static void llmcbi_take_sent(void *owner)
 {
     llmcb_exchange_sent(((llmcbi_take *)owner)->outer);
@@ -10043,13 +10056,10 @@ static void llmcbi_take_end(void *owner, llmcb_ending ending,
 static llmcb_code llmcbi_record_start(llmcb_transport *tr, llmcb_exchange *x,
                                       const llmcb_request *request)
 {
-    static const llmcbi_sink sink = { llmcbi_take_connected,
-                                      llmcbi_take_sent,
-                                      llmcbi_take_status,
-                                      llmcbi_take_header,
-                                      llmcbi_take_data,
-                                      llmcbi_take_end,
-                                      0 };
+    static const llmcbi_sink sink = { llmcbi_take_connected, llmcbi_take_sent,
+                                      llmcbi_take_status,    llmcbi_take_header,
+                                      llmcbi_take_data,      llmcbi_take_end,
+                                      llmcbi_take_again,     0 };
     llmcbi_recorder *r = (llmcbi_recorder *)(void *)tr;
     llmcbi_take *t = (llmcbi_take *)llmcb_exchange_state(x);
     llmcb_code code;
@@ -12855,6 +12865,14 @@ static void llmcbi_prompt_connected(void *owner)
                                 p->chat->d.first_byte_ms);
 }
 
+static void llmcbi_prompt_again(void *owner)
+{
+    llmcbi_prompt *p = (llmcbi_prompt *)owner;
+
+    if (p->phase == LLMCBI_PHASE_FIRST_BYTE)
+        llmcbi_prompt_set_phase(p, LLMCBI_PHASE_CONNECT, p->chat->d.connect_ms);
+}
+
 static void llmcbi_prompt_sent(void *owner)
 {
     llmcbi_prompt *p = (llmcbi_prompt *)owner;
@@ -13045,14 +13063,12 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
 }
 
 /* What listens to the exchanges of all prompts. */
-static const llmcbi_sink llmcbi_prompt_sink = { llmcbi_prompt_connected,
-                                                llmcbi_prompt_sent,
-                                                llmcbi_prompt_status,
-                                                llmcbi_prompt_header,
-                                                llmcbi_prompt_data,
-                                                llmcbi_prompt_end,
-                                                offsetof(llmcbi_prompt,
-                                                         run.lockstep) };
+static const llmcbi_sink llmcbi_prompt_sink = {
+    llmcbi_prompt_connected, llmcbi_prompt_sent,
+    llmcbi_prompt_status,    llmcbi_prompt_header,
+    llmcbi_prompt_data,      llmcbi_prompt_end,
+    llmcbi_prompt_again,     offsetof(llmcbi_prompt, run.lockstep)
+};
 
 /* -- attempts */
 

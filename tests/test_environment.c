@@ -17,11 +17,31 @@ typedef struct place {
     char base[64];
 } place;
 
+/* Fills the queue of those that wait to be accepted: nobody else is answered
+ * any more. */
+static void place_deafen(place *p)
+{
+    struct sockaddr_in a;
+    int i;
+
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    a.sin_port = htons((uint16_t)p->port);
+    if (listen(p->fd, 0) != 0) abort();
+    for (i = p->n = 0; i < 8; i++) {
+        p->others[p->n] = socket(AF_INET, SOCK_STREAM, 0);
+        fcntl(p->others[p->n], F_SETFL, O_NONBLOCK);
+        if (connect(p->others[p->n++], (struct sockaddr *)&a, sizeof a) != 0 &&
+            errno != EINPROGRESS)
+            abort();
+    }
+}
+
 static void place_open(place *p, bool deaf)
 {
     struct sockaddr_in a;
     socklen_t len = sizeof a;
-    int i;
 
     memset(p, 0, sizeof *p);
     memset(&a, 0, sizeof a);
@@ -33,15 +53,7 @@ static void place_open(place *p, bool deaf)
         abort();
     p->port = ntohs(a.sin_port);
     snprintf(p->base, sizeof p->base, "http://127.0.0.1:%d/v1", p->port);
-    if (!deaf) return;
-    if (listen(p->fd, 0) != 0) abort();
-    for (i = p->n = 0; i < 8; i++) {
-        p->others[p->n] = socket(AF_INET, SOCK_STREAM, 0);
-        fcntl(p->others[p->n], F_SETFL, O_NONBLOCK);
-        if (connect(p->others[p->n++], (struct sockaddr *)&a, sizeof a) != 0 &&
-            errno != EINPROGRESS)
-            abort();
-    }
+    if (deaf) place_deafen(p);
 }
 
 static void place_close(place *p)
@@ -146,6 +158,71 @@ TEST_ON_NET(fault_003_no_answer_to_connect)
     CHECK_INT(llmcb_op_error(t.op)->detail, LLMCB_DETAIL_CONNECT);
     trial_move(&t, base);
     trial_end(&t);
+    place_close(&p);
+}
+
+/* Reads a request of one segment while the loop turns. */
+static bool place_read(llmcb_loop *loop, int fd)
+{
+    char bytes[65536];
+    int i;
+
+    for (i = 0; i < 5000; i++) {
+        if (recv(fd, bytes, sizeof bytes, MSG_DONTWAIT) > 0) return true;
+        llmcb_loop_run_once(loop, 1);
+    }
+    return false;
+}
+
+/* The same for the new connection that replaces a kept one: connect_ms holds
+ * again. */
+TEST_ON_NET(fault_003_no_answer_to_connect_again)
+{
+    static const char answer[] =
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        "Content-Length: 74\r\n\r\n{\"choices\":[{\"index\":0,\"message\":{"
+        "\"content\":\"a\"},\"finish_reason\":\"stop\"}]}";
+    static const struct linger at_once = { 1, 0 };
+    llmcb_loop *loop = llmcb_loop_new(NULL);
+    llmcb_message question;
+    llmcb_chat_desc d;
+    llmcb_chat *chat;
+    llmcb_op *op;
+    int fd = -1, i;
+    place p;
+
+    place_open(&p, false);
+    REQUIRE(listen(p.fd, 4) == 0 && fcntl(p.fd, F_SETFL, O_NONBLOCK) == 0);
+    memset(&question, 0, sizeof question);
+    question.content = "Tell me a joke";
+    memset(&d, 0, sizeof d);
+    d.base_url = p.base;
+    d.api_key = "";
+    d.transport = transport == CURL_T ? llmcb_curl_transport(loop)
+                                    : llmcb_socket_transport(loop);
+    d.max_retries = -1;
+    d.connect_ms = 300;
+    d.first_byte_ms = 3000;
+    chat = llmcb_chat_new(loop, &d);
+    op = llmcb_chat_generate(chat, &question, 1, NULL);
+    for (i = 0; i < 5000 && fd < 0; i++) {
+        llmcb_loop_run_once(loop, 1);
+        fd = accept(p.fd, NULL, NULL);
+    }
+    REQUIRE(place_read(loop, fd));
+    CHECK(send(fd, answer, sizeof answer - 1, 0) == sizeof answer - 1);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    llmcb_op_free(op);
+    op = llmcb_chat_generate(chat, &question, 1, NULL);
+    REQUIRE(place_read(loop, fd));
+    place_deafen(&p);
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+    close(fd);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_ETIMEDOUT);
+    CHECK_INT(llmcb_op_error(op)->detail, LLMCB_DETAIL_CONNECT);
+    llmcb_op_free(op);
+    llmcb_chat_free(chat);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
     place_close(&p);
 }
 
