@@ -8687,6 +8687,7 @@ struct llmcbi_transfer {
     uint64_t body_left; /* of limits.body */
     bool held;          /* libcurl waits for curl_easy_pause */
     bool in_body;
+    bool by_path; /* to a unix socket */
     struct curl_slist *headers;
     llmcbi_timer timer;
     llmcb_limits limits;
@@ -8996,6 +8997,8 @@ static void llmcbi_transfer_done(llmcbi_transfer *t, CURLcode result)
         ending = LLMCB_CUT;
     else if (code == LLMCB_OK)
         code = llmcbi_curl_code(t, result, sys_errno);
+    if (!t->message && result == CURLE_COULDNT_CONNECT && t->by_path)
+        t->message = "could not connect to the socket"; /* no localhost */
     if (!t->message)
         t->message = *t->error ? t->error : curl_easy_strerror(result);
     llmcbi_copy_clean(text, sizeof text, t->message, strlen(t->message));
@@ -9187,6 +9190,7 @@ static bool llmcbi_transfer_options(llmcbi_transfer *t, const llmcb_request *q)
         memset(&b, 0, sizeof b);
         llmcbi_buf_add(a, &b, u.unix_path.ptr, u.unix_path.len);
         LLMCBI_OPT(CURLOPT_UNIX_SOCKET_PATH, b.ptr);
+        t->by_path = true;
         b.len = 0;
         llmcbi_buf_text(a, &b, "http://localhost");
         llmcbi_buf_text(a, &b, u.target.ptr);

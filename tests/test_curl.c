@@ -311,6 +311,31 @@ TEST(each_call_may_fail)
             }
 }
 
+/* libcurl knows a unix socket as a host that nobody named. */
+TEST(no_unix_socket_is_there)
+{
+    llmcb_loop *loop = llmcb_loop_new(NULL);
+    llmcb_message question;
+    llmcb_chat_desc d;
+    llmcb_chat *chat;
+    llmcb_op *op;
+
+    memset(&question, 0, sizeof question);
+    question.content = "Tell me a joke";
+    memset(&d, 0, sizeof d);
+    d.base_url = "unix:build/none.sock:/v1";
+    d.api_key = "";
+    d.transport = llmcb_curl_transport(loop);
+    d.max_retries = -1;
+    chat = llmcb_chat_new(loop, &d);
+    op = llmcb_chat_generate(chat, &question, 1, NULL);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_ECONNECT);
+    CHECK_STR(llmcb_op_error(op)->message, "could not connect to the socket");
+    llmcb_op_free(op);
+    llmcb_chat_free(chat);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+}
+
 /* Our own memory, on the way by a unix socket. */
 TEST(no_memory_by_a_unix_socket)
 {
