@@ -596,7 +596,8 @@ LLMCB_API llmcb_step llmcb_await_all(llmcb_task *t, llmcb_op *const *ops,
 LLMCB_API llmcb_step llmcb_await_any(llmcb_task *t, llmcb_op *const *ops,
                                      size_t n, int64_t timeout_ms);
 
-/* Until llmcb_op_next(op) would not wait: LLMCB_OK, also at the end. */
+/* Until llmcb_op_next(op) would not wait: LLMCB_OK, also at the end. The last
+ * chunk is valid no more. */
 LLMCB_API llmcb_step llmcb_await_chunk(llmcb_task *t, llmcb_op *op);
 
 /* Until every handler is done with what the run has told them so far; then
@@ -959,8 +960,8 @@ typedef struct llmcb_limits {
     size_t event;         /* one line or event of a stream; 16 MiB */
     size_t text;          /* accumulated text of a call; 64 MiB */
     size_t arguments;     /* arguments of one tool call; 16 MiB */
-    size_t tool_calls;    /* of a choice; 128 */
-    size_t choices;       /* 128 */
+    size_t tool_calls;    /* of a choice, and pieces in one event; 128 */
+    size_t choices;       /* likewise; 128 */
     size_t error_body;    /* what is kept of an error answer; 64 KiB */
     size_t body;          /* 1 GiB */
     size_t window_events; /* undelivered events of a run; 1024 */
@@ -1115,8 +1116,9 @@ LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
 
 /* A transport that hands everything to `inner` and writes each response to
  * path, NAME-2.http, ... with NAME.segments.json beside it, mode 0600, in a
- * form that llmcb_replay_new plays. Of the request nothing is written, of the
- * response no cookies. What cannot be written is logged, and the call goes
+ * form that llmcb_replay_new plays; what an earlier recording of more responses
+ * left behind stays. Of the request nothing is written, of the response no
+ * cookies. What cannot be written is logged, and the call goes
  * on. Belongs to the loop. No memory: every request fails with
  * LLMCB_ENOMEM. NULL: bad arguments, or not the loop's thread. */
 LLMCB_API llmcb_transport *
@@ -1258,8 +1260,8 @@ LLMCB_API llmcb_op *llmcb_chat_batch(llmcb_chat *chat,
 /* The next chunk of a llmcb_chat_stream op, valid until the next call on op;
  * runs the loop until there is one. false: there is none any more, and the
  * op is done. Inside a callback it does not wait: false with an op that is not
- * done means none now; llmcb_await_chunk waits. What has come is given after
- * llmcb_op_cancel, too: who wants no more leaves his loop and frees op. */
+ * done means none now; llmcb_await_chunk waits. After llmcb_op_cancel there may
+ * be more of what has come: who wants no more leaves his loop and frees op. */
 LLMCB_API bool llmcb_op_next(llmcb_op *op, const llmcb_chunk **chunk);
 
 /* The result, whole or partial, of an agent that of its last model call; of
@@ -2513,7 +2515,7 @@ static llmcbi_json_type llmcbi_json_open(llmcbi_json *j, bool object)
     return object ? LLMCBI_JSON_OBJECT : LLMCBI_JSON_ARRAY;
 }
 
-static bool llmcbi_json_in_object(const llmcbi_json *j)
+LLMCBI_APART static bool llmcbi_json_in_object(const llmcbi_json *j)
 {
     uint32_t d = j->depth - 1;
 
@@ -2956,9 +2958,9 @@ static llmcbi_sse_status llmcbi_sse_data(const llmcb_allocator *a,
 }
 
 /* One line without its end. LLMCBI_SSE_EVENT: *event is complete. */
-LLMCBI_APART static llmcbi_sse_status
-llmcbi_sse_line(const llmcb_allocator *a, llmcbi_sse *s, llmcb_str *here,
-                llmcb_str line, llmcb_str *event)
+static llmcbi_sse_status llmcbi_sse_line(const llmcb_allocator *a,
+                                         llmcbi_sse *s, llmcb_str *here,
+                                         llmcb_str line, llmcb_str *event)
 {
     const char *colon;
     size_t name;
@@ -3202,7 +3204,7 @@ struct llmcb_loop {
     llmcbi_fired fired[LLMCBI_MAX_FIRED];
 };
 
-static void llmcbi_log(llmcb_loop *loop, const char *line)
+LLMCBI_APART static void llmcbi_log(llmcb_loop *loop, const char *line)
 {
     if (loop->log) loop->log(loop->log_user, line);
 }
@@ -3569,7 +3571,9 @@ static size_t llmcbi_poller_fill(llmcb_loop *loop, struct pollfd *fds,
 {
     size_t i, n = loop->n_watches;
 
-    if (n && ++loop->poll_start >= n) loop->poll_start = 0;
+    if (n)
+        loop->poll_start =
+            (loop->poll_start + (loop->unseen ? LLMCBI_MAX_FIRED : 1)) % n;
     for (i = 0; i < n + 1 && i < cap; i++) {
         fds[i].fd = loop->wake_fd[0];
         fds[i].events = POLLIN;
@@ -3666,12 +3670,13 @@ static llmcb_code llmcbi_watch_set(llmcb_loop *loop, llmcbi_watch *w,
 /* Timers come behind what is ready: what is there already is not late, however
  * long the program let the loop wait. Of more than is told in one turn, as many
  * turns behind it as that takes. */
-static bool llmcbi_looked_at_all(llmcb_loop *loop)
+static bool llmcbi_looked_at_all(llmcb_loop *loop, bool woken)
 {
     size_t left = loop->unseen ? loop->unseen : loop->n_watches;
-    bool all = loop->n_fired < LLMCBI_MAX_FIRED || left <= LLMCBI_MAX_FIRED;
+    size_t most = LLMCBI_MAX_FIRED - 1; /* a wake-up may take a place */
+    bool all = loop->n_fired + woken <= most || left <= most;
 
-    loop->unseen = all ? 0 : left - LLMCBI_MAX_FIRED;
+    loop->unseen = all ? 0 : left - most;
     return all;
 }
 
@@ -3819,11 +3824,12 @@ static int64_t llmcbi_prepare(llmcb_loop *loop)
     return ms < INT_MAX ? ms : INT_MAX; /* poll takes no more */
 }
 
-static void llmcbi_process(llmcb_loop *loop, bool woken, bool timers)
+static void llmcbi_process(llmcb_loop *loop, bool woken)
 {
     llmcbi_post *posts;
     llmcbi_job *finished;
     llmcbi_away *back;
+    bool all;
 
     loop->turning = true;
     if (woken) llmcbi_drain_wakeups(loop);
@@ -3842,9 +3848,9 @@ static void llmcbi_process(llmcb_loop *loop, bool woken, bool timers)
     llmcbi_take_cancels(loop);
     llmcbi_take_jobs(loop, finished);
     llmcbi_take_back(back);
-    timers = timers && llmcbi_looked_at_all(loop);
+    all = llmcbi_looked_at_all(loop, woken);
     llmcbi_run_fired(loop);
-    if (timers) llmcbi_run_timers(loop);
+    if (all) llmcbi_run_timers(loop);
     llmcbi_run_ready(loop);
     llmcbi_bury(loop);
     llmcbi_publish(loop);
@@ -3898,7 +3904,7 @@ static void llmcbi_turn(llmcb_loop *loop, int64_t max_ms)
 
     if (max_ms >= 0 && (ms < 0 || ms > max_ms))
         ms = max_ms < INT_MAX ? max_ms : INT_MAX;
-    llmcbi_process(loop, llmcbi_wait(loop, (int)ms), true);
+    llmcbi_process(loop, llmcbi_wait(loop, (int)ms));
     llmcbi_host_update(loop);
 }
 
@@ -3980,22 +3986,6 @@ LLMCBI_DEF size_t llmcb_loop_pollfds(llmcb_loop *loop, struct pollfd *fds,
 #endif
 }
 
-LLMCBI_DEF llmcb_code llmcb_loop_dispatch(llmcb_loop *loop,
-                                          const struct pollfd *fds, size_t n)
-{
-    llmcb_code code = llmcbi_may_turn(loop);
-
-    if (code != LLMCB_OK) return code;
-#if LLMCBI_EPOLL
-    (void)fds;
-    (void)n;
-    llmcbi_process(loop, llmcbi_poller_wait(loop, 0), true);
-#else
-    llmcbi_process(loop, llmcbi_poller_take(loop, fds, fds ? n : 0), true);
-#endif
-    return LLMCB_OK;
-}
-
 static void llmcbi_host_timer(llmcb_loop *loop, int64_t ms)
 {
     bool turning = llmcbi_visit(loop);
@@ -4052,39 +4042,46 @@ LLMCBI_DEF llmcb_code llmcb_loop_set_host(llmcb_loop *loop,
     return LLMCB_OK;
 }
 
-LLMCBI_DEF llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd, int events)
+/* A turn for a host, which has waited: all that is ready, whatever the host
+ * says. Others come before their timers, and what was told already is not told
+ * twice. */
+static llmcb_code llmcbi_host_turn(llmcb_loop *loop, bool timer)
 {
     llmcb_code code = llmcbi_may_turn(loop);
-#if !LLMCBI_EPOLL
-    struct pollfd one;
-#endif
 
     if (code != LLMCB_OK) return code;
-#if LLMCBI_EPOLL
-    (void)fd;
-    (void)events;
-    llmcbi_process(loop, llmcbi_poller_wait(loop, 0), true);
-#else
-    one.fd = fd;
-    one.events = 0;
-    one.revents = (short)((events & LLMCB_READ ? POLLIN : 0) |
-                          (events & LLMCB_WRITE ? POLLOUT : 0));
-    /* others may be ready, too, and come before their timers */
-    llmcbi_process(loop, llmcbi_poller_take(loop, &one, 1), false);
-#endif
+    if (timer) loop->host_timer = -1; /* it was a one-shot */
+    llmcbi_process(loop, llmcbi_poller_wait(loop, 0));
     llmcbi_host_update(loop);
     return LLMCB_OK;
 }
 
+LLMCBI_DEF llmcb_code llmcb_loop_fd_event(llmcb_loop *loop, int fd, int events)
+{
+    (void)fd;
+    (void)events;
+    return llmcbi_host_turn(loop, false);
+}
+
 LLMCBI_DEF llmcb_code llmcb_loop_timer_event(llmcb_loop *loop)
 {
+    return llmcbi_host_turn(loop, true);
+}
+
+LLMCBI_DEF llmcb_code llmcb_loop_dispatch(llmcb_loop *loop,
+                                          const struct pollfd *fds, size_t n)
+{
+#if LLMCBI_EPOLL
+    (void)fds;
+    (void)n;
+    return llmcbi_host_turn(loop, false);
+#else
     llmcb_code code = llmcbi_may_turn(loop);
 
     if (code != LLMCB_OK) return code;
-    loop->host_timer = -1; /* it was a one-shot */
-    llmcbi_process(loop, llmcbi_poller_wait(loop, 0), true);
-    llmcbi_host_update(loop);
+    llmcbi_process(loop, llmcbi_poller_take(loop, fds, fds ? n : 0));
     return LLMCB_OK;
+#endif
 }
 
 /* -- life */
@@ -5590,7 +5587,8 @@ static void llmcbi_shown_fill(llmcbi_shown *s, const llmcbi_cursor *c,
 
 #define LLMCBI_STRAND_BATCH 8
 
-/* Under the mutex. What is urgent comes before all else, in its own order. */
+/* Under the mutex. What is urgent comes before all else, in its own order, if
+ * its strand is not queued already. */
 static void llmcbi_strand_queue(llmcbi_pool *p, llmcbi_strand *s, bool urgent)
 {
     llmcbi_strand **at = urgent ? p->urgent_strand : p->last_strand;
@@ -5668,7 +5666,7 @@ static void llmcbi_strand_run(llmcb_loop *loop, llmcbi_strand *s)
     w->busy = !failed && !handed_back && done < w->limit;
     if (w->busy) llmcbi_strand_add(loop, w, false);
     s->queued = false;
-    if (s->first) llmcbi_strand_queue(loop->pool, s, false);
+    if (s->first) llmcbi_strand_queue(loop->pool, s, s->urgent != &s->first);
     llmcbi_away_report(loop, w);
     if (failed || handed_back || done >= w->mark || (!w->busy && !w->limit)) {
         loop->progress_due = true;
@@ -5968,7 +5966,7 @@ static uint64_t llmcbi_run_lockstep(const llmcbi_run *run)
 }
 
 /* A handler takes longer than it may, and the run waits for it. */
-static void llmcbi_run_watch_patience(llmcbi_run *run)
+LLMCBI_APART static void llmcbi_run_watch_patience(llmcbi_run *run)
 {
     bool waiting = run->slowest < run->head && (run->state != LLMCBI_RUN_OPEN ||
                                                 run->starved || run->flusher);
@@ -5978,6 +5976,9 @@ static void llmcbi_run_watch_patience(llmcbi_run *run)
 
     if (run->rules->handler_ms <= 0) return;
     limit = llmcbi_run_lockstep(run); /* behind it none is slow */
+    if (run->state == LLMCBI_RUN_OPEN && !run->starved && run->flusher &&
+        run->flush_at < limit)
+        limit = run->flush_at;
     for (i = 0; i < run->n_cursors; i++) {
         llmcbi_cursor *c = &run->cursors[i];
         if (!waiting || c->mute || c->done >= limit) {
@@ -6103,7 +6104,7 @@ static void llmcbi_run_pump(llmcbi_ready *r)
  * whom they gave back. */
 static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop)
 {
-    llmcbi_away *w, *next, *back = NULL;
+    llmcbi_away *w, *next, *back = NULL, **last_back = &back;
 
     for (w = loop->progress; w; w = next) {
         llmcbi_cursor *c = w->cursor;
@@ -6114,8 +6115,9 @@ static llmcbi_away *llmcbi_hear_progress(llmcb_loop *loop)
         llmcbi_unready(&c->run->ready); /* in the order of the last reports */
         llmcbi_run_wake(c->run);
         if (w->busy) continue; /* a worker may use next_progress again */
-        w->next_progress = back;
-        back = w;
+        w->next_progress = NULL;
+        *last_back = w;
+        last_back = &w->next_progress;
     }
     loop->progress = NULL;
     loop->last_progress = &loop->progress;
@@ -6743,9 +6745,10 @@ static void llmcbi_setup_metadata(const llmcb_allocator *a, llmcbi_arena *arena,
 /* First the configuration's lists, then its local ones, then those of the
  * object that makes the runs (which are not copied), then the loop's hooks.
  * No memory: the arena has failed. */
-static void llmcbi_setup_make(llmcb_loop *loop, llmcbi_arena *arena,
-                              llmcbi_setup *s, const llmcb_config *c,
-                              const llmcb_config *own)
+LLMCBI_APART static void llmcbi_setup_make(llmcb_loop *loop,
+                                           llmcbi_arena *arena, llmcbi_setup *s,
+                                           const llmcb_config *c,
+                                           const llmcb_config *own)
 {
     const llmcb_allocator *a = &loop->alloc;
 
@@ -7073,10 +7076,13 @@ LLMCBI_DEF void llmcb_exchange_connected(llmcb_exchange *x)
     if (x && !x->ended) x->sink->connected(x->owner);
 }
 
+#if !defined(LLMCB_NO_SOCKETS) || !defined(LLMCB_NO_CURL) || \
+    !defined(LLMCB_NO_KIT)
 static void llmcbi_exchange_again(llmcb_exchange *x)
 {
     if (x && !x->ended) x->sink->again(x->owner);
 }
+#endif
 
 LLMCBI_DEF void llmcb_exchange_sent(llmcb_exchange *x)
 {
@@ -9803,9 +9809,12 @@ static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
     }
     if (llmcbi_tape_read(r, &text, path, number, ".segments.json"))
         ok = llmcbi_tape_borders(a, &t, llmcbi_buf_str(&text));
+    if (!ok)
+        llmcbi_log(r->base.loop, "the .segments.json of a recording is not "
+                                 "what it should be, and is not used");
     llmcbi_buf_free(a, &text);
     llmcbi_tape_add(r, &t);
-    return ok && !r->failed;
+    return !r->failed;
 }
 #else
 static bool llmcbi_tape_load(llmcbi_replay *r, const char *path, size_t number)
@@ -11526,7 +11535,7 @@ static void llmcbi_chat_unref(llmcb_chat *chat)
 }
 
 /* The parts of a chunk that has none. */
-static void llmcbi_parts_clear(llmcb_parts *parts)
+LLMCBI_APART static void llmcbi_parts_clear(llmcb_parts *parts)
 {
     memset(parts, 0, sizeof *parts);
     parts->refusal = parts->reasoning = parts->finish_reason = parts->logprobs =
@@ -11737,9 +11746,9 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
     /* behind three of our own: others may be keys too; a short one is none */
     for (i = 3; i < chat->n_headers; i++) {
         const char *value = chat->headers[i].value;
-        const char *bare = strchr(value, ' '); /* Bearer, and then the key */
+        const char *blank = strrchr(value, ' '); /* Bearer, and then the key */
+        if (blank) value = blank + 1;
         if (strlen(value) >= 16) llmcbi_hide_in(e, value);
-        if (bare && strlen(bare + 1) >= 16) llmcbi_hide_in(e, bare + 1);
     }
 }
 
@@ -12827,6 +12836,15 @@ static void llmcbi_prompt_redirect(llmcbi_prompt *p)
     llmcbi_prompt_decide(p, &e);
 }
 
+/* A status that is no success. */
+static void llmcbi_prompt_refused(llmcbi_prompt *p)
+{
+    if (p->status >= 300 && p->status < 400)
+        llmcbi_prompt_redirect(p);
+    else
+        llmcbi_prompt_http_error(p);
+}
+
 static void llmcbi_prompt_gather(llmcbi_prompt *p, const llmcb_str *piece,
                                  size_t most)
 {
@@ -12895,7 +12913,7 @@ static void llmcbi_prompt_status(void *owner, int status)
         status >= 200 && status < 300 ? LLMCBI_BODY_UNKNOWN : LLMCBI_BODY_ERROR;
 }
 
-static int64_t llmcbi_wall_ms(void)
+LLMCBI_APART static int64_t llmcbi_wall_ms(void)
 {
     struct timespec ts;
 
@@ -13046,10 +13064,7 @@ static void llmcbi_prompt_end(void *owner, llmcb_ending ending,
         return;
     }
     if (p->body_kind == LLMCBI_BODY_ERROR) {
-        if (p->status >= 300 && p->status < 400)
-            llmcbi_prompt_redirect(p);
-        else
-            llmcbi_prompt_http_error(p);
+        llmcbi_prompt_refused(p);
         return;
     }
     if (p->body_kind == LLMCBI_BODY_JSON) {
@@ -13312,8 +13327,8 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
         llmcbi_prompt_arm(p);
         return;
     }
-    if (p->phase == LLMCBI_PHASE_IDLE && p->body_kind == LLMCBI_BODY_ERROR) {
-        llmcbi_prompt_http_error(p);
+    if (p->phase != LLMCBI_PHASE_BACKOFF && p->body_kind == LLMCBI_BODY_ERROR) {
+        llmcbi_prompt_refused(p);
         return;
     }
     if (p->phase != LLMCBI_PHASE_BACKOFF) {
@@ -14011,14 +14026,17 @@ LLMCBI_DEF llmcb_step llmcb_await_chunk(llmcb_task *t, llmcb_op *op)
 {
     llmcbi_task *task = llmcbi_await(t);
     llmcbi_call *c = llmcbi_own_call(op);
+    const llmcbi_reader *r;
     llmcb_code code;
 
     if (!task) return LLMCB_WAIT;
     code = llmcbi_awaitable(task, op);
     if (code == LLMCB_OK && !c) code = LLMCB_EINVAL;
     if (code == LLMCB_OK && c->op.reader) code = LLMCB_EBUSY;
-    if (code != LLMCB_OK || op->done || llmcbi_call_chunk_ready(c))
-        return llmcbi_await_over(task, code);
+    if (code != LLMCB_OK || op->done) return llmcbi_await_over(task, code);
+    r = c->prompts[0].run.reader;
+    if (r && r->shown) llmcbi_call_pass(c); /* what it keeps fills the window */
+    if (llmcbi_call_chunk_ready(c)) return llmcbi_await_over(task, LLMCB_OK);
     c->op.reader = task;
     task->slot = &c->op.reader;
     return LLMCB_WAIT;

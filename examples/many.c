@@ -63,6 +63,9 @@ static void print_table(const llmcb_op *op)
 
 int main(int argc, char **argv)
 {
+    enum { MOST = 1000 };
+    static llmcb_message messages[MOST];
+    static llmcb_prompt prompts[MOST];
     struct progress progress = { .loop = NULL };
     llmcb_handler handler = { .sync = { .on_llm_new_token = show_progress },
                               .flags = LLMCB_INLINE, /* must not block */
@@ -85,15 +88,15 @@ int main(int argc, char **argv)
         } else if (!value || strcmp(argv[i], "--replay") != 0 ||
                    !(desc.transport = llmcb_replay_new(loop, &recording))) {
             fprintf(stderr, "many: cannot use %s\n", argv[i]);
+            llmcb_loop_free(loop);
             return 2;
         }
     }
 
     size_t n = (size_t)(argc - i);
-    llmcb_message *messages = (llmcb_message *)calloc(n, sizeof *messages);
-    llmcb_prompt *prompts = (llmcb_prompt *)calloc(n, sizeof *prompts);
-    if (n == 0 || !messages || !prompts) {
+    if (n == 0 || n > MOST) {
         fprintf(stderr, "usage: see the top of many.c\n");
+        llmcb_loop_free(loop);
         return 2;
     }
     for (size_t k = 0; k < n; k++) {
@@ -112,7 +115,5 @@ int main(int argc, char **argv)
     llmcb_op_free(op);
     llmcb_chat_free(chat);
     llmcb_loop_free(loop);
-    free(messages);
-    free(prompts);
     return code != LLMCB_OK;
 }

@@ -90,6 +90,58 @@ TEST(start_payload_outlives_a_raise)
     free(bad);
 }
 
+/* The first and the second fail otherwise. */
+static int act_fail_token(rec *r, const llmcb_event *ev)
+{
+    if (ev->kind != LLMCB_LLM_NEW_TOKEN) return 0;
+    return *r->name == 'f' ? -11 : -22;
+}
+
+/* Two have raised at one event before the loop looks, one after the other: the
+ * call's error is that of the first. All wait for the same worker, so that the
+ * last one's coming says that both have failed. */
+TEST(of_two_that_raise_in_one_turn_the_first_counts)
+{
+    gate g = GATE;
+    scene s;
+    rec *r[3];
+    llmcb_op *op;
+    int i;
+
+    scene_init(&s);
+    s.ld.workers = 2;
+    s.fed = true;
+    r[0] = rec_new("first", SYNC);
+    r[1] = rec_new("second", SYNC);
+    r[2] = rec_new("behind", SYNC);
+    for (i = 0; i < 2; i++) {
+        r[i]->act = act_fail_token;
+        r[i]->h.flags |= LLMCB_RAISE;
+    }
+    r[2]->gate = &g;
+    r[2]->gate_kind = LLMCB_LLM_NEW_TOKEN;
+    for (i = 0; i < 3; i++) scene_add(&s, r[i]);
+    scene_open(&s);
+    op = scene_call(&s);
+    turn_to_request(&s, 1);
+    feed_head(&s);
+    feed_events(&s, "a");
+    gate_wait(&g, 1);
+    turns(&s, 1);
+    gate_let(&g, ALL);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_EHANDLER);
+    CHECK_INT(llmcb_op_error(op)->handler_result, -11);
+    CHECK(strstr(llmcb_op_error(op)->message, "first"));
+    CHECK(!strstr(llmcb_op_error(op)->message, "second"));
+    for (i = 0; i < 3; i++) {
+        CHECK_STR(r[i]->log, "start|a|error:EHANDLER");
+        CHECK_REC(r[i]);
+    }
+    llmcb_op_free(op);
+    scene_close(&s);
+    for (i = 0; i < 3; i++) free(r[i]);
+}
+
 /* A worker's last news and a cancel in the same turn: the cursor must not be
  * told of again after its run is gone. `behind` waits for the same worker, so
  * its coming says that the other's news have been left. */

@@ -917,13 +917,101 @@ TEST(time_at_a_full_window)
     talk_end(&t);
 }
 
-/* A status that is no success stands, though its words do not end. */
+/* Reads all, as the header says it is done in a coroutine. */
+typedef struct pull {
+    llmcb_op *op;
+    size_t chunks, text;
+} pull;
+
+static llmcb_step pull_step(llmcb_task *t)
+{
+    pull *p = (pull *)t->self;
+    const llmcb_chunk *chunk;
+
+    LLMCB_BEGIN(t);
+    for (;;) {
+        LLMCB_AWAIT(t, llmcb_await_chunk(t, p->op));
+        if (t->result != LLMCB_OK) return t->result;
+        if (!llmcb_op_next(p->op, &chunk)) break;
+        p->chunks++;
+        p->text += chunk->text.len;
+    }
+    LLMCB_END(t);
+}
+
+/* The chunk that was read last may fill the window by itself: who waits for
+ * the next one has given it back. Turns are counted, since a loop in which
+ * each waits for the other has nothing to do for ever. */
+TEST(await_chunk_in_a_window_that_the_last_one_fills)
+{
+    enum { N = 12, TEXT = 60 };
+    static const struct {
+        size_t events, bytes;
+        int64_t gap;
+    } rows[] = { { 1, 0, 0 }, { 1, 0, 10 }, { 0, 100, 0 }, { 0, 100, 10 } };
+    size_t i, k;
+
+    for (i = 0; i < sizeof rows / sizeof *rows; i++) {
+        llmcb_recording rec;
+        llmcb_segment segs[N];
+        char bytes[8192] = SSE "\r\n";
+        char text[TEXT + 1];
+        pull p;
+        llmcb_op *reads;
+        talk t;
+
+        memset(segs, 0, sizeof segs);
+        memset(text, 'x', TEXT);
+        text[TEXT] = '\0';
+        for (k = 0; k < N; k++) {
+            if (k) segs[k].offset = strlen(bytes);
+            segs[k].delay_ms = rows[i].gap;
+            sprintf(bytes + strlen(bytes), EV("%s"), text);
+        }
+        strcat(bytes, FIN DONE);
+        rec = recording(bytes, LLMCB_REPLAY_CLOSE);
+        if (rows[i].gap) {
+            rec.segments = segs;
+            rec.n_segments = N;
+        }
+        talk_replay(&t, &rec, 1);
+        t.d.n_callbacks = 0;
+        t.d.limits.window_events = rows[i].events;
+        t.d.limits.window_bytes = rows[i].bytes;
+        t.chat = llmcb_chat_new(t.loop, &t.d);
+        t.op = llmcb_chat_stream(t.chat, &question, 1, NULL);
+        memset(&p, 0, sizeof p);
+        p.op = t.op;
+        reads = llmcb_task_start(t.loop, pull_step, 0, &p);
+        for (k = 0; k < 200 && !llmcb_op_done(reads); k++)
+            llmcb_loop_run_once(t.loop, 10);
+        CHECK(llmcb_op_done(reads));
+        CHECK_INT(llmcb_op_code(reads), LLMCB_OK);
+        CHECK(llmcb_op_done(t.op));
+        CHECK_INT(llmcb_op_code(t.op), LLMCB_OK);
+        CHECK(p.chunks >= N);
+        CHECK_INT(p.text, N * TEXT);
+        llmcb_op_free(reads);
+        talk_end(&t);
+    }
+}
+
+/* A status that is no success stands, though its words do not end, or do not
+ * even begin. */
 TEST(words_of_an_error_that_stall)
 {
     static const struct {
-        const char *status;
-        unsigned retries;
-    } rows[] = { { "401 Unauthorized", 0 }, { "503 Service Unavailable", 1 } };
+        const char *status, *fields, *body;
+        llmcb_code code;
+        int attempts;
+    } rows[] = {
+        { "401 Unauthorized", "", "no", LLMCB_EHTTP, 1 },
+        { "503 Service Unavailable", "", "no", LLMCB_EHTTP, 2 },
+        { "401 Unauthorized", "", "", LLMCB_EHTTP, 1 },
+        { "503 Service Unavailable", "", "", LLMCB_EHTTP, 2 },
+        { "302 Found", "Location: http://b/\r\n", "no", LLMCB_EREDIRECT, 1 },
+        { "302 Found", "Location: http://b/\r\n", "", LLMCB_EREDIRECT, 1 },
+    };
     size_t i;
 
     for (i = 0; i < sizeof rows / sizeof *rows; i++) {
@@ -932,14 +1020,16 @@ TEST(words_of_an_error_that_stall)
         talk t;
 
         snprintf(bytes, sizeof bytes,
-                 "HTTP/1.1 %s\r\nContent-Length: 99\r\n\r\nno", rows[i].status);
+                 "HTTP/1.1 %s\r\n%sContent-Length: 99\r\n\r\n%s",
+                 rows[i].status, rows[i].fields, rows[i].body);
         rec = recording(bytes, LLMCB_REPLAY_KEEP);
         talk_replay(&t, &rec, 1);
-        t.d.idle_ms = 1000;
+        t.d.first_byte_ms = t.d.idle_ms = 1000;
         t.d.max_retries = 1;
-        CHECK_INT(talk_ask(&t), LLMCB_EHTTP);
+        CHECK_INT(talk_ask(&t), rows[i].code);
         CHECK_INT(t.s.error.http_status, atoi(rows[i].status));
-        CHECK_INT(t.s.error.attempt, 1 + (int)rows[i].retries);
+        CHECK_INT(t.s.error.attempt, rows[i].attempts);
+        CHECK_INT(t.s.n_retry, rows[i].attempts - 1);
         talk_end(&t);
     }
 }

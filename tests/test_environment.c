@@ -1631,6 +1631,44 @@ TEST(fault_112_bad_borders_replay)
     }
 }
 
+/* ... nor does it hide the tapes behind it; and it is said, once. */
+TEST(bad_borders_of_the_first_of_two_tapes_replay)
+{
+    static const char *const names[] = { "x.http", "x-2.http",
+                                         "x.segments.json" };
+    static const char *const texts[] = { HELLO, CLEAN, "garbage" };
+    server_script s = script(CLEAN, SERVER_CLOSE);
+    llmcb_replay_desc d;
+    trial t;
+    int i;
+
+    strcpy(scratch, "build/tmp-XXXXXX");
+    mkdir("build", 0777);
+    if (!mkdtemp(scratch)) abort();
+    for (i = 0; i < 3; i++) write_file(scratch_path(names[i]), texts[i]);
+    trial_begin(&t, REPLAY, &s, 1);
+    trial_open(&t);
+    llmcb_chat_free(t.chat);
+    memset(&d, 0, sizeof d);
+    d.path = scratch_path("x.http");
+    t.cd.transport = llmcb_replay_new(t.loop, &d);
+    t.chat = llmcb_chat_new(t.loop, &t.cd);
+    for (i = 0; i < 2; i++) {
+        trial_forget(&t);
+        trial_ask(&t);
+        trial_finish(&t, i ? "start|clean|end" : "start|Hel|lo||end",
+                     LLMCB_OK);
+        llmcb_op_free(t.op);
+        t.op = NULL;
+    }
+    CHECK_INT(count_of(t.log, "\n"), 1);
+    CHECK(strstr(t.log, ".segments.json"));
+    t.no_clean = true;
+    trial_end(&t);
+    for (i = 0; i < 3; i++) unlink(scratch_path(names[i]));
+    CHECK_INT(rmdir(scratch), 0);
+}
+
 /* A recorder holds back what its transport must hold back, and writes all. */
 TEST(recorded_while_a_handler_is_slow_replay)
 {

@@ -2073,77 +2073,137 @@ static void forget_watch(void *user, int fd, int events)
     (void)events;
 }
 
+/* Reads so many bytes, one at a time. */
+typedef struct nibbler {
+    int fd, bytes, woken; /* how often */
+    int64_t ms;
+    llmcb_code result;
+} nibbler;
+
+static llmcb_step nibbler_step(llmcb_task *t)
+{
+    nibbler *n = (nibbler *)t->self;
+    char byte;
+
+    LLMCB_BEGIN(t);
+    while (n->bytes) {
+        LLMCB_AWAIT(t, llmcb_await_fd(t, n->fd, LLMCB_READ, n->ms));
+        n->woken++;
+        n->result = t->result;
+        if (n->result != LLMCB_OK) return n->result;
+        if (read(n->fd, &byte, 1) == 1) n->bytes--;
+    }
+    LLMCB_END(t);
+}
+
+enum { RUN, PULL, PUSH, TIMER_FIRST, VIRTUAL, N_WAYS, CROWD = 300 };
+
+/* n descriptors, `bytes` bytes in each, and a turn after the deadline. */
+static void late_turn(int way, int n, bool woken, int bytes)
+{
+    static nibbler r[CROWD];
+    static llmcb_op *ops[CROWD];
+    static int fds[CROWD][2];
+    static struct pollfd set[CROWD + 1];
+    int i, k, bad = 0;
+    llmcb_loop *loop;
+    push_host h;
+    llmcb_host host;
+
+    fake_begin(0, 0);
+    loop = loop_with(NULL, way == VIRTUAL, 2);
+    host.watch = forget_watch;
+    host.timer = push_timer;
+    host.user = &h;
+    memset(&h, 0, sizeof h);
+    if (way == PUSH || way == TIMER_FIRST)
+        CHECK_INT(llmcb_loop_set_host(loop, &host), LLMCB_OK);
+    for (i = 0; i < n; i++) {
+        REQUIRE(pipe(fds[i]) == 0);
+        r[i].fd = fds[i][0];
+        r[i].bytes = bytes;
+        r[i].ms = 200;
+        r[i].result = (llmcb_code)1;
+        ops[i] = llmcb_task_start(loop, nibbler_step, 0, &r[i]);
+    }
+    llmcb_loop_run_once(loop, 0);
+    if (woken) llmcb_loop_wakeup(loop); /* the first that epoll finds */
+    for (i = 0; i < n; i++)
+        CHECK(write(fds[i][1], "abcde", (size_t)bytes) == bytes);
+    fake_ns += (int64_t)400 * 1000000;
+    if (way == VIRTUAL) llmcb_clock_advance(loop, 400);
+    for (k = 0; k < 20 * bytes && llmcb_loop_alive(loop); k++) {
+        int64_t ms = 0;
+        size_t all;
+        switch (way) {
+        case PULL:
+            CHECK_INT(llmcb_loop_prepare(loop, &ms), LLMCB_OK);
+            all = llmcb_loop_pollfds(loop, set, CROWD + 1);
+            poll(set, (nfds_t)all, 0);
+            CHECK_INT(llmcb_loop_dispatch(loop, set, all), LLMCB_OK);
+            break;
+        case TIMER_FIRST:
+        case PUSH:
+            if (way == TIMER_FIRST) push_fire(&h, loop);
+            for (i = 0; i < n; i++)
+                llmcb_loop_fd_event(loop, fds[i][0], LLMCB_READ);
+            break;
+        default: llmcb_loop_run_once(loop, 0);
+        }
+    }
+    CHECK(!llmcb_loop_alive(loop));
+    for (i = 0; i < n; i++) {
+        bad += r[i].result != LLMCB_OK;
+        llmcb_op_free(ops[i]);
+        close(fds[i][0]);
+        close(fds[i][1]);
+    }
+    if (bad)
+        TEST_FAIL("way %d: %d of %d are late (woken: %d, bytes: %d)", way, bad,
+                  n, woken, bytes);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    fake_end();
+}
+
+static const int late_counts[] = { 1, 3, 127, 128, 129, CROWD };
+#define N_COUNTS (sizeof late_counts / sizeof *late_counts)
+
 /* The loop was not turned until after the deadline, but before it there was
  * something to read: that is not late. However the loop is driven, also by a
  * host that comes with its timer before the descriptors, or with one of them
  * before the others; and with more than one turn tells. */
 TEST(what_is_ready_comes_before_its_timer)
 {
-    enum { RUN, PULL, PUSH, TIMER_FIRST, VIRTUAL, N_WAYS, MANY = 300 };
-    static const int counts[] = { 1, 3, 128, 129, MANY };
-    static reader r[MANY];
-    static llmcb_op *ops[MANY];
-    static int fds[MANY][2];
-    static struct pollfd set[MANY + 1];
     size_t c;
-    int way, i, k;
+    int way;
 
     for (way = 0; way < N_WAYS; way++)
-        for (c = 0; c < sizeof counts / sizeof *counts; c++) {
-            int n = counts[c], bad = 0;
-            llmcb_loop *loop;
-            push_host h;
-            llmcb_host host;
+        for (c = 0; c < N_COUNTS; c++)
+            late_turn(way, late_counts[c], false, 1);
+}
 
-            fake_begin(0, 0);
-            loop = loop_with(NULL, way == VIRTUAL, 2);
-            host.watch = forget_watch;
-            host.timer = push_timer;
-            host.user = &h;
-            memset(&h, 0, sizeof h);
-            if (way == PUSH || way == TIMER_FIRST)
-                CHECK_INT(llmcb_loop_set_host(loop, &host), LLMCB_OK);
-            for (i = 0; i < n; i++) {
-                REQUIRE(pipe(fds[i]) == 0);
-                r[i].fd = fds[i][0];
-                r[i].events = LLMCB_READ;
-                r[i].ms = 200;
-                r[i].result = (llmcb_code)1;
-                ops[i] = llmcb_task_start(loop, reader_step, 0, &r[i]);
-            }
-            llmcb_loop_run_once(loop, 0);
-            for (i = 0; i < n; i++) CHECK(write(fds[i][1], "x", 1) == 1);
-            fake_ns += (int64_t)400 * 1000000;
-            if (way == VIRTUAL) llmcb_clock_advance(loop, 400);
-            for (k = 0; k < 20 && llmcb_loop_alive(loop); k++) {
-                int64_t ms = 0;
-                size_t all;
-                switch (way) {
-                case PULL:
-                    CHECK_INT(llmcb_loop_prepare(loop, &ms), LLMCB_OK);
-                    all = llmcb_loop_pollfds(loop, set, MANY + 1);
-                    poll(set, (nfds_t)all, 0);
-                    CHECK_INT(llmcb_loop_dispatch(loop, set, all), LLMCB_OK);
-                    break;
-                case TIMER_FIRST:
-                case PUSH:
-                    if (way == TIMER_FIRST) push_fire(&h, loop);
-                    for (i = 0; i < n; i++)
-                        llmcb_loop_fd_event(loop, fds[i][0], LLMCB_READ);
-                    break;
-                default: llmcb_loop_run_once(loop, 0);
-                }
-            }
-            CHECK(!llmcb_loop_alive(loop));
-            for (i = 0; i < n; i++) {
-                bad += r[i].result != LLMCB_OK;
-                llmcb_op_free(ops[i]);
-                close(fds[i][0]);
-                close(fds[i][1]);
-            }
-            if (bad) TEST_FAIL("way %d: %d of %d are late", way, bad, n);
-            CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
-            fake_end();
+/* ... also where a wake-up takes a place among what one turn finds. */
+TEST(what_is_ready_comes_before_its_timer_beside_a_wakeup)
+{
+    size_t c;
+    int way;
+
+    for (way = 0; way < N_WAYS; way++)
+        for (c = 0; c < N_COUNTS; c++)
+            late_turn(way, late_counts[c], true, 1);
+}
+
+/* ... and where what was told stays ready, so that the next turn finds it
+ * again beside what it has not told yet. */
+TEST(what_is_ready_comes_before_its_timer_and_stays_ready)
+{
+    size_t c;
+    int way;
+
+    for (way = 0; way < N_WAYS; way++)
+        for (c = 0; c < N_COUNTS; c++) {
+            late_turn(way, late_counts[c], false, 5);
+            late_turn(way, late_counts[c], true, 5);
         }
 }
 
@@ -2191,6 +2251,116 @@ static void push_round(push_host *h, llmcb_loop *loop)
         CHECK_INT(llmcb_loop_fd_event(loop, fds[i].fd, events), LLMCB_OK);
     }
     if (!came && h->due >= 0 && h->due <= fake_ns) push_fire(h, loop);
+}
+
+/* A byte that comes back: its descriptor is ready in every round. */
+static llmcb_step echo_step(llmcb_task *t)
+{
+    int *fds = (int *)t->self;
+    char byte;
+
+    LLMCB_BEGIN(t);
+    for (;;) {
+        LLMCB_AWAIT(t, llmcb_await_fd(t, fds[0], LLMCB_READ, LLMCB_FOREVER));
+        if (t->result != LLMCB_OK) return t->result;
+        CHECK(read(fds[0], &byte, 1) == 1);
+        CHECK(write(fds[1], &byte, 1) == 1);
+    }
+    LLMCB_END(t);
+}
+
+/* A host that has something else to do in every round never comes with its
+ * timer, as where one that was set anew in a round is not looked at in it:
+ * who sleeps wakes all the same. */
+TEST(push_embedding_whose_timer_never_has_its_turn)
+{
+    push_host h;
+    llmcb_host host;
+    sleeper s;
+    llmcb_op *echo, *sleeps;
+    llmcb_loop *loop;
+    int fds[2], i;
+
+    fake_begin(0, 0);
+    push_init(&h, &host);
+    loop = loop_with(NULL, false, 2);
+    CHECK_INT(llmcb_loop_set_host(loop, &host), LLMCB_OK);
+    REQUIRE(pipe(fds) == 0);
+    CHECK(write(fds[1], "x", 1) == 1);
+    sleeper_set(&s, NULL, 50);
+    echo = llmcb_task_start(loop, echo_step, 0, fds);
+    sleeps = llmcb_task_start(loop, sleeper_step, 0, &s);
+    push_fire(&h, loop); /* they have begun */
+    for (i = 0; i < 100 && !llmcb_op_done(sleeps); i++) {
+        fake_ns += 1000000;
+        push_round(&h, loop);
+    }
+    CHECK(llmcb_op_done(sleeps));
+    CHECK_INT(s.result, LLMCB_OK);
+    CHECK(h.timers > 40); /* its wish was replaced all the time */
+    CHECK_INT(llmcb_loop_set_host(loop, NULL), LLMCB_OK);
+    llmcb_op_free(echo);
+    llmcb_op_free(sleeps);
+    fake_end();
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
+    close(fds[0]);
+    close(fds[1]);
+}
+
+/* Comes with all that it watches, ready or not. */
+static void push_all(push_host *h, llmcb_loop *loop)
+{
+    struct pollfd fds[32];
+    size_t i, n = h->n;
+
+    memcpy(fds, h->fds, sizeof fds);
+    for (i = 0; i < n; i++)
+        CHECK_INT(llmcb_loop_fd_event(loop, fds[i].fd, LLMCB_READ), LLMCB_OK);
+}
+
+/* What a host found ready may have been told in the turn of its timer, or of
+ * another descriptor: nobody is woken for it again, who might block then. */
+TEST(push_embedding_with_stale_news)
+{
+    push_host h;
+    llmcb_host host;
+    nibbler r[2];
+    llmcb_op *ops[2];
+    llmcb_loop *loop;
+    int fds[2][2], i;
+
+    push_init(&h, &host);
+    loop = loop_with(NULL, true, 2);
+    CHECK_INT(llmcb_loop_set_host(loop, &host), LLMCB_OK);
+    memset(r, 0, sizeof r);
+    for (i = 0; i < 2; i++) {
+        REQUIRE(pipe(fds[i]) == 0);
+        /* so that one who is woken in vain is counted */
+        CHECK_INT(fcntl(fds[i][0], F_SETFL, O_NONBLOCK), 0);
+        r[i].fd = fds[i][0];
+        r[i].bytes = 2;
+        r[i].ms = LLMCB_FOREVER;
+        ops[i] = llmcb_task_start(loop, nibbler_step, 0, &r[i]);
+    }
+    push_fire(&h, loop); /* they wait */
+    for (i = 0; i < 2; i++) CHECK(write(fds[i][1], "x", 1) == 1);
+    push_fire(&h, loop);
+    for (i = 0; i < 2; i++) CHECK_INT(r[i].woken, 1);
+    push_all(&h, loop);
+    for (i = 0; i < 2; i++) {
+        CHECK_INT(r[i].woken, 1);
+        CHECK(write(fds[i][1], "y", 1) == 1);
+    }
+    push_all(&h, loop); /* the first tells of both */
+    for (i = 0; i < 2; i++) {
+        CHECK_INT(r[i].woken, 2);
+        CHECK(llmcb_op_done(ops[i]));
+        llmcb_op_free(ops[i]);
+        close(fds[i][0]);
+        close(fds[i][1]);
+    }
+    CHECK_INT(llmcb_loop_set_host(loop, NULL), LLMCB_OK);
+    CHECK_INT(llmcb_loop_free(loop), LLMCB_OK);
 }
 
 /* The scenario of the four modes: sleeps with a tie, a descriptor, a post, a

@@ -3299,6 +3299,69 @@ TEST(handler_ms_of_a_run_that_awaits_itself)
     }
 }
 
+/* A takes 60 ms for what the body says and none for what comes later, B the
+ * other way round, and much longer. */
+static llmcb_step slow_of_texts(llmcb_task *t, llmcb_handler *h,
+                                const llmcb_event *ev)
+{
+    ear *e = (ear *)(void *)h;
+    bool late = *ev->data->text.ptr == 'l';
+
+    LLMCB_BEGIN(t);
+    ear_enter(e, ev);
+    if (late == (*e->name == 'B')) LLMCB_AWAIT(t, llmcb_sleep(t, e->ms));
+    return ear_leave(e, ev);
+    LLMCB_END(t);
+}
+
+static llmcb_step says_and_awaits(llmcb_task *t)
+{
+    llmcb_run *run = llmcb_task_run(t);
+    int i;
+
+    LLMCB_BEGIN(t);
+    for (i = 0; i < 4; i++) CHECK_INT(llmcb_run_text(run, str("x")), LLMCB_OK);
+    LLMCB_AWAIT(t, llmcb_await_run(t, run));
+    CHECK_INT(t->result, LLMCB_OK);
+    CHECK_INT(llmcb_loop_now(llmcb_task_loop(t)), 240);
+    LLMCB_AWAIT(t, llmcb_sleep(t, 600));
+    return t->result;
+    LLMCB_END(t);
+}
+
+/* ... but an event behind what it waits for is nobody's delay, however long a
+ * handler takes for that. */
+TEST(handler_ms_is_not_for_what_comes_behind_a_flush)
+{
+    world w;
+    llmcb_run_desc d;
+    llmcb_config c;
+    llmcb_op *op;
+    int i;
+
+    world_init(&w);
+    w.partial = true;
+    for (i = 0; i < 2; i++) {
+        ear *e = world_ear(&w, i ? "B" : "A", ASYNC, 0);
+        memset(&e->h.async, 0, sizeof e->h.async);
+        e->h.async.on_text = slow_of_texts;
+        e->ms = i ? 400 : 60;
+    }
+    world_open(&w);
+    memset(&d, 0, sizeof d);
+    d.body = says_and_awaits;
+    d.handler_ms = 150;
+    c = world_config(&w);
+    op = llmcb_run_start(w.s.loop, &d, &c);
+    turns(&w.s, 2); /* it awaits */
+    CHECK_INT(llmcb_run_text(llmcb_op_run(op), str("late")), LLMCB_OK);
+    CHECK_INT(llmcb_op_wait(op), LLMCB_OK);
+    CHECK_INT(llmcb_loop_now(w.s.loop), 840);
+    for (i = 0; i < 2; i++) CHECK_INT(heard(w.ears[i], LLMCB_TEXT), 5);
+    llmcb_op_free(op);
+    world_close(&w);
+}
+
 /* A sync handler that is busy is told of who waits in the order in which they
  * began: those of one turn, those of several, and while for each that goes
  * another comes, so that there is never none. */
