@@ -1034,6 +1034,34 @@ TEST(words_of_an_error_that_stall)
     }
 }
 
+/* ... and are waited for while they come. */
+TEST(words_of_an_error_that_come_slowly)
+{
+    static const char head[] = "HTTP/1.1 401 Unauthorized\r\n"
+                               "Content-Length: 33\r\n\r\n";
+    static const char body[] = "{\"error\":{\"message\":\"all of it\"}}";
+    llmcb_segment segs[4];
+    llmcb_recording rec;
+    char bytes[200];
+    size_t i;
+    talk t;
+
+    snprintf(bytes, sizeof bytes, "%s%s", head, body);
+    rec = recording(bytes, LLMCB_REPLAY_KEEP);
+    memset(segs, 0, sizeof segs);
+    for (i = 1; i < 4; i++) {
+        segs[i].offset = sizeof head - 1 + 10 * (i - 1);
+        segs[i].delay_ms = 700;
+    }
+    rec.segments = segs;
+    rec.n_segments = 4;
+    talk_replay(&t, &rec, 1);
+    t.d.idle_ms = 1000;
+    CHECK_INT(talk_ask(&t), LLMCB_EHTTP);
+    CHECK(strstr(t.s.error.message, "all of it"));
+    talk_end(&t);
+}
+
 /* ... and go on when it is the server that is slow. */
 TEST(time_paused_then_stalled)
 {
