@@ -515,12 +515,12 @@ LLMCB_API llmcb_code llmcb_op_code(const llmcb_op *op);
  * Valid until llmcb_op_free. Never NULL. */
 LLMCB_API const llmcb_error *llmcb_op_error(const llmcb_op *op);
 
-/* What a step function returns. */
+/* What a step function returns; a negative llmcb_code: it failed with that.
+ * LLMCB_WAIT without an await and other positive numbers end it with
+ * LLMCB_ESTATE. */
 typedef int llmcb_step;
-#define LLMCB_DONE 0 /* finished; a negative llmcb_code: failed with it */
-#define LLMCB_WAIT \
-    1 /* what every await function returns; without an await, \
-                        or another positive number: LLMCB_ESTATE */
+#define LLMCB_DONE 0 /* finished */
+#define LLMCB_WAIT 1 /* what every await function returns */
 
 /* A coroutine. Only `at`, `result`, `frame` and `self` are yours. */
 typedef struct llmcb_task {
@@ -1118,9 +1118,9 @@ LLMCB_API llmcb_transport *llmcb_replay_new(llmcb_loop *loop,
  * path, NAME-2.http, ... with NAME.segments.json beside it, mode 0600, in a
  * form that llmcb_replay_new plays; what an earlier recording of more responses
  * left behind stays. Of the request nothing is written, of the response no
- * cookies. What cannot be written is logged, and the call goes
- * on. Belongs to the loop. No memory: every request fails with
- * LLMCB_ENOMEM. NULL: bad arguments, or not the loop's thread. */
+ * cookies. What cannot be written is logged, and the call goes on. Belongs to
+ * the loop. No memory: every request fails with LLMCB_ENOMEM. NULL: bad
+ * arguments, or not the loop's thread. */
 LLMCB_API llmcb_transport *
 llmcb_record_new(llmcb_loop *loop, llmcb_transport *inner, const char *path);
 #endif
@@ -11748,7 +11748,7 @@ static void llmcbi_prompt_complete_error(llmcbi_prompt *p, llmcb_error *e)
         const char *value = chat->headers[i].value;
         const char *blank = strrchr(value, ' '); /* Bearer, and then the key */
         if (blank) value = blank + 1;
-        if (strlen(value) >= 16) llmcbi_hide_in(e, value);
+        if (strlen(value) >= 8) llmcbi_hide_in(e, value);
     }
 }
 
@@ -13327,17 +13327,15 @@ static void llmcbi_prompt_timer(llmcbi_timer *t)
         llmcbi_prompt_arm(p);
         return;
     }
-    if (p->phase != LLMCBI_PHASE_BACKOFF && p->body_kind == LLMCBI_BODY_ERROR) {
+    if (p->phase == LLMCBI_PHASE_BACKOFF) {
+        llmcbi_prompt_let_go(p);
+        llmcbi_prompt_launch(p);
+    } else if (p->body_kind == LLMCBI_BODY_ERROR) {
         llmcbi_prompt_refused(p);
-        return;
-    }
-    if (p->phase != LLMCBI_PHASE_BACKOFF) {
+    } else {
         llmcbi_prompt_close(p, LLMCB_ETIMEDOUT, (llmcb_detail)p->phase,
                             why[p->phase]);
-        return;
     }
-    llmcbi_prompt_let_go(p);
-    llmcbi_prompt_launch(p);
 }
 
 /* -- the call as a whole */

@@ -402,6 +402,29 @@ TEST_ON_ALL(echoes_of_a_bearer_are_not_repeated)
     echoes(transport, &header);
 }
 
+/* That key may be shorter than it is with the word. */
+TEST_ON_ALL(a_short_bearer_is_not_repeated)
+{
+    static const llmcb_pair header = { "Authorization", "Bearer k3y-of-9x" };
+    server_script s[2] = {
+        script("HTTP/1.1 401 X\r\nConnection: close\r\n\r\n"
+               "{\"error\":{\"message\":\"key k3y-of-9x is bad\"}}",
+               SERVER_CLOSE),
+        script(CLEAN, SERVER_CLOSE)
+    };
+    trial t;
+
+    trial_begin(&t, transport, s, 2);
+    t.cd.api_key = "";
+    t.cd.headers = &header;
+    t.cd.n_headers = 1;
+    trial_open(&t);
+    trial_ask(&t);
+    trial_wait(&t);
+    CHECK(!strstr(llmcb_op_error(t.op)->message, "k3y"));
+    trial_end(&t);
+}
+
 /* What hides a key may look like it. */
 TEST_ON_ALL(key_of_stars)
 {
